@@ -1,0 +1,26 @@
+# make demo      the whole story on this machine, in minutes (make demo FRESH=1 starts over)
+# make test      all tests, the notebooks included
+# make lab       JupyterLab on the notebooks
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lab clean
+
+demo: .venv/installed
+	$(BIN)/python -m kl3m_nb demo $(if $(FRESH),--fresh)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lab: .venv/installed
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+# The mark is written last, so an installation that broke off is taken up again; it is done anew when the versions change.
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one with make PYTHON=..." * (sys.version_info < (3, 11)))'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

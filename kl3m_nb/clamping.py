@@ -1,0 +1,498 @@
+"""Spectral clamping: singular values of a weight that lie below τ = max(sigma_floor, σ₁ / max_condition) are raised to τ.
+
+The result is W' = U max(S, τ) Vᵀ (kl3m-007 card, "Spectral Clamping"), but a full SVD is the last resort. In this order:
+
+1. *Certificate.* An interval that held all singular values at the last clamp, and a bound on how far the weight has moved
+   since (Weyl's inequality), may prove that nothing is to be done. Costs nothing; see `SpectralClamp.note_movement`.
+2. *Test.* Cholesky factorisations of shifted Gram matrices prove that every σ > τ. A Gram matrix squares the condition
+   number: in float32 it can prove only well-conditioned matrices healthy, the others get one in float64.
+3. *Repair.* The eigenvectors of the float64 Gram matrix below τ² span the part to be changed; a small SVD of that part
+   gives its exact singular values and vectors, and a low-rank update raises them. Only when a singular value is too
+   small for a Gram matrix to resolve (exact zeros, rank one) is the whole matrix decomposed.
+
+A matrix that needs nothing keeps every bit. A value within one rounding of the weight's dtype (eps·σ₁) below τ counts as τ,
+since it cannot be stored better: clamping twice is clamping once. Proofs allow for their own rounding errors (Higham,
+"Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.5 and theorem 10.3). On a CPU a matrix is the work of
+one thread; on a GPU the tests run in batches of one shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROUTES = ("certified", "tested", "decomposed", "repaired", "zero", "not_finite")
+
+_EXACTNESS = 1e-9  # in units of σ₁: the error of what is called exact
+_GRAM_RESOLUTION = 1e-5  # in units of σ₁: smaller values are lost in a float64 Gram matrix
+_FLOAT32_LONGEST = 4096  # columns; beyond, the rounding of a float32 Gram matrix leaves nothing to prove
+_PIECE = {torch.float32: 512, torch.float64: 8192}  # columns multiplied at a time: bounds memory and rounding
+_BLOCK = 144  # rows of a Gram matrix computed at a time, each up to the diagonal only
+_ONE_THREAD_ELEMENTS = 2**23  # a larger matrix gets all threads to itself
+_BATCH_BYTES = 2**30  # working memory of a batch on a GPU
+
+
+@dataclass(frozen=True)
+class ClampOutcome:
+    """What `clamp_spectrum_` found and did.
+
+    `sigma_max`, `sigma_min`: extreme singular values before, exact to 1e-9·σ₁. `tau`: the lower bound that was put in force.
+    `raised`: how many values were raised to it. A weight that is not finite (`finite` is False and the three numbers are NaN)
+    or all zero (`sigma_max` is 0) has no spectrum to repair and is left untouched.
+    """
+
+    sigma_max: float
+    sigma_min: float
+    tau: float
+    raised: int
+    finite: bool = True
+
+
+@dataclass(frozen=True)
+class ClampEvent:
+    """One matrix at one clamp: the fields of `ClampOutcome`, and the `route` that says how sharp they are.
+
+    * `"repaired"`, `"decomposed"` (nothing to raise): exact to 1e-9·σ₁, as are all values of `raised`.
+    * `"tested"`: nothing to raise. `sigma_max` and `sigma_min` are Ritz values, good to some percent: the spectrum reaches
+      at least from the one to the other. `tau` is an upper bound of the true τ, and σ_min is proven to lie above it.
+    * `"certified"`: nothing to raise, and the weight was not looked at. `sigma_max` and `tau` are upper bounds, `sigma_min`
+      is a lower bound.
+    * `"zero"`, `"not_finite"`: left untouched.
+    """
+
+    name: str
+    sigma_max: float
+    sigma_min: float
+    tau: float
+    raised: int
+    route: str
+
+
+@dataclass(frozen=True)
+class ClampTarget:
+    """A parameter to clamp: (rows, cols), e.g. [1536, 576], or (experts, rows, cols), where each expert is clamped on its own.
+
+    `fused` = 2 says that rows holds gate above up; they are clamped as two matrices. ValueError for any other shape, a dtype
+    other than float32 and float64 (a bfloat16 copy has another condition number than its master), or unusable bounds.
+    """
+
+    name: str
+    parameter: Tensor
+    max_condition: float
+    sigma_floor: float
+    fused: int = 1
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.parameter.shape)
+        if self.parameter.dim() not in (2, 3):
+            raise ValueError(f"{self.name} has the shape {shape}; a clamp takes (rows, cols) or (experts, rows, cols).")
+        if self.fused not in (1, 2) or shape[-2] % self.fused:
+            raise ValueError(f"{self.name} {shape} has fused = {self.fused}; use 1, or 2 where the number of rows is even.")
+        _check(self.name, self.parameter, self.max_condition, self.sigma_floor)
+
+    def matrices(self) -> list[tuple[str, Tensor]]:
+        """Names and views of the matrices: `name`, or `name[expert]`, with `.gate` or `.up` added when fused."""
+        weight = self.parameter.detach()
+        experts = [(f"{self.name}[{i}]", matrix) for i, matrix in enumerate(weight)] if weight.dim() == 3 else [(self.name, weight)]
+        if self.fused == 1:
+            return experts
+        return [(name + half, part) for name, both in experts for half, part in zip((".gate", ".up"), both.chunk(2), strict=True)]
+
+
+@torch.no_grad()
+def clamp_spectrum_(weight: Tensor, max_condition: float, sigma_floor: float) -> ClampOutcome:
+    """Replace `weight` by U max(S, τ) Vᵀ, τ = max(sigma_floor, σ₁ / max_condition), in place.
+
+    `weight`: (rows, cols), e.g. [1536, 576], float32 or float64. The result is exact to 1e-9·σ₁ and the rounding of the dtype.
+    ValueError for other shapes and dtypes, max_condition < 1, or sigma_floor < 0.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"The weight has the shape {tuple(weight.shape)}; clamp_spectrum_ takes one matrix (rows, cols).")
+    _check("The weight", weight, max_condition, sigma_floor)
+    usable = weight if weight.device.type == "cuda" else weight.cpu()  # not every accelerator has float64
+    [proof] = _prove_healthy(_wide(usable).unsqueeze(0), max_condition, sigma_floor, torch.float64)
+    outcome, _ = _clamp_exactly_(usable, max_condition, sigma_floor, suspect=not proof.holds)
+    if outcome.raised and usable is not weight:
+        weight.copy_(usable)
+    return outcome
+
+
+class SpectralClamp:
+    """Clamps the matrices of `targets` and remembers, as certificates, what is known of their spectra.
+
+    `threads`: how many matrices are worked on at a time on the CPU; by default torch's number of threads. `decompose_on`:
+    where matrices on a GPU that fail the test are decomposed, "cpu" (copied there; batched decompositions of CUDA have been
+    reported far slower than they should be, pytorch issues 174674 and 175585) or "device".
+    """
+
+    def __init__(self, targets: Iterable[ClampTarget], threads: int | None = None, decompose_on: str = "cpu") -> None:
+        self.targets = tuple(targets)
+        if decompose_on not in ("cpu", "device"):
+            raise ValueError(f"decompose_on is {decompose_on!r}; it accepts 'cpu' and 'device'.")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; it must be at least 1.")
+        self._threads = threads
+        self._decompose_on_device = decompose_on == "device"
+        self._names = {target.name: [name for name, _ in target.matrices()] for target in self.targets}
+        if len(self._names) < len(self.targets) or len({id(target.parameter) for target in self.targets}) < len(self.targets):
+            raise ValueError("Two clamp targets share a name or a parameter; list every parameter once.")
+        self._intervals: dict[str, tuple[float, float]] = {}  # matrix -> bounds of all its singular values, now
+
+    def note_movement(self, bounds: Mapping[str, tuple[float, float]]) -> None:
+        """Widen the certificates by one optimizer step; call it after every step.
+
+        `bounds[target name]` = (additive, relative) promises ‖ΔW‖₂ ≤ additive + relative·‖W‖₂ for every matrix of the target,
+        W being the weight before the step; the float32 rounding of the step is added here. A target that is not named
+        loses its certificates; names that are no target are ignored. ValueError for a bound that is negative or NaN.
+        """
+        for target in self.targets:
+            movement = bounds.get(target.name)
+            if movement is None:
+                for name in self._names[target.name]:
+                    self._intervals.pop(name, None)
+                continue
+            additive, relative = movement
+            if not (additive >= 0 and relative >= 0):
+                raise ValueError(f"The movement of {target.name} is bounded by {movement}; both bounds must be at least 0.")
+            short = min(target.parameter.shape[-2] // target.fused, target.parameter.shape[-1])
+            # Up to four roundings an element (decay, scale, update, sum), and ‖rounding‖₂ ≤ eps/2·‖W‖_F ≤ eps/2·√short·‖W‖₂.
+            rounding = 2 * torch.finfo(target.parameter.dtype).eps * math.sqrt(short)
+            for name in self._names[target.name]:
+                if name in self._intervals:
+                    lower, upper = self._intervals[name]
+                    moved = additive + relative * upper
+                    moved += rounding * (upper + moved)
+                    self._intervals[name] = (lower - moved, upper + moved)
+
+    @torch.no_grad()
+    def clamp(self) -> list[ClampEvent]:
+        """Clamp every matrix and return an event for each, in the order of the targets. The optimizer's state is not touched."""
+        events: dict[str, ClampEvent | None] = {}
+        groups: dict[tuple, list[_Job]] = defaultdict(list)
+        for target in self.targets:
+            for name, matrix in target.matrices():
+                job = _Job(name, matrix, target.max_condition, target.sigma_floor)
+                events[name] = self._certified(job)
+                if events[name] is None:
+                    groups[job.kind].append(job)
+        for result in self._clamp_groups(list(groups.values())):
+            name = result.event.name
+            events[name] = result.event
+            self._intervals.pop(name, None)
+            if result.interval is not None:
+                self._intervals[name] = result.interval
+        return list(events.values())
+
+    def state_dict(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """The certificates as plain numbers; they hold for the weights as they are now."""
+        return {"intervals": dict(self._intervals)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Take over certificates saved together with the present weights. ValueError for a matrix that is no target's."""
+        known = {name for names in self._names.values() for name in names}
+        unknown = sorted(set(state["intervals"]) - known)
+        if unknown:
+            raise ValueError(f"The saved certificates name {unknown[0]}, which is no clamp target; load the state of the same model.")
+        self._intervals = {name: (float(lower), float(upper)) for name, (lower, upper) in state["intervals"].items()}
+
+    def _certified(self, job: _Job) -> ClampEvent | None:
+        lower, upper = self._intervals.get(job.name, (0.0, math.inf))
+        tau = max(job.sigma_floor, upper / job.max_condition)
+        return ClampEvent(job.name, upper, lower, tau, 0, "certified") if lower >= tau else None
+
+    def _clamp_groups(self, groups: list[list[_Job]]) -> list[_Result]:
+        """Test and repair. The jobs of a group differ in nothing but their names and values."""
+        results: list[_Result] = []
+        one_thread_each: list[tuple[list[_Job], tuple[torch.dtype, ...]]] = []
+        for jobs in groups:
+            matrix = jobs[0].matrix
+            if matrix.device.type == "cuda":
+                healthy, suspects = _test_in_batches(jobs)
+                results += healthy
+                if self._decompose_on_device:
+                    results += [_decompose(job, job.matrix) for job in suspects]
+                elif suspects:
+                    one_thread_each.append((suspects, ()))
+            elif matrix.numel() > _ONE_THREAD_ELEMENTS:
+                results += [_clamp_on_cpu(job, _precisions(matrix)) for job in jobs]
+            else:
+                one_thread_each.append((jobs, _precisions(matrix)))
+        if one_thread_each:
+            with _single_threaded_workers(self._threads or torch.get_num_threads()) as workers:
+                firsts = [workers.submit(_clamp_on_cpu, jobs[0], precisions) for jobs, precisions in one_thread_each]
+                for (jobs, precisions), first in zip(one_thread_each, firsts, strict=True):
+                    results.append(first.result())
+                    # Matrices of one shape and ceiling are alike: what float32 could not prove for the first is not tried again.
+                    useful = precisions if first.result().proven_in == torch.float32 else precisions[-1:]
+                    results += workers.map(_clamp_on_cpu, jobs[1:], [useful] * len(jobs))
+        return results
+
+
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    matrix: Tensor
+    max_condition: float
+    sigma_floor: float
+
+    @property
+    def kind(self) -> tuple:
+        """Jobs of one kind can be tested in one batch."""
+        return self.matrix.device, self.matrix.dtype, _wide(self.matrix).shape, self.max_condition, self.sigma_floor
+
+
+@dataclass(frozen=True)
+class _Result:
+    event: ClampEvent
+    interval: tuple[float, float] | None
+    proven_in: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """Outcome of a test. When it `holds`, every σ lies in the interval (lower, upper), and lower >= tau >= the true τ."""
+
+    holds: bool
+    lower: float
+    upper: float
+    tau: float
+    ritz_min: float
+    ritz_max: float
+
+
+def _clamp_on_cpu(job: _Job, precisions: Sequence[torch.dtype]) -> _Result:
+    """Test in each of `precisions` until one succeeds, else decompose, whatever device the weight is on."""
+    host = job.matrix.cpu()
+    with torch.no_grad():  # grad mode belongs to a thread
+        for precision in precisions:
+            [proof] = _prove_healthy(_wide(host).unsqueeze(0), job.max_condition, job.sigma_floor, precision)
+            if proof.holds:
+                return _tested(job, proof, precision)
+        return _decompose(job, host)
+
+
+def _decompose(job: _Job, matrix: Tensor) -> _Result:
+    """Clamp `matrix`, that of `job` or a copy of it on another device, by its exact spectrum."""
+    outcome, interval = _clamp_exactly_(matrix, job.max_condition, job.sigma_floor, suspect=True)
+    if outcome.raised and matrix is not job.matrix:
+        job.matrix.copy_(matrix)
+    if interval is None:
+        route = "zero" if outcome.finite else "not_finite"
+    else:
+        route = "repaired" if outcome.raised else "decomposed"
+    return _Result(ClampEvent(job.name, outcome.sigma_max, outcome.sigma_min, outcome.tau, outcome.raised, route), interval)
+
+
+def _tested(job: _Job, proof: _Proof, precision: torch.dtype) -> _Result:
+    event = ClampEvent(job.name, proof.ritz_max, proof.ritz_min, proof.tau, 0, "tested")
+    return _Result(event, (proof.lower, proof.upper), precision)
+
+
+def _test_in_batches(jobs: list[_Job]) -> tuple[list[_Result], list[_Job]]:
+    """Results of the jobs whose matrices are proven healthy, and the other jobs."""
+    short, long = _wide(jobs[0].matrix).shape
+    bytes_each = 8 * (6 * short * short + short * min(long, _PIECE[torch.float64]) + short * long)
+    size = max(1, _BATCH_BYTES // bytes_each)
+    healthy, suspects = [], []
+    for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
+        wides = torch.stack([_wide(job.matrix) for job in batch])
+        proofs = _prove_healthy(wides, batch[0].max_condition, batch[0].sigma_floor, torch.float64)
+        for job, proof in zip(batch, proofs, strict=True):
+            if proof.holds:
+                healthy.append(_tested(job, proof, torch.float64))
+            else:
+                suspects.append(job)
+    return healthy, suspects
+
+
+def _prove_healthy(wides: Tensor, max_condition: float, sigma_floor: float, precision: torch.dtype) -> list[_Proof]:
+    """Try to prove that every singular value of every matrix of `wides` [batch, short, long] is above its τ.
+
+    A Cholesky factorisation of A that runs through proves λ_min(A) >= −error. Applied to level·I − G and to G − level·I it
+    turns estimates of the extreme eigenvalues of G = W Wᵀ into bounds. Squares of singular values all the way.
+    """
+    short, long = wides.shape[-2:]
+    gram = _gram(wides, precision)
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
+    pieces = math.ceil(long / _PIECE[precision])
+    gram_error = _gamma(math.ceil(long / pieces) + pieces + 4, precision) * trace + short * long * torch.finfo(precision).tiny
+    cholesky_error = _gamma(short + 4, precision)  # in units of the trace of the factored matrix
+
+    ritz_max = _largest_eigenvalue(lambda vectors: gram @ vectors, gram, steps=12)
+    level = (1.01 * ritz_max).to(precision)
+    below_level, _ = _factor(-gram, level)
+    upper = level.double() * (1 + short * cholesky_error) + gram_error
+
+    tau = torch.clamp(upper / max_condition**2, min=sigma_floor**2)
+    error = gram_error + cholesky_error * trace
+    level = ((tau + error) * (1 + torch.finfo(precision).eps)).to(precision)
+    above_level, factor = _factor(gram, -level)
+    holds = below_level & above_level
+    lower, ritz_min = tau, tau
+    if holds.any():
+        inverse = _largest_eigenvalue(lambda vectors: torch.cholesky_solve(vectors, factor), gram, steps=6)
+        ritz_min = level.double() + 1 / inverse
+        if (holds & (ritz_min > 4 * level)).any():  # far above τ: a sharper bound makes a certificate that lasts
+            sharp_level = (0.85 * ritz_min).to(precision)
+            above_sharp_level, _ = _factor(gram, -sharp_level)
+            lower = torch.where(above_sharp_level, torch.maximum(sharp_level.double() - error, tau), tau)
+    columns = torch.stack([lower, upper, tau, ritz_min, ritz_max]).sqrt().T.tolist()
+    return [_Proof(proven, *values) for proven, values in zip(holds.tolist(), columns, strict=True)]
+
+
+def _clamp_exactly_(
+    matrix: Tensor, max_condition: float, sigma_floor: float, suspect: bool
+) -> tuple[ClampOutcome, tuple[float, float] | None]:
+    """Clamp `matrix` by its exact spectrum; also bounds of all its singular values afterwards, None where it has no spectrum.
+
+    `suspect` False promises that nothing is below τ, which spares the eigenvectors.
+    """
+    wide = _wide(matrix)
+    gram = _gram(wide, torch.float64)
+    trace = gram.trace().item()
+    squares_fit = 1e-250 < trace < math.inf
+    if not squares_fit:
+        if not torch.isfinite(matrix).all():
+            return ClampOutcome(math.nan, math.nan, math.nan, 0, finite=False), None
+        if not matrix.any():
+            return ClampOutcome(0.0, 0.0, sigma_floor, 0), None
+    resolved = False
+    if squares_fit:
+        eigenvalues, eigenvectors = torch.linalg.eigh(gram) if suspect else (torch.linalg.eigvalsh(gram), None)
+        sigma = eigenvalues.clamp(min=0).sqrt()
+        resolved = bool(sigma[0] >= _GRAM_RESOLUTION * sigma[-1])
+    if not resolved:
+        left, sigma, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        left, sigma, right = left.flip(1), sigma.flip(0), right.flip(0)  # ascending, as eigh gives them
+    sigma_min, sigma_max = sigma[0].item(), sigma[-1].item()
+    tau = max(sigma_floor, sigma_max / max_condition)
+    tolerance = sigma_max * max(_EXACTNESS, torch.finfo(matrix.dtype).eps)
+    raised = int((sigma < tau - tolerance).sum())
+    outcome = ClampOutcome(sigma_max, sigma_min, tau, raised)
+    margin = _EXACTNESS * sigma_max
+    if not raised:
+        return outcome, (sigma_min - margin, sigma_max + margin)
+    if resolved:
+        within, values, right = torch.linalg.svd(_product(eigenvectors[:, :raised].T, wide), full_matrices=False)
+        _add_product_(wide, eigenvectors[:, :raised] @ within * (tau - values).clamp(min=0), right)
+    else:
+        _add_product_(matrix, left[:, :raised] * (tau - sigma[:raised]), right[:raised])
+    # Storing rounds, by ‖·‖₂ ≤ eps/2·‖W'‖_F.
+    margin += torch.finfo(matrix.dtype).eps * math.sqrt(len(sigma)) * max(sigma_max, tau)
+    return outcome, (tau - tolerance - margin, max(sigma_max, tau) + margin)
+
+
+def _check(name: str, weight: Tensor, max_condition: float, sigma_floor: float) -> None:
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{name} is {weight.dtype}; the clamp takes float32 or float64, so pass the master weight.")
+    if weight.numel() == 0:
+        raise ValueError(f"{name} of shape {tuple(weight.shape)} is empty; a clamp needs at least one element.")
+    if not 1 <= max_condition < math.inf:
+        raise ValueError(f"{name} has max_condition = {max_condition}; it must be finite and at least 1.")
+    if not 0 <= sigma_floor < math.inf:
+        raise ValueError(f"{name} has sigma_floor = {sigma_floor}; it must be finite and at least 0.")
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """`matrix`, or its transpose, whichever has at least as many columns as rows; a view."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def _gram(wide: Tensor, precision: torch.dtype) -> Tensor:
+    """W Wᵀ [..., short, short] of `wide` [..., short, long], computed and summed in `precision`, half of it mirrored."""
+    short = wide.shape[-2]
+    gram = wide.new_zeros(*wide.shape[:-2], short, short, dtype=precision)
+    starts = range(0, short, _BLOCK)
+    for piece in wide.split(_PIECE[precision], dim=-1):
+        piece = piece.to(precision)
+        for start in starts:
+            end = start + _BLOCK
+            gram[..., start:end, :end] += piece[..., start:end, :] @ piece[..., :end, :].mT
+    for start in starts:
+        gram[..., :start, start : start + _BLOCK] = gram[..., start : start + _BLOCK, :start].mT
+    return gram
+
+
+def _factor(matrix: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether `matrix` [batch, n, n] + `diagonal` [batch]·I has a Cholesky factor, and the factor (the identity where not)."""
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(diagonal.unsqueeze(-1))
+    factor, failed_at = torch.linalg.cholesky_ex(shifted)
+    definite = (failed_at == 0) & torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(-1)  # an infinity can slip through
+    if not definite.all():
+        factor[~definite] = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return definite, factor
+
+
+def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> Tensor:
+    """Lanczos estimate [batch] in float64, from below, of the largest eigenvalue of the symmetric positive map `apply`.
+
+    `apply` maps [batch, n, 1] to the same; `like` [batch, n, n] gives shape, dtype and device. The start is always the same.
+    """
+    batch, size = like.shape[:2]
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(size, 1, generator=generator, dtype=torch.float64).to(like).expand(batch, size, 1)
+    vector = vector / vector.norm(dim=-2, keepdim=True)
+    previous, coupling = torch.zeros_like(vector), vector.new_zeros(batch, 1, 1)
+    diagonal, off_diagonal = [], []
+    for _ in range(min(steps, size)):
+        image = apply(vector)
+        projection = (vector * image).sum(-2, keepdim=True)
+        image = image - projection * vector - coupling * previous
+        coupling = image.norm(dim=-2, keepdim=True)
+        previous, vector = vector, image / coupling.clamp(min=torch.finfo(like.dtype).tiny)
+        diagonal.append(projection)
+        off_diagonal.append(coupling)
+    tridiagonal = torch.diag_embed(torch.cat(diagonal, dim=1).squeeze(-1))
+    if len(diagonal) > 1:
+        tridiagonal += torch.diag_embed(torch.cat(off_diagonal[:-1], dim=1).squeeze(-1), offset=-1)
+    tridiagonal = tridiagonal.double().cpu().nan_to_num(0.0, 0.0, 0.0)  # a weight that is not finite is found out later
+    return torch.linalg.eigvalsh(tridiagonal)[..., -1].to(like.device)
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`rows` [k, m] @ `matrix` [m, n] in float64, in pieces."""
+    return torch.cat([rows @ piece.double() for piece in matrix.split(_PIECE[torch.float64], dim=1)], dim=1)
+
+
+def _add_product_(matrix: Tensor, left: Tensor, right: Tensor) -> None:
+    """`matrix` [m, n] += `left` [m, k] @ `right` [k, n] in float64, in pieces, rounded once."""
+    size = _PIECE[torch.float64]
+    for piece, columns in zip(matrix.split(size, dim=1), right.split(size, dim=1), strict=True):
+        piece.copy_(torch.addmm(piece.double(), left, columns))
+
+
+def _gamma(operations: int, precision: torch.dtype) -> float:
+    """Higham's γ_k = k·u / (1 − k·u): relative error of a sum of products of length k, in any order."""
+    rounding = operations * torch.finfo(precision).eps / 2
+    return rounding / (1 - rounding) if rounding < 1 else math.inf
+
+
+def _precisions(matrix: Tensor) -> tuple[torch.dtype, ...]:
+    """Precisions of the test that are worth trying, cheapest first."""
+    try_float32 = matrix.dtype == torch.float32 and max(matrix.shape) <= _FLOAT32_LONGEST and _float32_products_are_ieee()
+    return (torch.float32, torch.float64) if try_float32 else (torch.float64,)
+
+
+def _float32_products_are_ieee() -> bool:
+    """False where the backend multiplies float32 in bfloat16 or TF32, as `torch.set_float32_matmul_precision` allows it to."""
+    probe = torch.full((64, 64), 1 + 2.0**-12)
+    return bool(((probe @ probe) - 64 * (1 + 2.0**-12) ** 2).abs().max() < 1e-3)
+
+
+@contextmanager
+def _single_threaded_workers(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers whose matrix library uses one thread each; small factorisations gain nothing from more."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+            yield workers
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,200 @@
+"""The command line: `python -m kl3m_nb {demo, run, train, stack, estimate, runs}`.
+
+Bad input ends with one sentence on standard error and exit code 2, before anything runs or is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import torch
+import yaml
+
+from kl3m_nb import demo, paths, profiles, runs
+from kl3m_nb.estimate import estimate
+from kl3m_nb.parameters import check_parameters, find_notebook, read_parameters
+from kl3m_nb.progress import clock
+from kl3m_nb.runner import EXIT_INTERRUPTED, run_notebook
+from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
+from kl3m_nb.training import TrainingStopped, train
+
+EXIT_REFUSED = 2
+LONG_WITHOUT_GPU = 6 * 3600  # seconds; a longer job on a CPU is rarely meant
+
+
+class Refused(ValueError):
+    """A command that was given something it cannot work with."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the process's exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"kl3m_nb: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except TrainingStopped as error:
+        print(f"kl3m_nb: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; the same command continues where it stopped.", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kl3m_nb", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("demo", help="run notebooks 00-05 at laptop size and write an HTML index")
+    command.add_argument("--fresh", action="store_true", help="remove the runs of an earlier demonstration first")
+    command.set_defaults(command=_demo)
+
+    command = commands.add_parser("run", help="run one notebook headless, with checked parameters")
+    command.add_argument("notebook", help="a path, or the name of one in notebooks/, such as 02_training")
+    command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    command.add_argument("-f", "--file", type=Path, metavar="PARAMS.YAML", help="parameters from a YAML file; -p wins over it")
+    command.add_argument("-o", "--output", type=Path, help="the executed notebook (default: in the run's folder)")
+    command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")
+    command.set_defaults(command=_run)
+
+    command = commands.add_parser("train", help="train a profile without a notebook")
+    command.add_argument("profile", help=f"one of {', '.join(profiles.PROFILES)}")
+    command.add_argument("--run", help="folder below runs/ (default: named after the profile)")
+    command.add_argument("--init", help="checkpoint folder or hub id to start from (default: random weights)")
+    command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
+    command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")
+    command.set_defaults(command=_train)
+
+    command = commands.add_parser("stack", help="grow a checkpoint in depth")
+    command.add_argument("source")
+    command.add_argument("target")
+    command.add_argument("--factor", type=int, default=4)
+    command.add_argument("--order", default="cyclic", help=f"one of {', '.join(ORDERS)}")
+    command.set_defaults(command=_stack)
+
+    command = commands.add_parser("estimate", help="memory and time of a profile, before it is started")
+    command.add_argument("profile")
+    command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
+    command.set_defaults(command=_estimate)
+
+    command = commands.add_parser("runs", help="a table of all runs")
+    command.set_defaults(command=_runs)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    return demo.run_demo(fresh=options.fresh)
+
+
+def _run(options: argparse.Namespace) -> int:
+    notebook = find_notebook(options.notebook)
+    given = {**_parameters_file(options.file), **dict(options.parameter)} if options.file else dict(options.parameter)
+    checked = check_parameters(notebook, given)
+    values = {parameter.name: parameter.default for parameter in read_parameters(notebook).values()} | checked
+    stage = runs.NOTEBOOK_STAGES.get(notebook.stem)
+    if stage in ("source", "grown"):
+        profile = _notebook_profile(values)
+        _require_gpu_or_consent(profiles.source_profile(profile) if stage == "source" else profile, options.without_gpu)
+    output = options.output
+    if output is None:
+        folder = runs.run_path(values.get("profile", "tiny"), stage, values.get("run", "")) if stage else Path.cwd()
+        output = folder / "notebooks" / notebook.name
+    return run_notebook(notebook, output, checked)
+
+
+def _parameters_file(path: Path) -> dict:
+    if not path.is_file():
+        raise Refused(f"There is no parameter file {path}; give a YAML file of name: value lines.")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise Refused(f"{path} is not valid YAML ({str(error).splitlines()[0]}); give name: value lines.") from error
+    if not isinstance(values, dict):
+        raise Refused(f"{path} holds a {type(values).__name__}; give name: value lines.")
+    return values
+
+
+def _notebook_profile(values: dict) -> profiles.Profile:
+    """The profile a notebook's parameters ask for: those named like one of its fields change it."""
+    return profiles.profile_with(values["profile"], **{key: value for key, value in values.items() if key in profiles.FIELD_TYPES})
+
+
+def _set_fields(options: argparse.Namespace) -> profiles.Profile:
+    changes = {}
+    for key, text in options.set:
+        kind = profiles.FIELD_TYPES.get(key, str)
+        changes[key] = text if kind is str else yaml.safe_load(text)
+        if kind is float and isinstance(changes[key], str):  # YAML reads 1e-4 as text
+            try:
+                changes[key] = float(text)
+            except ValueError:
+                pass  # get_profile says what is wrong with it
+    return profiles.get_profile(options.profile, **changes)
+
+
+def _require_gpu_or_consent(profile: profiles.Profile, consent: bool) -> None:
+    if torch.cuda.is_available():
+        return
+    needed = estimate(profile)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed.seconds < LONG_WITHOUT_GPU and needed.memory < memory:
+        return
+    if not consent:
+        raise Refused(
+            f"{needed.sentence()}, which has no GPU and {memory / 2**30:.0f} GiB of memory; "
+            "lower max_steps, seq_len or micro_batch, or add --without-gpu to start all the same."
+        )
+    print(f"{needed.sentence()}; starting, as asked.", flush=True)
+
+
+def _train(options: argparse.Namespace) -> int:
+    profile = _set_fields(options)
+    _require_gpu_or_consent(profile, options.without_gpu)
+    printed = 0.0
+
+    def report(row) -> None:
+        nonlocal printed
+        if row["kind"] == "held_out":
+            print(f"step {row['step']:,}: held-out loss {row['held_out_loss']:.4f}", flush=True)
+        elif row["kind"] == "train" and row["seconds"] - printed >= 5:
+            printed = row["seconds"]
+            left = (profile.schedule.max_steps - row["step"]) * row["seconds"] / row["step"]
+            print(
+                f"step {row['step']:,}/{profile.schedule.max_steps:,}: loss {row['cross_entropy']:.4f}, "
+                f"{row['tokens_per_second']:,.0f} tokens/s, {clock(left)} left", flush=True,
+            )  # fmt: skip
+
+    result = train(profile, runs.run_path(profile.name, "train", options.run or ""), options.init, callbacks=[report])
+    print(f"Finished at step {result.step:,}, held-out loss {result.held_out_loss:.4f}; the model is in {result.checkpoint}")
+    return 0
+
+
+def _stack(options: argparse.Namespace) -> int:
+    summary = stack_checkpoint(Path.cwd() / options.source, Path.cwd() / options.target, options.factor, options.order)
+    compared = verify_stack(Path.cwd() / options.source, Path.cwd() / options.target)
+    for key, value in summary.table().items():
+        print(f"{key:12} {value}")
+    print(f"{'verified':12} {compared} tensors, byte by byte")
+    return 0
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    for key, value in estimate(_set_fields(options)).table().items():
+        print(f"{key:22} {value}")
+    return 0
+
+
+def _runs(options: argparse.Namespace) -> int:
+    table = runs.load_runs()
+    print("There are no runs yet; `make demo` makes some." if table.empty else table.drop(columns="checkpoint").to_string(index=False))
+    if not table.empty:
+        print(f"in {paths.runs_dir()}")
+    return 0

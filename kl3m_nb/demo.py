@@ -1,0 +1,101 @@
+"""The demonstration: notebooks 00 to 05 at laptop size, one after the other, then a short table and an index page.
+
+What is finished and still made by the same notebooks and package is reused; a changed notebook is run again together with all
+behind it, and its training continues from the runs on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+from kl3m_nb import paths, report, runs
+from kl3m_nb.html import IndexEntry, write_index
+from kl3m_nb.metrics import read_metrics
+from kl3m_nb.parameters import load_notebook
+from kl3m_nb.progress import clock, replace_text
+from kl3m_nb.runner import EXIT_OK, run_notebook
+from kl3m_nb.runtime import versions
+
+PROFILE = "tiny"
+_FIGURES = (
+    ("What growing saves: held-out loss against the cost in tokens, operations and time.", "growth", "growth.png"),
+    ("The grown model's training.", "grown", "training.png"),
+    ("Condition of every matrix of the trained model; the clamp's ceilings are marked.", "spectra", "condition_trained.png"),
+    ("How far the copies of each source block have drifted apart.", "spectra", "divergence.png"),
+)
+
+
+def run_demo(fresh: bool = False) -> int:
+    """Runs what is not finished, prints the result, and returns the exit code of the first notebook that failed, or 0."""
+    if fresh:
+        for folder in paths.runs_dir().glob("demo-*"):
+            shutil.rmtree(folder)
+    report_dir = runs.run_path(PROFILE, "report")
+    report_dir.mkdir(parents=True, exist_ok=True)
+    finished = _read_json(report_dir / "finished.json")
+    began, entries, rerun = time.monotonic(), [], False
+    names = list(runs.NOTEBOOK_STAGES)
+    for number, name in enumerate(names, start=1):
+        notebook = paths.notebooks_dir() / f"{name}.ipynb"
+        output = runs.run_path(PROFILE, runs.NOTEBOOK_STAGES[name]) / "notebooks" / notebook.name
+        status_path, page = output.with_suffix(".status.json"), output.with_suffix(".html")
+        fingerprint = _fingerprint(notebook)
+        if not rerun and finished.get(name) == fingerprint and page.is_file() and _read_json(status_path).get("state") == "completed":
+            print(f"[{name}] {number}/{len(names)} finished before, reused", flush=True)
+        else:
+            rerun = True
+            print(f"[{name}] {number}/{len(names)} starts", flush=True)
+            exit_code = run_notebook(notebook, output, {})
+            if exit_code != EXIT_OK:
+                print("The demonstration stopped here; `make demo` continues, `make demo FRESH=1` starts over.", flush=True)
+                return exit_code
+            finished[name] = fingerprint
+            replace_text(report_dir / "finished.json", json.dumps(finished, indent=1) + "\n")
+        entries.append(_entry(notebook, page, _read_json(status_path), report_dir))
+    comparison = report.compare_growth(*(read_metrics(runs.run_path(PROFILE, stage), "held_out") for stage in ("source", "grown", "scratch")))
+    conditions = f"{versions()} · {clock(sum(entry.seconds for entry in entries))} for all notebooks"
+    index = report_dir / "index.html"
+    write_index(
+        index,
+        "Growing a small legal language model",
+        f"<p>A trained 3-layer model, stacked to 12 layers and trained on, beside the same 12 layers from scratch.</p><p>{conditions}</p>",
+        entries,
+        tables=[("Losses, nats per token", comparison.losses), ("Cost to reach scratch's best loss", comparison.speedup_table())],
+        figures=[(text, runs.run_path(PROFILE, stage) / "figures" / name) for text, stage, name in _FIGURES],
+    )
+    _print_summary(comparison, conditions, index, time.monotonic() - began)
+    return EXIT_OK
+
+
+def _print_summary(comparison: report.GrowthComparison, conditions: str, index: Path, seconds: float) -> None:
+    print(f"\n{comparison.losses.round(3).to_string(index=False)}\n")
+    print(f"To reach a held-out loss of {comparison.target_loss:.3f} (the best of the model from scratch):")
+    print(comparison.speedup_table().to_string(index=False))
+    print(f"\n{conditions}\nThis call took {clock(seconds)}. The pages: {index}", flush=True)
+
+
+def _entry(notebook: Path, page: Path, status: dict, report_dir: Path) -> IndexEntry:
+    heading, _, purpose = load_notebook(notebook).cells[0].source.partition("\n")
+    return IndexEntry(
+        title=heading.lstrip("# "),
+        description=" ".join(purpose.split()),
+        link=str(Path("..") / page.relative_to(report_dir.parent)),
+        state=status["state"],
+        seconds=status["seconds"],
+    )
+
+
+def _fingerprint(notebook: Path) -> str:
+    """Changes with the notebook or any module of the package."""
+    digest = hashlib.sha256(notebook.read_bytes())
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,98 @@
+"""Watching a run: a callback for `training.train` that keeps one notebook output current and tells the runner how far it is.
+
+What is shown is drawn from metrics.jsonl, so after a closed browser tab or a crash `show_run` gives the same picture again.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from IPython.display import HTML, display
+from matplotlib.figure import Figure
+
+from kl3m_nb import paths, plots
+from kl3m_nb.metrics import read_metrics
+from kl3m_nb.progress import clock, write_progress
+
+
+class LiveView:
+    """Shows a run while it trains: `train(..., callbacks=[LiveView(run_dir)])`. Leaves exactly one output in the notebook."""
+
+    def __init__(self, run_dir: str | Path, text_seconds: float = 1.0, figure_seconds: float = 10.0):
+        self.run_dir = paths.resolve(run_dir)
+        self._text_seconds, self._figure_seconds = text_seconds, figure_seconds
+        self._handle = None
+        self._header, self._figure, self._held_out = "", "", ""
+        self._max_steps, self._first_step = 0, 0
+        self._began = self._text_at = self._figure_at = 0.0
+        self._last: Mapping = {}
+
+    def __call__(self, row: Mapping) -> None:
+        now = time.monotonic()
+        match row["kind"]:
+            case "start":
+                self._began, self._first_step, self._max_steps = now, row["step"], row["max_steps"]
+                self._header = f"{row['run']} · {row['runtime']}"
+                self._handle = display(HTML(self._page("starting")), display_id=True)
+            case "train":
+                self._last = row
+                if now - self._text_at >= self._text_seconds:
+                    self._text_at = now
+                    text = self._progress_text(now)
+                    write_progress(text)
+                    if now - self._figure_at >= self._figure_seconds:
+                        self._figure_at = now
+                        self._figure = self._draw()
+                    self._handle.update(HTML(self._page(text)))
+            case "held_out":
+                self._held_out = f"held-out {row['held_out_loss']:.3f}"
+            case "end":
+                self._figure = self._draw()
+                self._handle.update(HTML(self._page(self._progress_text(now))))
+
+    def _progress_text(self, now: float) -> str:
+        step = self._last.get("step", self._first_step)
+        parts = [f"step {step:,}/{self._max_steps:,}"]
+        if self._last:
+            parts += [f"loss {self._last['cross_entropy']:.3f}", f"{self._last['tokens_per_second']:,.0f} tokens/s"]
+        if self._held_out:
+            parts.insert(2, self._held_out)
+        done = step - self._first_step
+        if done:  # time left from the whole pace, evaluations and checkpoints included
+            parts.append(f"{clock((now - self._began) / done * (self._max_steps - step))} left")
+        return " · ".join(parts)
+
+    def _page(self, text: str) -> str:
+        share = self._last.get("step", self._first_step) / max(1, self._max_steps)
+        return (
+            f"<div style='font-family:sans-serif;font-size:90%'><div>{html.escape(self._header)}</div>"
+            f"<progress value='{share:.4f}' max='1' style='width:24em'></progress> {html.escape(text)}</div>{self._figure}"
+        )
+
+    def _draw(self) -> str:
+        train, held_out = read_metrics(self.run_dir, "train"), read_metrics(self.run_dir, "held_out")
+        return figure_html(plots.plot_training(train, held_out)) if len(train) and len(held_out) else ""
+
+
+def show_run(run_dir: str | Path) -> HTML:
+    """The training figure of a run, drawn again from its metrics.jsonl: also for a run that is still going on elsewhere."""
+    run_dir = paths.resolve(run_dir)
+    train, held_out = read_metrics(run_dir, "train"), read_metrics(run_dir, "held_out")
+    if train.empty:
+        raise ValueError(f"{run_dir} holds no training metrics yet; start the run first, or name another.")
+    return HTML(figure_html(plots.plot_training(train, held_out)))
+
+
+def figure_html(figure: Figure) -> str:
+    """`figure` as an <img> that carries its own data, and closes the figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return f"<img alt='' style='max-width:100%' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+

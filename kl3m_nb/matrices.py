@@ -1,0 +1,162 @@
+"""The weight matrices of a model or checkpoint: found by name, described from the file's header, read one at a time.
+
+A folder is never loaded as a model: `find_matrices` opens its safetensors files and keeps, for each matrix, where it lies. Roles
+are those of Llama (`q_proj` … `down_proj`, `lm_head`); Mixtral's experts, fused or one by one, are matrices of the same roles
+with an `expert` number. Tied weights have one vocabulary matrix, and it is the LM head.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kl3m_nb.profiles import ATTENTION_ROLES
+
+BLOCK_ROLES = (*ATTENTION_ROLES, "gate_proj", "up_proj", "down_proj")
+ROLES = (*BLOCK_ROLES, "lm_head")
+HEAD_LAYER = -1  # the `layer` of the LM head, which belongs to no block
+
+Checkpoint = str | os.PathLike | torch.nn.Module
+
+_FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_EXPERT_ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_DENSE_NAME = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.weight$")
+_EXPERT_NAME = re.compile(r"layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight$")
+_FUSED_NAME = re.compile(r"layers\.(\d+)\.\w+\.experts\.(gate_up_proj|down_proj)$")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix that is known but not yet read. `layer` is -1 for the LM head, `expert` -1 outside a mixture."""
+
+    layer: int
+    role: str
+    expert: int
+    shape: tuple[int, int]
+    dtype: str  # float32, bfloat16, …
+    read: Callable[[], torch.Tensor]
+
+
+def find_matrices(model_or_checkpoint: Checkpoint) -> list[Matrix]:
+    """The matrices of a Llama or Mixtral, ordered by layer and role, the LM head last; tied weights make the embedding the head.
+
+    Takes a Hugging Face folder (one or several safetensors files), a .safetensors file or a module. Raises ValueError for what is
+    not there, not readable, not such a decoder, or lacks a layer or one matrix of a layer.
+    """
+    if isinstance(model_or_checkpoint, torch.nn.Module):
+        source = f"The module {type(model_or_checkpoint).__name__}"
+        tensors = _module_tensors(model_or_checkpoint)
+    else:
+        source = os.fspath(model_or_checkpoint)
+        tensors = _file_tensors(Path(source))
+    matrices, heads = [], {}
+    for name, (shape, dtype, read) in tensors.items():
+        if match := _DENSE_NAME.search(name):
+            if match[2] in BLOCK_ROLES:
+                matrices.append(Matrix(int(match[1]), match[2], -1, shape, dtype, read))
+        elif match := _EXPERT_NAME.search(name):
+            role = _EXPERT_ROLES.get(match[3], match[3])
+            matrices.append(Matrix(int(match[1]), role, int(match[2]), shape, dtype, read))
+        elif match := _FUSED_NAME.search(name):
+            matrices += _split_experts(int(match[1]), match[2], shape, dtype, read)
+        elif name.endswith(("lm_head.weight", "embed_tokens.weight")):
+            heads[name.rsplit(".", 2)[-2]] = Matrix(HEAD_LAYER, "lm_head", -1, shape, dtype, read)
+    _check_whole(source, matrices, heads)
+    matrices.sort(key=lambda matrix: (matrix.layer, BLOCK_ROLES.index(matrix.role), matrix.expert))
+    return [*matrices, heads.get("lm_head", heads.get("embed_tokens"))]
+
+
+def _split_experts(layer: int, name: str, shape: tuple[int, ...], dtype: str, read: Callable) -> list[Matrix]:
+    # Mixtral's fused experts: gate_up_proj is (experts, 2·mlp, hidden) with the gate first, down_proj (experts, hidden, mlp).
+    experts, rows, cols = shape
+    parts = {"down_proj": slice(0, rows)}
+    if name == "gate_up_proj":
+        rows //= 2
+        parts = {"gate_proj": slice(0, rows), "up_proj": slice(rows, 2 * rows)}
+    return [
+        Matrix(layer, role, expert, (rows, cols), dtype, lambda expert=expert, part=part: read((expert, part)))
+        for role, part in parts.items()
+        for expert in range(experts)
+    ]
+
+
+def _check_whole(source: str, matrices: list[Matrix], heads: dict) -> None:
+    if not matrices or not heads:
+        raise ValueError(
+            f"{source} is not a decoder this analysis knows: it needs `layers.N.self_attn` and `layers.N.mlp` projections "
+            "and an embedding, named as Hugging Face's Llama and Mixtral name them."
+        )
+    layers: dict[int, set] = {}
+    for matrix in matrices:
+        layers.setdefault(matrix.layer, set()).add((matrix.role, matrix.expert))
+    everything = set().union(*layers.values()) | {(role, -1) for role in ATTENTION_ROLES}
+    for layer in range(max(layers) + 1):
+        missing = everything - layers.get(layer, set())
+        if missing == everything:
+            raise ValueError(f"{source} has no layer {layer}, though it has a layer {max(layers)}; give the whole model.")
+        if missing:
+            raise ValueError(f"{source} has no {min(missing)[0]} in layer {layer}; give the whole model.")
+
+
+def _module_tensors(model: torch.nn.Module) -> dict[str, tuple]:
+    return {
+        name: (
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            lambda index=..., tensor=tensor: tensor.detach()[index],
+        )
+        for name, tensor in model.named_parameters()
+    }
+
+
+def _file_tensors(path: Path) -> dict[str, tuple]:
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if path.is_file():
+        files = [path]
+    elif index.is_file():
+        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    else:
+        files = [single]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ValueError(
+            f"There is no {missing[0]}; give a Hugging Face folder with safetensors weights, a .safetensors file or a model."
+        )
+    tensors = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}); give a finished checkpoint.") from error
+        names = handle.keys()
+        for name in names:
+            view = handle.get_slice(name)
+            dtype = _FLOAT_DTYPES.get(view.get_dtype(), view.get_dtype().lower())
+            tensors[name] = (tuple(view.get_shape()), dtype, lambda index=slice(None), view=view: view[index])
+    return tensors
+
+
+def layer_count(matrices: list[Matrix]) -> int:
+    """Number of decoder blocks."""
+    return 1 + max(matrix.layer for matrix in matrices)
+
+
+def check_source_layers(layers: int, source_layers: int) -> int:
+    """`source_layers` if `layers` is a multiple of it; raises ValueError otherwise."""
+    if source_layers < 1 or layers % source_layers:
+        raise ValueError(f"A model of {layers} layers is not made of copies of {source_layers}; give a divisor of {layers}.")
+    return source_layers
+
+
+def model_name(model_or_checkpoint: Checkpoint) -> str:
+    """What a figure calls this model: its class, its folder's name, or the file's name without suffix."""
+    if isinstance(model_or_checkpoint, torch.nn.Module):
+        return type(model_or_checkpoint).__name__
+    path = Path(model_or_checkpoint)
+    return path.stem if path.is_file() else path.resolve().name

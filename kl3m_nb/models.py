@@ -1,0 +1,173 @@
+"""The models: Hugging Face's `LlamaForCausalLM` and `MixtralForCausalLM`, built from a profile or loaded from disk or hub.
+
+Nothing here changes their code, so every checkpoint we write loads with `pipeline(...)` and `AutoModelForCausalLM` alone. What
+is ours is one forward pass that stops before the LM head, because the objective computes logits chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils.logging import disable_progress_bar
+
+from kl3m_nb import paths
+from kl3m_nb.profiles import ModelSpec, Profile
+from kl3m_nb.roles import parameter_roles, role_table
+from kl3m_nb.tokenizer import END_ID, PAD_ID, START_ID
+
+__all__ = [
+    "BodyOutput", "build_model", "check_checkpoint", "check_fits", "forward_body", "load_model", "model_config", "parameter_counts",
+    "parameter_roles", "role_table",
+]  # fmt: skip
+
+disable_progress_bar()  # transformers' own bars for files that take milliseconds would drown the one that counts
+
+
+def model_config(spec: ModelSpec) -> LlamaConfig | MixtralConfig:
+    """The Hugging Face configuration of `spec`, with the family's special ids."""
+    shared = dict(
+        vocab_size=spec.vocabulary,
+        hidden_size=spec.hidden,
+        intermediate_size=spec.mlp,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.head_size,
+        max_position_embeddings=spec.context,
+        rms_norm_eps=1e-5,
+        initializer_range=spec.initializer_range,
+        tie_word_embeddings=spec.tied_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+        bos_token_id=START_ID,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+        use_cache=True,
+    )
+    if not spec.experts:
+        return LlamaConfig(**shared)
+    return MixtralConfig(
+        **shared,
+        sliding_window=spec.sliding_window or None,
+        num_local_experts=spec.experts,
+        num_experts_per_tok=spec.active_experts,
+        router_aux_loss_coef=spec.router_aux_loss,
+    )
+
+
+def build_model(profile: Profile, device: str | torch.device | None = None, attention: str = "sdpa") -> PreTrainedModel:
+    """A float32 model of `profile` with fresh weights, drawn from `profile.data.seed`; `device="meta"` allocates nothing."""
+    config = model_config(profile.model)
+    config._attn_implementation = attention
+    model_class = MixtralForCausalLM if profile.model.experts else LlamaForCausalLM
+    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
+        torch.manual_seed(profile.data.seed)
+        return model_class(config)
+
+
+def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTrainedModel:
+    """A float32 model from a checkpoint folder or the hub.
+
+    Raises ValueError with one sentence when a folder is missing, incomplete or cut off.
+    """
+    name = str(path_or_hub_id)
+    folder = paths.resolve(name)
+    if folder.is_dir():
+        check_checkpoint(folder)
+        name = str(folder)
+    elif name.count("/") != 1 or name.startswith((".", "/", "runs/")):
+        raise ValueError(f"There is no checkpoint folder {name}; train one first, or name a folder or a hub id OWNER/NAME.")
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention)
+
+
+def check_checkpoint(folder: str | Path) -> dict:
+    """The `config.json` of a checkpoint folder whose weight files are whole.
+
+    Raises ValueError with one sentence naming the folder and what is wrong with it.
+    """
+    folder = paths.resolve(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no checkpoint folder {folder}; train one first, or name another.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json, so it is no checkpoint; name a Hugging Face model folder.")
+    weight_files = sorted(folder.glob("*.safetensors"))
+    if not weight_files:
+        raise ValueError(f"The checkpoint {folder} holds no .safetensors file; it was not written to its end, name another.")
+    for path in weight_files:
+        try:
+            with safe_open(path, "pt") as tensors:
+                tensors.keys()
+        except SafetensorError as error:
+            raise ValueError(f"The checkpoint file {path} is cut off or damaged ({error}); use an earlier checkpoint.") from error
+    return json.loads((folder / "config.json").read_text())
+
+
+def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:
+    """Raises ValueError naming the first number in which a checkpoint's `config.json` differs from `profile`'s shape."""
+    wanted = model_config(profile.model).to_dict()
+    for key in (
+        "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+        "head_dim", "vocab_size", "tie_word_embeddings", "num_local_experts",
+    ):  # fmt: skip
+        if key in wanted and config.get(key) != wanted[key]:
+            raise ValueError(
+                f"The checkpoint {folder} has {key} {config.get(key)}, the profile {profile.name} wants {wanted[key]}; "
+                "choose a matching checkpoint or profile."
+            )
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Parameters by component: embedding (with a tied head), attention, mlp, norms, lm_head when untied, and the total."""
+    components = {"embedding": 0, "attention": 0, "mlp": 0, "norms": 0, "lm_head": 0}
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        if "embed_tokens" in name:
+            component = "embedding"
+        elif "lm_head" in name:
+            component = "lm_head"
+        elif "self_attn" in name:
+            component = "attention"
+        else:
+            component = "norms" if "norm" in name else "mlp"
+        components[component] += parameter.numel()
+    if tied:
+        components["embedding (tied head)"] = components.pop("embedding")
+        del components["lm_head"]
+    components["total"] = sum(parameter.numel() for parameter in model.parameters())
+    return components
+
+
+@dataclass(frozen=True)
+class BodyOutput:
+    """hidden and residual, both [batch, seq_len, hidden], e.g. [8, 256, 128]: after and before the final norm.
+
+    `router_loss` is the load-balancing loss of a Mixtral (0-d, not yet weighted), exactly zero for a dense model.
+    """
+
+    hidden: torch.Tensor
+    residual: torch.Tensor
+    router_loss: torch.Tensor
+
+
+def forward_body(model: PreTrainedModel, input_ids: torch.Tensor) -> BodyOutput:
+    """Runs everything below the LM head on input_ids, int64 [batch, seq_len], e.g. [8, 256].
+
+    No attention mask is passed: packed windows are causal and full, and a mask would switch off the fast causal path.
+    """
+    residuals = []
+    hook = model.model.norm.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0]))
+    experts = getattr(model.config, "num_local_experts", 0)
+    try:
+        output = model.model(input_ids=input_ids, use_cache=False, **({"output_router_logits": True} if experts else {}))
+    finally:
+        hook.remove()
+    router_loss = residuals[0].new_zeros(())
+    if experts:
+        router_loss = load_balancing_loss_func(output.router_logits, experts, model.config.num_experts_per_tok)
+    return BodyOutput(output.last_hidden_state, residuals[0], router_loss)

@@ -1,0 +1,41 @@
+"""Where things are: every path is resolved from the project's root, whatever folder a kernel or shell was started in.
+
+Jupyter and nbval start kernels in the notebook's folder, papermill in the caller's; both must find the same `runs/`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def project_root() -> Path:
+    """The folder that holds `notebooks/` and `kl3m_nb/`; the current folder when the package is installed elsewhere."""
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "notebooks").is_dir() else Path.cwd()
+
+
+def runs_dir() -> Path:
+    """The folder of all runs: `$KL3M_NB_RUNS`, or `runs/` in the project's root."""
+    return Path(os.environ.get("KL3M_NB_RUNS") or project_root() / "runs").resolve()
+
+
+def cache_dir() -> Path:
+    """Trained tokenizers and other things that can be made again: `$KL3M_NB_CACHE`, or `data/cache/` in the root."""
+    return Path(os.environ.get("KL3M_NB_CACHE") or project_root() / "data" / "cache").resolve()
+
+
+def notebooks_dir() -> Path:
+    """The folder of the ordered notebooks."""
+    return project_root() / "notebooks"
+
+
+def prompts_dir() -> Path:
+    """The folder of evaluation prompts."""
+    return project_root() / "data" / "prompts"
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """`path` as it is when absolute, else below the project's root."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() else project_root() / path

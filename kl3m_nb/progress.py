@@ -1,0 +1,50 @@
+"""One line of progress from a kernel to the runner that started it, through a small file.
+
+The runner names the file in `$KL3M_NB_PROGRESS`. Training code reports there without knowing whether anybody reads it: in
+JupyterLab, under nbval or under plain papermill the variable is not set and a report costs one look-up.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PROGRESS_VARIABLE = "KL3M_NB_PROGRESS"
+
+
+def write_progress(text: str) -> None:
+    """Report one line, such as "step 120/300  loss 4.31  9,800 tokens/s  0:42 left"; without a runner nothing happens.
+
+    A file that cannot be written (the runner is gone, the disk is full) is no reason to stop training: the line is lost.
+    """
+    path = os.environ.get(PROGRESS_VARIABLE)
+    if not path:
+        return
+    try:
+        replace_text(Path(path), " ".join(text.split()))
+    except OSError:
+        pass
+
+
+def read_progress(path: Path) -> str:
+    """The last line reported to `path`; empty when there is none yet."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old text or the new, never half of one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def clock(seconds: float) -> str:
+    """A duration in seconds as people read it: "0:42", "12:05", "3:00:00", "4 d 7 h"."""
+    if seconds >= 2 * 86_400:
+        return f"{seconds // 86_400:.0f} d {seconds % 86_400 // 3600:.0f} h"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

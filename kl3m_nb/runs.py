@@ -1,0 +1,59 @@
+"""The registry of runs: what a run is called, and a table of all that lie in `runs/`. Folders are the only database."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from kl3m_nb import checkpoints, paths
+from kl3m_nb.metrics import read_metrics
+from kl3m_nb.training import RUN_FILE
+
+# What each notebook writes; the laptop profile's runs are the demonstration.
+NOTEBOOK_STAGES = {
+    "00_source_model": "source",
+    "01_stacking": "stack",
+    "02_training": "grown",
+    "03_spectral_analysis": "spectra",
+    "04_generation_evaluation": "generation",
+    "05_growth_comparison": "growth",
+}
+
+
+def run_path(profile_name: str, stage: str, run: str = "") -> Path:
+    """The folder `run` below runs/, or when it is empty the one a stage of a profile writes by itself.
+
+    run_path("tiny", "grown") is runs/demo-grown, run_path("kl3m-007-500m", "grown") runs/kl3m-007-500m-grown.
+    """
+    return paths.runs_dir() / (run or f"{'demo' if profile_name == 'tiny' else profile_name}-{stage}")
+
+
+def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:
+    """A row per run folder: run, profile, init, step, max_steps, held_out_loss (nats per token), tokens, seconds, checkpoint.
+
+    Without `runs_dir` the project's own folder is read. A run without evaluations yet has NaN as its loss.
+    """
+    folder = paths.runs_dir() if runs_dir is None else paths.resolve(runs_dir)
+    rows = []
+    for path in sorted(folder.glob(f"*/{RUN_FILE}")):
+        record = json.loads(path.read_text())
+        held_out = read_metrics(path.parent, "held_out")
+        last = held_out.iloc[-1] if len(held_out) else {}
+        checkpoint = checkpoints.latest_checkpoint(path.parent)
+        rows.append(
+            {
+                "run": path.parent.name,
+                "profile": record["profile"]["name"],
+                "layers": record["profile"]["model"]["layers"],
+                "init": record["init"],
+                "step": checkpoints.checkpoint_step(checkpoint) if checkpoint else 0,
+                "max_steps": record["profile"]["schedule"]["max_steps"],
+                "held_out_loss": last.get("held_out_loss", float("nan")),
+                "tokens": last.get("tokens", 0),
+                "seconds": last.get("seconds", 0.0),
+                "checkpoint": str(checkpoint) if checkpoint else "",
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,307 @@
+"""Figures of spectra and of the stack: who came from where, condition by layer and role, spectra over depth, copies, inheritance.
+
+Drawn for 120 layers as for 12: layers run along an axis, are numbered sparsely, and the borders between copies are marked. Style
+and saving are those of `plots`. Spectra are keyed as `spectra.spectrum_key` says: (layer, role).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from kl3m_nb.matrices import HEAD_LAYER, ROLES
+from kl3m_nb.plots import BLACK, BLUE, GREY, ORANGE, ROLE_COLORS, ROLE_DASHES, SEQUENCE, VERMILLION, styled
+
+AT_CEILING = 0.99  # share of the ceiling from which a matrix counts as sitting at it
+ABOVE_CEILING = 1.01
+
+
+@styled
+def plot_stack_map(order: Sequence[int], source_layers: int) -> Figure:
+    """Which source block each target block came from: `order[i]` is the source of target block i, below `source_layers`."""
+    if not order or min(order) < 0 or max(order) >= source_layers:
+        raise ValueError(f"A stack map needs source blocks from 0 to {source_layers - 1}; the order given is {list(order)[:8]} …")
+    order = np.asarray(order)
+    targets = np.arange(len(order))
+    figure, axes = plt.subplots(figsize=(12, 2.2 + 3.2 * min(1.0, source_layers / 12)))
+    axes.plot(targets, order, color=GREY, linewidth=0.8, zorder=1)
+    side = min(16.0, 720 / len(order))
+    axes.scatter(targets, order, s=side**2, c=order, marker="s", edgecolor="white", linewidth=0.4, zorder=2)
+    if len(order) <= 40:
+        for target, block in zip(targets, order, strict=True):
+            shade = "white" if block < 0.6 * source_layers else BLACK
+            axes.text(target, block, str(block), ha="center", va="center", fontsize=8, color=shade)
+    copies = [int((order[:target] == order[target]).sum()) for target in targets]
+    starts = [target for target in targets[1:] if copies[target] != copies[target - 1]]
+    if len(starts) == max(copies):  # the copies are whole and one after the other
+        for start in starts:
+            axes.axvline(start - 0.5, color=BLACK, linewidth=0.8, linestyle="--")
+        for number, (start, end) in enumerate(zip([0, *starts], [*starts, len(order)], strict=True)):
+            axes.text(
+                (start + end - 1) / 2, 1.01, f"copy {number}", ha="center", va="bottom", transform=axes.get_xaxis_transform()
+            )
+    axes.set_xlim(-1, len(order))
+    axes.set_ylim(source_layers - 0.2, -0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(13, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axes.set_xlabel("block of the target")
+    axes.set_ylabel("block of the source")
+    return figure
+
+
+@styled
+def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float]) -> Figure:
+    """Condition number by layer and role, each cell marked that sits at its clamp ceiling or lies above it.
+
+    `spectra` is what `spectra.model_spectra` returns, `ceilings` maps roles to their max_condition (0 for a role that is not
+    clamped). Of a mixture the worst expert is shown. Conditions of 16-bit weights are drawn, with a warning in the title.
+    """
+    grid = _role_grid(spectra, "condition", "max")
+    figure, axes, image = _heatmap(grid, spectra, LogNorm(*_log_limits(grid, ceilings.values())))
+    limits = np.array([ceilings.get(role, 0.0) for role in grid.index])[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.where(limits > 0, grid.to_numpy() / limits, np.nan)
+    for mask, marker, color, text in (
+        ((share >= AT_CEILING) & (share <= ABOVE_CEILING), "o", ORANGE, "at the ceiling"),
+        (share > ABOVE_CEILING, "X", VERMILLION, "above the ceiling"),
+    ):
+        rows, layers = np.nonzero(mask)
+        size = min(7.0, 420 / grid.shape[1])
+        label = f"{text}: {len(rows)} of {int(grid.notna().to_numpy().sum())}"
+        axes.plot(
+            layers,
+            rows,
+            marker,
+            color=color,
+            markeredgecolor=BLACK,
+            markeredgewidth=0.4,
+            markersize=size,
+            linestyle="",
+            label=label,
+        )
+    bar = figure.colorbar(image, ax=axes, pad=0.01, label="condition number σ₁/σₘᵢₙ")
+    for ceiling in sorted({ceilings.get(role, 0.0) for role in grid.index} - {0.0}):
+        bar.ax.axhline(ceiling, color=VERMILLION, linewidth=2)
+    heads = spectra[spectra["role"] == "lm_head"]
+    title = (
+        "" if heads.empty else f"LM head: condition {heads['condition'].max():,.0f} (ceiling {ceilings.get('lm_head', 0.0):,.0f})"
+    )
+    if not spectra["condition_reliable"].all():
+        title += "    Not reliable: 16-bit or non-finite weights"
+    axes.set_title(title, fontsize=10.5, fontweight="normal")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+@styled
+def plot_ridgeline(singular_values: Mapping[tuple[int, str], np.ndarray], role: str) -> Figure:
+    """The spectrum of `role` in every layer, one above the other: density of log σ, with dots at σ₁ and σ_min (if above zero)."""
+    layers = _layers_with(singular_values, role)
+    spectra = {layer: values[values > 0] for layer in layers if len(values := singular_values[layer, role]) and values[0] > 0}
+    if not spectra:
+        raise ValueError(f"Every {role} is zero; there is no spectrum to draw.")
+    low = np.log10(min(values[-1] for values in spectra.values()))
+    high = np.log10(max(values[0] for values in spectra.values()))
+    margin = 0.04 * (high - low) + 0.05
+    grid = np.linspace(low - margin, high + margin, 400)
+    densities = {layer: _density(np.log10(values), grid) for layer, values in spectra.items()}
+    tallest = max(density.max() for density in densities.values())
+    overlap = 1.6 + 0.025 * len(spectra)  # height of the tallest ridge, in layers
+    figure, axes = plt.subplots(figsize=(9, 3.2 + min(6.0, 0.35 * len(spectra))))
+    shades = plt.get_cmap("cividis")(np.linspace(0.0, 0.95, len(spectra)))
+    for order, (shade, (layer, density)) in enumerate(zip(shades, densities.items(), strict=True)):
+        ridge = layer - overlap * density / tallest
+        axes.fill_between(10**grid, layer, ridge, color=shade, alpha=0.85, linewidth=0, zorder=order)
+        axes.plot(
+            10**grid,
+            ridge,
+            color="white" if len(spectra) <= 40 else BLACK,
+            linewidth=0.9 if len(spectra) <= 40 else 0.35,
+            zorder=order,
+        )
+        ends = spectra[layer][[0, -1]]
+        axes.plot(ends, [layer, layer], ".", color=VERMILLION, markersize=min(5.0, 240 / len(spectra)), zorder=len(spectra))
+    axes.set_xscale("log")
+    axes.set_xlim(10 ** grid[0], 10 ** grid[-1])
+    axes.set_ylim(max(spectra) + 1, min(spectra) - overlap - 0.5)
+    axes.yaxis.set_major_locator(MaxNLocator(13, integer=True))
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("singular value σ")
+    axes.set_ylabel("layer")
+    axes.set_title(f"Spectra of {role} over depth")
+    return figure
+
+
+@styled
+def plot_copies(
+    singular_values: Mapping[tuple[int, str], np.ndarray], role: str, source_layer: int, source_layers: int
+) -> Figure:
+    """The copies of one source block side by side: above each spectrum on the mean of the copies, below its deviation from it.
+
+    Raises ValueError if there is no such block.
+    """
+    layers = [layer for layer in _layers_with(singular_values, role) if layer % source_layers == source_layer]
+    if not layers:
+        raise ValueError(f"There is no {role} of source block {source_layer}; blocks go from 0 to {source_layers - 1}.")
+    spectra = np.stack([singular_values[layer, role] for layer in layers])
+    mean = spectra.mean(axis=0)
+    index = np.arange(1, len(mean) + 1)
+    figure, axes = plt.subplots(
+        2, len(layers), figsize=(3.1 * len(layers) + 0.8, 6), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2)
+    )
+    for column, (layer, values) in enumerate(zip(layers, spectra, strict=True)):
+        above, below = axes[:, column]
+        color = SEQUENCE[column % len(SEQUENCE)]
+        above.plot(index, mean, color=GREY, linewidth=3.5, alpha=0.5, label="mean of the copies")
+        above.plot(index, values, color=color, label=f"layer {layer}")
+        above.set_yscale("log")
+        condition = f"{values[0] / values[-1]:,.0f}" if values[-1] > 0 else "infinite"
+        above.set_title(f"copy {layer // source_layers}: layer {layer}", fontsize=11)
+        above.text(0.05, 0.06, f"condition {condition}", transform=above.transAxes, fontsize=10)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            below.plot(index, 100 * (values / mean - 1), color=color)
+        below.axhline(0, color=GREY, linewidth=1)
+        below.set_xlabel("index i")
+    axes[0, 0].set_ylabel(f"σᵢ of {role}\n(grey: mean of the copies)")
+    axes[1, 0].set_ylabel("deviation from\nthe mean (%)")
+    return figure
+
+
+_DIVERGENCE_PANELS = {
+    "distance": ("Distance", "‖W_a − W_b‖ / mean norm"),
+    "movement_cosine": ("Direction of movement", "cosine of the movements"),
+    "top_overlap": ("Top subspace", "overlap of the top-k directions"),
+    "bottom_overlap": ("Bottom subspace", "overlap of the bottom-k directions"),
+}
+
+
+@styled
+def plot_divergence(divergence: pd.DataFrame) -> Figure:
+    """Distance, movement and subspace overlap of the copies by role; dashes mark the overlap that chance gives.
+
+    `divergence` is what `spectra.copy_divergence` returns, or several of them with a column `step`: then the steps run along the axis,
+    else the source blocks. Lines are means over pairs of copies (and over blocks, where the steps run).
+    """
+    along = _along(divergence, "source_layer")
+    panels = [column for column in _DIVERGENCE_PANELS if column in divergence]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels) + 0.4, 4.6), squeeze=False)
+    for panel, column in zip(axes[0], panels, strict=True):
+        title, unit = _DIVERGENCE_PANELS[column]
+        _lines_by_role(panel, divergence, along, column)
+        if column.endswith("_overlap"):
+            for chance, group in divergence.groupby("chance_overlap"):
+                panel.axhline(chance, color=BLACK, linestyle=(0, (6, 4)), linewidth=0.9)
+                roles = (
+                    "all roles"
+                    if divergence["chance_overlap"].nunique() == 1
+                    else ", ".join(sorted({r[0] for r in group["role"]}))
+                )
+                panel.annotate(
+                    f"chance ({roles})", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+                )
+            panel.set_ylim(0, 1.03)
+        if column == "movement_cosine":
+            panel.axhline(0, color=BLACK, linewidth=0.8)
+            panel.set_ylim(-1.05, 1.05)
+        if column == "distance":
+            panel.set_ylim(bottom=0)
+        panel.set_title(title)
+        panel.set_ylabel(unit)
+        panel.set_xlabel("optimizer step" if along == "step" else "source block")
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    return figure
+
+
+@styled
+def plot_inheritance(inheritance: pd.DataFrame) -> Figure:
+    """How far each spectrum's shape has moved from its source's: over the training steps by role, or by layer and role.
+
+    `inheritance` is what `spectra.inheritance` returns, or several of them with a column `step`. Lines are means over layers.
+    """
+    unit = "RMSE of ln(σᵢ/σ₁) against the source"
+    if _along(inheritance, "layer") == "step":
+        figure, axes = plt.subplots(figsize=(9, 4.8))
+        _lines_by_role(axes, inheritance, "step", "rmse")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(unit)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+        return figure
+    grid = _role_grid(inheritance, "rmse", "max")
+    figure, axes, image = _heatmap(grid, inheritance, Normalize(0, max(float(np.nanmax(grid.to_numpy())), 1e-6)))
+    figure.colorbar(image, ax=axes, pad=0.01, label=unit.replace(" against", "\nagainst"))
+    heads = inheritance[inheritance["role"] == "lm_head"]
+    axes.set_title("" if heads.empty else f"LM head: {heads['rmse'].max():.3f}", fontsize=10.5, fontweight="normal")
+    return figure
+
+
+def _along(frame: pd.DataFrame, otherwise: str) -> str:
+    if frame.empty:
+        raise ValueError("There is nothing to draw; the table is empty.")
+    return "step" if "step" in frame and frame["step"].nunique() > 1 else otherwise
+
+
+def _lines_by_role(axes: Axes, frame: pd.DataFrame, along: str, column: str) -> None:
+    base_roles = frame["role"].str.partition("[")[0]  # experts of one role count together
+    for role in [role for role in ROLES if role in set(base_roles)]:
+        line = frame[base_roles == role].groupby(along)[column].mean()
+        marker = "o" if len(line) <= 30 else None
+        axes.plot(
+            line.index, line, ROLE_DASHES[role], color=ROLE_COLORS[role], marker=marker, markersize=3.5, linewidth=1.5, label=role
+        )
+
+
+def _layers_with(singular_values: Mapping[tuple[int, str], np.ndarray], role: str) -> list[int]:
+    layers = sorted(layer for layer, name in singular_values if name == role)
+    if not layers:
+        raise ValueError(
+            f"There is no role {role!r}; these spectra have {', '.join(sorted({name for _, name in singular_values}))}."
+        )
+    return layers
+
+
+def _density(samples: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Gaussian kernel density with half of Silverman's bandwidth: spectra have edges that the full one would blur."""
+    spread = min(samples.std(), (np.quantile(samples, 0.75) - np.quantile(samples, 0.25)) / 1.34) or samples.std()
+    bandwidth = max(0.45 * spread * len(samples) ** -0.2, 1.5 * (grid[1] - grid[0]))
+    return np.exp(-0.5 * ((grid[:, None] - samples) / bandwidth) ** 2).sum(axis=1) / (len(samples) * bandwidth)
+
+
+def _role_grid(frame: pd.DataFrame, column: str, reduce: str) -> pd.DataFrame:
+    """Roles × layers of the blocks; infinities are shown as missing."""
+    blocks = frame[frame["layer"] != HEAD_LAYER]
+    blocks = blocks.assign(role=blocks["role"].str.partition("[")[0], value=blocks[column].replace([np.inf, -np.inf], np.nan))
+    grid = blocks.pivot_table(index="role", columns="layer", values="value", aggfunc=reduce, dropna=False)
+    return grid.reindex(index=[role for role in ROLES if role in grid.index], columns=sorted(blocks["layer"].unique()))
+
+
+def _log_limits(grid: pd.DataFrame, ceilings) -> tuple[float, float]:
+    known = grid.to_numpy()[np.isfinite(grid.to_numpy())]
+    highest = max([*known, *ceilings])
+    lowest = min(known, default=1.0)
+    return 10 ** np.floor(np.log10(lowest)), max(highest * 1.05, lowest * 10)
+
+
+def _heatmap(grid: pd.DataFrame, frame: pd.DataFrame, norm: Normalize) -> tuple[Figure, Axes, object]:
+    figure, axes = plt.subplots(figsize=(13, 4.2))
+    image = axes.imshow(grid, aspect="auto", norm=norm, interpolation="nearest")
+    axes.set_facecolor("#BBBBBB")  # cells without a finite value
+    axes.grid(visible=False)
+    axes.set_yticks(range(len(grid)), grid.index)
+    axes.xaxis.set_major_locator(MaxNLocator(13, integer=True))
+    axes.set_xlabel("layer")
+    for border in np.arange(len(grid) - 1) + 0.5:
+        axes.axhline(border, color="white", linewidth=1.5)
+    blocks = frame[frame["layer"] != HEAD_LAYER].drop_duplicates("layer").sort_values("layer")
+    for layer in blocks["layer"][blocks["copy"].diff() > 0]:
+        axes.axvline(layer - 0.5, color="white", linewidth=2.5)
+        axes.axvline(layer - 0.5, color=BLUE, linewidth=1.0)
+    return figure, axes, image

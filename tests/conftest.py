@@ -1,0 +1,31 @@
+"""Every test, and every notebook under nbval, works in its own empty `runs/`, never in the user's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+
+# Set before anything is collected, and inherited by the kernels nbval starts: all notebooks of one session share the folder.
+_RUNS = tempfile.TemporaryDirectory(prefix="kl3m-nb-runs-")
+os.environ["KL3M_NB_RUNS"] = _RUNS.name
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from kl3m_nb import profiles, training  # noqa: E402
+
+
+def small_profile(**overrides) -> profiles.Profile:
+    """A two-layer model of 32 hidden units on the embedded corpus; a step takes a few milliseconds."""
+    settings = dict(
+        layers=2, hidden=32, mlp=64, heads=4, kv_heads=2, head_size=8, growth_factor=1, vocabulary=512, context=64, seq_len=32,
+        micro_batch=4, held_out_windows=8, max_steps=6, warmup_steps=2, eval_every=3, checkpoint_every=3, clamp_every=2,
+    )  # fmt: skip
+    return profiles.get_profile("tiny", **{**settings, **overrides})
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """(run folder, TrainResult) of `small_profile` trained to its end."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    return run_dir, training.train(small_profile(), run_dir)

@@ -1,0 +1,184 @@
+"""Held-out loss against transformers' own, its profile, and intervals where the answer is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from kl3m_nb import evaluation
+from kl3m_nb.evaluation import bits_per_byte, bootstrap_interval, held_out_loss
+
+SHAPE = dict(
+    vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=64, initializer_range=0.3,
+)  # fmt: skip
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    return LlamaForCausalLM(LlamaConfig(**(SHAPE | changes)))
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(3)
+    return MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=5))
+
+
+def random_windows(number=7, seq_len=20) -> torch.Tensor:
+    return torch.randint(0, SHAPE["vocab_size"], (number, seq_len + 1), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("build", [llama, lambda: llama(tie_word_embeddings=True), mixtral], ids=["llama", "tied", "mixtral"])
+@pytest.mark.parametrize("tokens_at_once", [3, 1000], ids=["chunks", "whole"])
+def test_equals_transformers_own_loss(build, tokens_at_once, monkeypatch):
+    monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", 0)
+    monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", tokens_at_once)
+    model, windows = build().eval(), random_windows()
+    with torch.no_grad():
+        reference = model(input_ids=windows, labels=windows)
+    result = held_out_loss(model, windows, batch_windows=3)
+    assert result.loss == pytest.approx(reference.loss.item(), abs=1e-5)
+    assert result.tokens == 7 * 20
+    distribution = torch.distributions.Categorical(logits=reference.logits[:, :-1])
+    assert result.entropy_bits == pytest.approx(distribution.entropy().mean().item() / math.log(2), abs=1e-5)
+
+
+def test_profiles_are_the_losses_of_single_tokens_and_average_to_the_total():
+    model, windows = llama().eval(), random_windows()
+    with torch.no_grad():
+        logits = model(input_ids=windows).logits[:, :-1]
+    single = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
+    result = held_out_loss(model, windows, batch_windows=2)
+    torch.testing.assert_close(result.loss_by_position.float(), single.mean(dim=0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(result.loss_per_window.float(), single.mean(dim=1), rtol=0, atol=1e-5)
+    assert result.loss_by_position.mean().item() == pytest.approx(result.loss, abs=1e-12)
+    assert result.loss_per_window.mean().item() == pytest.approx(result.loss, abs=1e-12)
+
+
+def test_a_model_that_knows_nothing_has_the_loss_of_the_uniform_distribution():
+    model = llama()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    result = held_out_loss(model, random_windows())
+    assert result.loss == pytest.approx(math.log(101), abs=1e-6)
+    assert result.entropy_bits == pytest.approx(math.log2(101), abs=1e-5)
+    assert result.perplexity == pytest.approx(101, rel=1e-5)
+
+
+def test_batch_size_changes_nothing_but_rounding():
+    model, windows = llama(), random_windows()
+    losses = [held_out_loss(model, windows, batch_windows=size).loss for size in (1, 4, 100)]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
+def test_the_model_is_left_as_it_was():
+    model, windows = llama(attention_dropout=0.5), random_windows()
+    model.train()
+    model.model.layers[0].eval()  # a mixed state must survive as well
+    modes = [module.training for module in model.modules()]
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    random_state = torch.get_rng_state()
+    first, second = held_out_loss(model, windows), held_out_loss(model, windows)
+    assert first.loss == second.loss, "dropout was at work"
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(model.lm_head.weight.grad, torch.ones_like(model.lm_head.weight))
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.is_grad_enabled()
+
+
+def test_no_graph_is_built():
+    model, seen = llama(), []
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.requires_grad))
+    held_out_loss(model, random_windows())
+    assert seen == [False]
+
+
+def test_autocast_is_near_and_the_reduction_stays_in_float32():
+    model, windows = llama(), random_windows()
+    exact, rounded = held_out_loss(model, windows), held_out_loss(model, windows, autocast=torch.bfloat16)
+    assert exact.loss != rounded.loss, "autocast did nothing"
+    assert rounded.loss == pytest.approx(exact.loss, abs=0.05)
+
+
+def test_a_diverged_model_gives_nan_and_keeps_its_mode():
+    model = llama().train()
+    model.model.norm.weight.data.fill_(math.nan)
+    assert math.isnan(held_out_loss(model, random_windows()).loss)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "windows",
+    [
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(0, 9, dtype=torch.int64),
+        torch.zeros(2, 1, dtype=torch.int64),
+        torch.zeros(2, 9),
+    ],
+)
+def test_windows_of_another_kind_are_refused(windows):
+    with pytest.raises(ValueError, match=r"int64 token ids of shape \[N, seq_len \+ 1\]"):
+        held_out_loss(llama(), windows)
+
+
+def test_bits_per_byte_of_a_uniform_byte_model_is_eight():
+    assert bits_per_byte(math.log(256), tokens=1000, num_bytes=1000) == pytest.approx(8)
+    assert bits_per_byte(math.log(256), tokens=250, num_bytes=1000) == pytest.approx(2)
+    with pytest.raises(ValueError, match="0 bytes"):
+        bits_per_byte(1.0, 1, 0)
+
+
+def test_interval_of_equal_values_has_no_width():
+    assert bootstrap_interval([2.5] * 10, range(1, 11)) == pytest.approx((2.5, 2.5, 2.5))
+
+
+def test_interval_agrees_with_the_normal_one_for_many_units():
+    values = np.random.default_rng(5).normal(3.0, 2.0, size=2000)
+    half_width = 1.96 * values.std() / math.sqrt(2000)
+    mean, low, high = bootstrap_interval(torch.tensor(values))
+    assert mean == pytest.approx(values.mean())
+    assert mean - low == pytest.approx(half_width, rel=0.15)
+    assert high - mean == pytest.approx(half_width, rel=0.15)
+
+
+def test_interval_covers_the_truth_as_often_as_its_level_says():
+    rng = np.random.default_rng(11)
+    intervals = [bootstrap_interval(rng.normal(size=60), level=0.8, resamples=200) for _ in range(300)]
+    covered = sum(interval.low <= 0 <= interval.high for interval in intervals)
+    assert 0.72 <= covered / 300 <= 0.86
+
+
+def test_weights_count_as_repeated_tokens_in_the_mean_but_not_as_more_units():
+    weighted = bootstrap_interval([1.0, 4.0], [3, 1])
+    repeated = bootstrap_interval([1.0, 1.0, 1.0, 4.0])
+    assert weighted.mean == pytest.approx(repeated.mean) == pytest.approx(1.75)
+    assert (weighted.low, weighted.high) == pytest.approx((1.0, 4.0))
+
+
+def test_weights_count_in_every_resample():
+    zeros_and_heavy_ones = bootstrap_interval([0.0, 1.0] * 100, weights=[1, 9] * 100)
+    assert 0.85 < zeros_and_heavy_ones.low < 0.9 < zeros_and_heavy_ones.high < 0.95
+
+
+def test_intervals_are_seeded():
+    values = list(range(20))
+    assert bootstrap_interval(values, seed=4) == bootstrap_interval(values, seed=4)
+    assert bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(values=[]), "two one-dimensional sequences"),
+        (dict(values=[1.0, 2.0], weights=[1.0]), "two one-dimensional sequences"),
+        (dict(values=[1.0, 2.0], weights=[1.0, 0.0]), "must be positive"),
+        (dict(values=[1.0], level=95), "between 0 and 1"),
+    ],
+)
+def test_bad_samples_for_an_interval_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap_interval(**arguments)

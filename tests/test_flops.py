@@ -1,0 +1,79 @@
+"""FLOPs against torch's own counter on a real model and against the project's published figures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kl3m_nb.flops import block_matmul_parameters, flops_per_token, forward_flops_per_token, mean_keys_seen, palm_flops_per_token
+from kl3m_nb.profiles import PROFILES, ModelSpec
+
+SMALL = ModelSpec(layers=3, hidden=48, mlp=80, heads=6, kv_heads=2, head_size=8, vocabulary=96, context=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigaflop", "with_recompute"),
+    [("kl3m-007-500m", 4.98, 6.40), ("kl3m-006-170m", 1.59, 1.94), ("kl3m-002-520m", 1.76, 2.28)],
+)
+def test_published_figures(name, gigaflop, with_recompute):
+    spec = PROFILES[name].model
+    assert round(flops_per_token(spec, spec.context) / 1e9, 2) == gigaflop
+    assert round(flops_per_token(spec, spec.context, recompute=True) / 1e9, 2) == with_recompute
+
+
+def test_parts_of_the_forward_pass_of_the_500m():
+    forward = forward_flops_per_token(PROFILES["kl3m-007-500m"].model, 4096)
+    shares = [round(part / forward.total, 2) for part in (forward.blocks, forward.attention, forward.lm_head)]
+    assert shares == [0.54, 0.36, 0.10]
+
+
+def test_matrix_products_agree_with_torchs_counter():
+    config = LlamaConfig(
+        vocab_size=SMALL.vocabulary, hidden_size=SMALL.hidden, intermediate_size=SMALL.mlp, num_hidden_layers=SMALL.layers,
+        num_attention_heads=SMALL.heads, num_key_value_heads=SMALL.kv_heads, head_dim=SMALL.head_size,
+        max_position_embeddings=SMALL.context, tie_word_embeddings=True, attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    positions = 16
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, positions, dtype=torch.int64), use_cache=False)
+    # The counter takes the score matrix as full: every position sees all keys.
+    forward = forward_flops_per_token(SMALL, positions)
+    full_attention = forward.attention * positions / mean_keys_seen(positions)
+    expected = positions * (forward.blocks + full_attention + forward.lm_head)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=2e-4)  # room for the rotary table, if it is counted
+
+
+@pytest.mark.parametrize(("seq_len", "window"), [(1, 0), (7, 0), (7, 3), (7, 7), (7, 20), (1024, 256)])
+def test_keys_seen_equals_the_mask_counted(seq_len, window):
+    query, key = torch.arange(seq_len)[:, None], torch.arange(seq_len)[None, :]
+    mask = (key <= query) & (key > query - (window or seq_len))
+    assert mean_keys_seen(seq_len, window) == pytest.approx(mask.sum().item() / seq_len)
+
+
+def test_only_active_experts_and_the_router_count():
+    dense = dataclasses.replace(SMALL, mlp=2 * SMALL.mlp)
+    sparse = dataclasses.replace(SMALL, experts=4, active_experts=2)
+    assert block_matmul_parameters(sparse) - block_matmul_parameters(dense) == SMALL.hidden * 4
+
+
+def test_palm_convention_is_six_n_for_the_familys_parameter_counts():
+    """Without the attention term N remains: 500,309,568 for the tied 500M, and the 520M's active count less its embedding."""
+    tied, untied = PROFILES["kl3m-007-500m"].model, PROFILES["kl3m-002-520m"].model
+    attention = 12 * 120 * 576 * 4096
+    assert palm_flops_per_token(tied, 4096) - attention == 6 * 500_309_568
+    assert palm_flops_per_token(untied, 1024) - 12 * 16 * 1024 * 1024 == 6 * (318_866_432 - 32_768 * 1024)
+
+
+def test_palm_counts_36_percent_more_than_three_causal_forwards():
+    spec = PROFILES["kl3m-007-500m"].model
+    assert palm_flops_per_token(spec, 4096) / (3 * forward_flops_per_token(spec, 4096).total) == pytest.approx(1.36, abs=0.005)
+
+
+def test_an_empty_sequence_is_refused():
+    with pytest.raises(ValueError, match="seq_len is 0"):
+        flops_per_token(SMALL, 0)

@@ -1,0 +1,308 @@
+"""Sampling on a tiny random model, and measures on hand-made texts where the answer is known."""
+
+from __future__ import annotations
+
+import collections
+import math
+import time
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kl3m_nb.generation import (
+    PROMPT_KINDS,
+    Gallery,
+    Sample,
+    Sampling,
+    brackets_balanced,
+    distinct_n,
+    ends_in_loop,
+    generate,
+    load_prompts,
+    measure,
+    quotes_balanced,
+    repetition_rate,
+    samples_table,
+)  # fmt: skip
+
+SPECIAL = ("<|start|>", "<|end|>", "<|pad|>", "<|unk|>")
+CONTEXT = 48
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges, a token a byte; it pads on the right, which `generate` must not follow."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({token: index for index, token in enumerate([*SPECIAL, *alphabet])}, []))
+    bpe.add_special_tokens(list(SPECIAL))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        padding_side="right",
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL) + 256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def always_ending(model):
+    """The same model, which ends the text whatever stands before."""
+    weight = model.lm_head.weight
+    before = weight.detach().clone()
+    hook = model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, torch.tensor([1]), 1e4))
+    yield model
+    hook.remove()
+    assert torch.equal(weight, before)
+
+
+SHORT = Sampling(max_new_tokens=12)
+GREEDY = Sampling(temperature=0, max_new_tokens=12)
+PROMPTS = ["Under this", "A", "The parties agree"]
+
+
+def texts(samples) -> list[str]:
+    return [sample.text for sample in samples]
+
+
+def test_greedy_batch_equals_an_argmax_loop_without_padding_or_cache(model, tokenizer):
+    """Padding on the left, its mask and the cache must be invisible in the result."""
+    samples = generate(model, tokenizer, PROMPTS, GREEDY, seed=0)
+    for prompt, sample in zip(PROMPTS, samples, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        start = ids.shape[1]
+        with torch.no_grad():
+            while ids.shape[1] < start + GREEDY.max_new_tokens:
+                following = model(ids, use_cache=False).logits[:, -1:].argmax(dim=-1)
+                if following.item() == tokenizer.eos_token_id:
+                    break
+                ids = torch.cat([ids, following], dim=1)
+        assert sample.prompt == prompt
+        assert sample.tokens == tuple(ids[0, start:].tolist())
+        assert sample.ended == (len(sample.tokens) < GREEDY.max_new_tokens)
+        assert sample.text == tokenizer.decode(sample.tokens, skip_special_tokens=True)
+
+
+def test_batches_do_not_change_greedy_texts_or_their_order(model, tokenizer):
+    assert texts(generate(model, tokenizer, PROMPTS, GREEDY, 0, batch_size=2)) == texts(
+        generate(model, tokenizer, PROMPTS, GREEDY, 0)
+    )
+
+
+def test_the_seed_decides_and_the_callers_random_state_is_untouched(model, tokenizer):
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    first = generate(model, tokenizer, PROMPTS, SHORT, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert texts(generate(model, tokenizer, PROMPTS, SHORT, seed=1)) == texts(first)
+    assert texts(generate(model, tokenizer, PROMPTS, SHORT, seed=2)) != texts(first)
+
+
+def test_a_prompt_given_twice_is_sampled_twice(model, tokenizer):
+    first, second = generate(model, tokenizer, ["Under this"] * 2, SHORT, seed=1)
+    assert first.text != second.text
+
+
+@pytest.mark.parametrize(
+    ("sampling", "temperature", "top_p"), [(Sampling(2.0, 1.0, 1.0, 1), 2.0, 1.0), (Sampling(0.7, 0.8, 1.0, 1), 0.7, 0.8)]
+)
+def test_samples_follow_the_distribution_that_sampling_describes(model, tokenizer, sampling, temperature, top_p):
+    """4,000 first tokens against softmax(z / temperature) cut to the nucleus; a hidden top-k of 50 would show at 2.0."""
+    with torch.no_grad():
+        logits = model(tokenizer("A", return_tensors="pt")["input_ids"]).logits[0, -1].double()
+    expected = torch.softmax(logits / temperature, dim=-1)
+    ordered, order = expected.sort(descending=True)
+    expected[order[ordered.cumsum(0) - ordered >= top_p]] = 0
+    expected /= expected.sum()
+    samples = generate(model, tokenizer, ["A"] * 4000, sampling, seed=3, batch_size=4000)
+    counts = collections.Counter(sample.tokens[0] if sample.tokens else tokenizer.eos_token_id for sample in samples)
+    drawn = torch.zeros(len(expected), dtype=torch.float64)
+    for token, count in counts.items():
+        drawn[token] = count / 4000
+    assert (drawn[expected == 0] == 0).all()
+    assert 0.5 * (drawn - expected).abs().sum() < 1.5 * (expected * (1 - expected) / 4000).sqrt().sum() * 0.5  # total variation
+
+
+def test_ending_and_training_mode(always_ending, tokenizer):
+    always_ending.train()
+    samples = generate(always_ending, tokenizer, PROMPTS, SHORT, seed=0)
+    assert always_ending.training
+    assert [(sample.text, sample.tokens, sample.ended) for sample in samples] == [("", (), True)] * 3
+
+
+def test_seconds_of_the_samples_add_up_to_the_call(model, tokenizer):
+    started = time.perf_counter()
+    samples = generate(model, tokenizer, PROMPTS, SHORT, seed=0, batch_size=2)
+    assert 0 < sum(sample.seconds for sample in samples) <= time.perf_counter() - started
+
+
+def test_what_cannot_be_continued_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="'' has no tokens"):
+        generate(model, tokenizer, ["Under this", ""], SHORT, seed=0)
+    with pytest.raises(ValueError, match=f"has 10 tokens.*max_new_tokens {CONTEXT}.*context of {CONTEXT}"):
+        generate(model, tokenizer, ["Under this"], Sampling(max_new_tokens=CONTEXT), seed=0)
+
+
+def test_the_context_can_be_filled_to_its_end(model, tokenizer):
+    (sample,) = generate(model, tokenizer, ["Under this"], Sampling(temperature=0, max_new_tokens=CONTEXT - 10), seed=0)
+    assert sample.ended or len(sample.tokens) == CONTEXT - 10
+
+
+def test_a_strong_repetition_penalty_leaves_no_token_twice(model, tokenizer):
+    (sample,) = generate(model, tokenizer, ["A"], Sampling(temperature=0, repetition_penalty=1e6, max_new_tokens=40), seed=0)
+    assert len({*tokenizer("A")["input_ids"], *sample.tokens}) == 1 + len(sample.tokens)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"max_new_tokens": 0},
+    ],
+)
+def test_impossible_sampling_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_prompts_are_sound_and_the_cards_come_first():
+    prompts = load_prompts()
+    assert [prompt.text for prompt in prompts[:3]] == [
+        "The United States Constitution establishes",
+        "Under this",
+        "Governing Law.\n",
+    ]
+    assert len({prompt.id for prompt in prompts}) == len({prompt.text for prompt in prompts}) == len(prompts) >= 40
+    assert {prompt.kind for prompt in prompts} == set(PROMPT_KINDS)
+    assert not [prompt.id for prompt in prompts if prompt.text.endswith(" ")], "a trailing space splits the next word's token"
+    assert max(len(prompt.text.encode()) for prompt in prompts) <= 156, "with 100 new tokens, must fit 256 at a token a byte"
+
+
+def test_prompts_of_one_kind():
+    assert [prompt.kind for prompt in load_prompts("citation")] == ["citation"] * 5
+    with pytest.raises(ValueError, match="no prompts of the kind 'poem'; choose one of card, clause"):
+        load_prompts("poem")
+
+
+def test_distinct_n_pools_the_texts():
+    # the, law, and, the, rule | the, law: 7 words, 4 different; pairs inside a text only: 5, of which "the law" twice.
+    pair = ["The law and the rule", "the law"]
+    assert distinct_n(pair, 1) == pytest.approx(4 / 7)
+    assert distinct_n(pair, 2) == pytest.approx(4 / 5)
+    assert math.isnan(distinct_n(["one two"], 3))
+
+
+def test_repetition_rate():
+    assert repetition_rate("a b c d e f g") == 0
+    assert repetition_rate("a b c d a b c d") == pytest.approx(1 / 5)  # five 4-grams, the last is the first
+    assert repetition_rate("no no no no no no no") == pytest.approx(3 / 4)
+    assert math.isnan(repetition_rate("one two three"))
+
+
+@pytest.mark.parametrize(
+    ("text", "looped"),
+    [
+        ("The term ends. of the of the of the of the", True),
+        ("the the the the the the the the", True),
+        ("as provided in this section, as provided in this section, as provided in this section, as", True),
+        ("the the the", False),  # too short to tell
+        ("of the of the of the of the parties to this Agreement", False),  # came out again
+        ("The licensor grants the licensee the right to copy, to modify and to distribute.", False),
+        ("as provided in this section, as provided in this section", False),  # twice is emphasis
+        ("", False),
+    ],
+)
+def test_loops(text, looped):
+    assert ends_in_loop(text) is looped
+
+
+@pytest.mark.parametrize(
+    ("text", "balanced", "balanced_if_cut"),
+    [
+        ("within thirty (30) days [of notice {sic}]", True, True),
+        ("within thirty (30 days", False, True),
+        ("within thirty 30) days) of", False, False),
+        ("(a] b", False, False),
+        ("Conditions:\na) keep this notice;\n12) mark (all) changes;\niv) pay", True, True),
+        ("as in section 3(a)(1)(ii)", True, True),
+        ("", True, True),
+    ],
+)
+def test_brackets(text, balanced, balanced_if_cut):
+    assert brackets_balanced(text) is balanced
+    assert brackets_balanced(text, complete=False) is balanced_if_cut
+
+
+@pytest.mark.parametrize(
+    ("text", "balanced", "balanced_if_cut"),
+    [
+        ('"Work" means the author\'s "code".', True, True),
+        ('"Work means code.', False, True),
+        ('"Work means code.\n\n"Code" means text.', False, False),
+        ("“Work” means code.", True, True),
+        ("“Work means code.", False, True),
+        ("Work” means code.", False, False),
+        ("“Work “code””", False, False),
+    ],
+)
+def test_quotes(text, balanced, balanced_if_cut):
+    assert quotes_balanced(text) is balanced
+    assert quotes_balanced(text, complete=False) is balanced_if_cut
+
+
+SAMPLES = [
+    Sample("The (first", " party) shall pay & deliver.", (5, 6, 7, 8), True, 0.5),
+    Sample("Loop:", " of the of the of the of the", (9,) * 8, False, 0.5),
+]
+
+
+def test_measures_of_a_set():
+    measures = measure(SAMPLES)
+    assert measures["samples"] == 2
+    assert measures["mean_tokens"] == 6
+    assert measures["end_rate"] == measures["loop_rate"] == 0.5
+    assert measures["balanced_brackets_rate"] == measures["balanced_quotes_rate"] == 1.0  # the bracket opens in the prompt
+    assert measures["repetition_rate"] == pytest.approx((0 + 3 / 5) / 2)
+    assert measures["tokens_per_second"] == 12
+    with pytest.raises(ValueError, match="no samples"):
+        measure([])
+
+
+def test_table_has_a_row_a_sample():
+    table = samples_table(SAMPLES)
+    assert table["tokens"].tolist() == [4, 8]
+    assert table["ends_in_loop"].tolist() == [False, True]
+    assert table["ended"].tolist() == [True, False]
+
+
+def test_gallery_escapes_what_the_model_wrote():
+    page = Gallery([Sample("<b>Under</b> & this", "<script>alert(1)</script>\nnext line", (4, 5), False, 0.1)])._repr_html_()
+    assert "<script>" not in page
+    assert "<b>&lt;b&gt;Under&lt;/b&gt; &amp; this</b>&lt;script&gt;alert(1)&lt;/script&gt;\nnext line" in page
+    assert "pre-wrap" in page, "line breaks of the text must show"
+    assert "color" not in page, "colours of our own fail in one of the two themes"
+
+
+def test_gallery_in_a_terminal():
+    assert repr(Gallery(SAMPLES)) == (
+        "> The (first| party) shall pay & deliver. [end]\n\n> Loop:| of the of the of the of the [cut at 8 tokens]"
+    )

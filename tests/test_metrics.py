@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import math
+
+from kl3m_nb.metrics import MetricsLog, read_metrics
+
+
+def test_rows_come_back_by_kind_and_a_cut_line_is_passed_over(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.append({"kind": "train", "step": 1, "loss": 2.5})
+    log.append({"kind": "held_out", "step": 1, "held_out_loss": math.nan})
+    log.append({"kind": "train", "step": 2, "loss": 2.0})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 3, "lo')
+    assert read_metrics(tmp_path, "train").to_dict("list") == {"step": [1, 2], "loss": [2.5, 2.0]}
+    assert read_metrics(tmp_path, "held_out").held_out_loss.isna().all()
+    assert read_metrics(tmp_path, "clamp").empty
+
+
+def test_reopening_at_a_position_forgets_what_came_later(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.append({"kind": "train", "step": 1})
+    position = log.position
+    log.append({"kind": "train", "step": 2})
+    log.close()
+    again = MetricsLog(tmp_path, position)
+    again.append({"kind": "train", "step": 20})
+    again.close()
+    assert list(read_metrics(tmp_path, "train").step) == [1, 20]
+
+
+def test_a_clamp_event_becomes_a_row_per_matrix(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.append({"kind": "clamp", "step": 5, "name": ["a", "b"], "sigma_max": [1.0, 2.0], "raised": [0, 3]})
+    log.close()
+    frame = read_metrics(tmp_path, "clamp")
+    assert list(frame.name) == ["a", "b"] and list(frame.step) == [5, 5]
+    assert frame.raised.sum() == 3 and frame.sigma_max.dtype == float

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import small_profile
+
+from kl3m_nb import models, roles
+from kl3m_nb.profiles import get_profile
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("kl3m-006-170m", 181_700_928), ("kl3m-007-500m", 500_309_568), ("kl3m-002-520m", 520_193_024)]
+)
+def test_real_models_have_the_published_number_of_parameters(name, parameters):
+    counts = models.parameter_counts(models.build_model(get_profile(name), device="meta"))
+    assert counts["total"] == parameters
+    assert sum(count for component, count in counts.items() if component != "total") == parameters
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_callers_random_state():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second = models.build_model(small_profile()), models.build_model(small_profile())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_the_forward_pass_without_a_head_is_the_models_own(experts):
+    profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
+    model = models.build_model(profile)
+    inputs = torch.randint(0, 512, (2, 32))
+    body = models.forward_body(model, inputs)
+    reference = model(input_ids=inputs, output_hidden_states=True, **({"output_router_logits": True} if experts else {}))
+    torch.testing.assert_close(model.lm_head(body.hidden), reference.logits)
+    torch.testing.assert_close(model.model.norm(body.residual), body.hidden)
+    assert body.router_loss.item() == pytest.approx(reference.aux_loss.item() if experts else 0.0)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe", "kl3m-007-500m", "kl3m-002-520m"])
+def test_every_parameter_is_in_exactly_one_optimizer_group(name):
+    profile = get_profile(name)
+    model = models.build_model(profile, device="meta")
+    rules = roles.role_table(model, profile)
+    muon, aux = roles.build_optimizers(model, rules, profile)
+    grouped = [id(parameter) for optimizer in (muon, aux) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    assert {rule.name for rule in rules} == {parameter_name for parameter_name, _ in model.named_parameters()}
+
+
+def test_the_role_table_follows_the_card():
+    profile = get_profile("kl3m-007-500m")
+    rules = {rule.name: rule for rule in roles.role_table(models.build_model(profile, device="meta"), profile)}
+    query, key, up = (rules[f"model.layers.7.{name}.weight"] for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
+    assert query.lr / profile.muon_lr == 0.5 and key.lr / profile.muon_lr == 0.75 and up.lr == profile.muon_lr
+    assert query.max_condition == 3000 and up.max_condition == 2000 and query.weight_decay == 1e-5
+    head = rules["model.embed_tokens.weight"]
+    assert (head.role, head.optimizer, head.weight_decay, head.max_condition) == ("lm_head", "adamw", 1e-3, 2000)
+    assert head.lr == pytest.approx(0.9 * 5e-4)
+    norm = rules["model.norm.weight"]
+    assert (norm.role, norm.optimizer, norm.weight_decay, norm.max_condition) == ("norm", "adamw", 0.0, 0.0)
+
+
+def test_a_mixtral_has_experts_router_and_an_embedding_of_its_own():
+    found = models.parameter_roles(models.build_model(get_profile("tiny-moe"), device="meta"))
+    assert {"gate_up_proj", "down_proj", "router", "embedding", "lm_head", "norm", "q_proj"} <= set(found.values())
+
+
+def test_a_parameter_without_a_role_is_an_error():
+    model = models.build_model(small_profile())
+    model.model.layers[0].extra = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"extra\.weight"):
+        models.parameter_roles(model)
+
+
+def test_broken_checkpoints_are_named(tmp_path, trained_run):
+    _, result = trained_run
+    with pytest.raises(ValueError, match="no checkpoint folder"):
+        models.load_model(tmp_path / "nothing")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=r"config\.json"):
+        models.load_model(empty)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "config.json").write_text((result.checkpoint / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"\.safetensors"):
+        models.load_model(cut)
+    whole = (result.checkpoint / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        models.load_model(cut)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_its_first_difference(trained_run):
+    _, result = trained_run
+    config = json.loads((result.checkpoint / "config.json").read_text())
+    models.check_fits(config, small_profile(), result.checkpoint)
+    with pytest.raises(ValueError, match="num_hidden_layers 2"):
+        models.check_fits(config, small_profile(layers=4), result.checkpoint)

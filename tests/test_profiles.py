@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from kl3m_nb import profiles
+from kl3m_nb.profiles import PROFILES, get_profile, override_profile, profile_from_dict, profile_with, source_profile
+
+
+def test_the_cards_numbers():
+    grown = get_profile("kl3m-007-500m")
+    assert grown.muon_lr == pytest.approx(0.00365, abs=5e-6)
+    assert grown.tokens_per_step == 655_360
+    assert (grown.clamp.max_condition("q_proj"), grown.clamp.max_condition("up_proj")) == (3000, 2000)
+    assert source_profile(grown).model == get_profile("kl3m-006-170m").model
+    assert grown.data.seq_len + 1 == 4097
+    window = get_profile("kl3m-002-520m").model
+    assert (window.experts, window.active_experts, window.sliding_window) == (4, 2, 256)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_survives_json(name):
+    profile = get_profile(name)
+    assert profile_from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+def test_one_keyword_changes_one_field_wherever_it_stands():
+    base = get_profile("tiny")
+    for key, section in profiles.FIELD_SECTIONS.items():
+        owner = base if section == "profile" else getattr(base, section)
+        value = getattr(owner, key)
+        if key in ("heads", "kv_heads", "layers", "growth_factor", "seq_len", "context") or isinstance(value, (str, bool)):
+            continue
+        changed = override_profile(base, **{key: value + 1})
+        differing = [
+            field.name for field in dataclasses.fields(profiles.Profile) if getattr(changed, field.name) != getattr(base, field.name)
+        ]
+        assert differing == [key if section == "profile" else section]
+
+
+def test_zero_and_empty_leave_a_notebooks_parameter_at_the_profiles_value():
+    assert profile_with("tiny", max_steps=0, source="", base_lr=0.0) == get_profile("tiny")
+    assert profile_with("tiny", max_steps=5).schedule.max_steps == 5
+
+
+def test_the_source_of_a_profile_is_shallower_and_nothing_else():
+    target = get_profile("tiny")
+    source = source_profile(target)
+    assert source.model.layers * target.growth_factor == target.model.layers
+    assert dataclasses.replace(source.model, layers=target.model.layers) == target.model
+    assert source.muon_lr == pytest.approx(target.muon_lr * math.sqrt(target.growth_factor))
+    assert source_profile(source) == source
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("kl3m-500", {}, "kl3m-007-500m"),
+        ("tiny", {"max_step": 5}, "max_steps"),
+        ("tiny", {"max_steps": 1.5}, "int"),
+        ("tiny", {"max_steps": True}, "int"),
+        ("tiny", {"base_lr": "1e-4"}, "float"),
+        ("tiny", {"seq_len": 512}, "256"),
+        ("tiny", {"layers": 10}, "growth_factor"),
+        ("tiny", {"clip_mode": "soft"}, "adaptive"),
+        ("tiny", {"micro_batch": 0}, "at least 1"),
+        ("tiny", {"kv_heads": 3}, "kv_heads"),
+    ],
+)
+def test_bad_values_get_one_sentence_that_names_what_is_accepted(name, overrides, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        get_profile(name, **overrides)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from kl3m_nb import corpus, tokenizer
+
+TEXTS = [document.text for document in corpus.preview("package:licensedcode-data", held_out=False)[:200]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.train_tokenizer(TEXTS, 1024).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def test_special_ids_and_sizes_are_the_familys(trained):
+    assert len(trained) == 1024
+    assert trained.convert_tokens_to_ids(list(tokenizer.SPECIAL_TOKENS)) == list(range(13))
+    assert (trained.bos_token_id, trained.eos_token_id, trained.pad_token_id, trained.unk_token_id) == (0, 1, 2, 3)
+    assert (trained.sep_token_id, trained.cls_token_id, trained.mask_token_id) == (4, 5, 6)
+    assert trained.padding_side == "left"
+
+
+def test_nothing_is_added_on_encode_and_runs_of_spaces_are_one_token(trained):
+    assert trained.encode("Law") == trained.encode("Law", add_special_tokens=False)
+    assert len(trained.encode("    ")) == 1
+    assert len(trained.encode("\n\n")) == 1
+    assert trained.encode("<|end|>") == [1]
+
+
+@given(st.text(alphabet=st.characters(codec="ascii", exclude_categories=["Cs"]), max_size=200))
+@settings(max_examples=60, deadline=None)
+def test_ascii_text_comes_back_as_it_was(text):
+    model = _module_tokenizer()
+    assert model.decode(model.encode(text)) == text
+
+
+def test_any_text_comes_back_up_to_its_normalization(trained):
+    text = "§ 512(c) “notice” — número 7 ﬁled 漢字 \t\tx"
+    assert trained.decode(trained.encode(text)) == text.replace("ﬁ", "fi")
+
+
+def test_the_same_texts_give_the_same_tokenizer():
+    first, second = (tokenizer.train_tokenizer(TEXTS, 600).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+def test_the_corpus_tokenizer_is_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("KL3M_NB_CACHE", str(tmp_path))
+    first = tokenizer.load_tokenizer("corpus", "package:licensedcode-data", 400)
+    monkeypatch.setattr(tokenizer, "train_tokenizer", lambda *_: pytest.fail("the cached tokenizer was not used"))
+    again = tokenizer.load_tokenizer("corpus", "package:licensedcode-data", 400)
+    assert first.get_vocab() == again.get_vocab()
+
+
+def test_impossible_sizes_and_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="too small"):
+        tokenizer.train_tokenizer(TEXTS, 100)
+    with pytest.raises(ValueError, match="smaller one"):
+        tokenizer.train_tokenizer(["one text"], 2000)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        tokenizer.load_tokenizer(str(tmp_path / "nowhere"), "package:licensedcode-data", 4096)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only 512"):
+        tokenizer.load_tokenizer(str(tmp_path), "package:licensedcode-data", 512)
+
+
+_CACHE = []
+
+
+def _module_tokenizer():
+    if not _CACHE:
+        _CACHE.append(tokenizer.train_tokenizer(TEXTS, 600))
+    return _CACHE[0]
