@@ -1,6 +1,6 @@
 """What does the spectral clamp cost on all matrices of the 120-layer model, against a full SVD of each of them?
 
-    python benchmarks/clamping.py [--scale 1.0] [--repeats 2]
+    python benchmarks/clamping.py [--share 1.0] [--repeats 2]
 
 Spectra as in the model cards: attention near its ceiling (condition 2200 to 3300, the ceiling is 3000), MLP at 4 to 5.
 The cards give neither the head's condition (taken as 500) nor any σ₁ (taken as 20: about what leaves a certificate of
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ class Group:
     def ceiling(self) -> float:
         return PROFILE.clamp.max_condition(self.role)
 
-    def clamp_of(self, matrices: list[Tensor], **options) -> SpectralClamp:
+    def clamp_of(self, matrices: list[Tensor], **options: str) -> SpectralClamp:
         floor = PROFILE.clamp.sigma_floor
         return SpectralClamp([ClampTarget(f"{i}", m, self.ceiling, floor) for i, m in enumerate(matrices)], **options)
 
@@ -99,17 +100,21 @@ def svd_pass(matrices: list[Tensor], max_condition: float) -> None:
             matrix.copy_((left * torch.maximum(sigma, tau)) @ right)
 
 
-def seconds(work) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def timed(work: Callable, *arguments) -> tuple[float, object]:
+    """Seconds that the call took, and what it returned."""
     start = time.perf_counter()
-    work()
+    result = work(*arguments)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
-def measure(group: Group, device: str, share: float, repeats: int, **options) -> dict:
+def restore(matrices: list[Tensor], originals: list[Tensor]) -> None:
+    for matrix, original in zip(matrices, originals, strict=True):
+        matrix.copy_(original)
+
+
+def measure(group: Group, device: str, share: float, repeats: int, **options: str) -> dict:
     """One line of the table; every time is the best of `repeats`, scaled up from `share` to all matrices of the group."""
     originals = [matrix.to(device) for matrix in group.generate(share)]
     scale = group.count / len(originals)
@@ -118,22 +123,21 @@ def measure(group: Group, device: str, share: float, repeats: int, **options) ->
     times = {"svd": [], "first": [], "later": []}
     for _ in range(repeats):
         matrices = [matrix.clone() for matrix in originals]
-        times["svd"].append(seconds(lambda: svd_pass(matrices, group.ceiling)) * scale)
-        for matrix, original in zip(matrices, originals, strict=True):
-            matrix.copy_(original)
+        times["svd"].append(timed(svd_pass, matrices, group.ceiling)[0])
+        restore(matrices, originals)
         clamp = group.clamp_of(matrices, **options)
-        times["first"].append(seconds(clamp.clamp) * scale)
-        for matrix, original in zip(matrices, originals, strict=True):
-            matrix.copy_(original)
+        times["first"].append(timed(clamp.clamp)[0])
+        restore(matrices, originals)
         group.note_steps(clamp)
-        events = []
-        times["later"].append(seconds(lambda: events.extend(clamp.clamp())) * scale)
+        elapsed, events = timed(clamp.clamp)
+        times["later"].append(elapsed)
+    routes = Counter(event.route for event in events)
     lasts = 0
-    if events[0].route == "certified":
-        lasts = 1
-        while (group.note_steps(clamp), clamp.clamp())[1][0].route == "certified":
-            lasts += 1
-    svd, first, later = (min(times[key]) for key in ("svd", "first", "later"))
+    while events[0].route == "certified":
+        lasts += 1
+        group.note_steps(clamp)
+        events = clamp.clamp()
+    svd, first, later = (scale * min(times[key]) for key in ("svd", "first", "later"))
     return {
         "matrices": group.label,
         "shape": f"{group.rows}x{group.cols}",
@@ -144,7 +148,7 @@ def measure(group: Group, device: str, share: float, repeats: int, **options) ->
         "ratio": svd / first,
         "later clamp s": later,
         "ratio later": svd / later,
-        "later routes": " ".join(f"{route} {count}" for route, count in Counter(e.route for e in events).items()),
+        "later routes": " ".join(f"{route} {count}" for route, count in routes.items()),
         "certificate lasts, clamps": lasts,
     }
 
@@ -159,7 +163,9 @@ def with_total(label: str, rows: list[dict]) -> list[dict]:
     }  # fmt: skip
     interval = PROFILE.clamp.clamp_every * PROFILE.tokens_per_step / TOKENS_PER_SECOND
     return [
-        {"where": label} | row | {"% of training, first": 100 * row["first clamp s"] / interval, "% later": 100 * row["later clamp s"] / interval}
+        {"where": label}
+        | row
+        | {"% of training, first": 100 * row["first clamp s"] / interval, "% later": 100 * row["later clamp s"] / interval}
         for row in [*rows, total]
     ]
 

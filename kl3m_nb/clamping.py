@@ -18,9 +18,10 @@ one thread; on a GPU the tests run in batches of one shape.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,15 +29,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kl3m_nb.gram import PIECE, gram_matrix, prove_healthy, useful_precisions
+
 ROUTES = ("certified", "tested", "decomposed", "repaired", "zero", "not_finite")
 
 _EXACTNESS = 1e-9  # in units of σ₁: the error of what is called exact
 _GRAM_RESOLUTION = 1e-5  # in units of σ₁: smaller values are lost in a float64 Gram matrix
-_FLOAT32_LONGEST = 4096  # columns; beyond, the rounding of a float32 Gram matrix leaves nothing to prove
-_PIECE = {torch.float32: 512, torch.float64: 8192}  # columns multiplied at a time: bounds memory and rounding
-_BLOCK = 144  # rows of a Gram matrix computed at a time, each up to the diagonal only
 _ONE_THREAD_ELEMENTS = 2**23  # a larger matrix gets all threads to itself
-_BATCH_BYTES = 2**30  # working memory of a batch on a GPU
+_CPU_BATCH_ELEMENTS = 2**19  # small matrices go together, so that no time is lost between operations
+_GPU_BATCH_ELEMENTS = 2**24  # a batch of square float64 matrices then works in 1 GiB
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ class ClampTarget:
     def matrices(self) -> list[tuple[str, Tensor]]:
         """Names and views of the matrices: `name`, or `name[expert]`, with `.gate` or `.up` added when fused."""
         weight = self.parameter.detach()
-        experts = [(f"{self.name}[{i}]", matrix) for i, matrix in enumerate(weight)] if weight.dim() == 3 else [(self.name, weight)]
+        experts = (
+            [(f"{self.name}[{i}]", matrix) for i, matrix in enumerate(weight)] if weight.dim() == 3 else [(self.name, weight)]
+        )
         if self.fused == 1:
             return experts
         return [(name + half, part) for name, both in experts for half, part in zip((".gate", ".up"), both.chunk(2), strict=True)]
@@ -117,8 +120,7 @@ def clamp_spectrum_(weight: Tensor, max_condition: float, sigma_floor: float) ->
         raise ValueError(f"The weight has the shape {tuple(weight.shape)}; clamp_spectrum_ takes one matrix (rows, cols).")
     _check("The weight", weight, max_condition, sigma_floor)
     usable = weight if weight.device.type == "cuda" else weight.cpu()  # not every accelerator has float64
-    [proof] = _prove_healthy(_wide(usable).unsqueeze(0), max_condition, sigma_floor, torch.float64)
-    outcome, _ = _clamp_exactly_(usable, max_condition, sigma_floor, suspect=not proof.holds)
+    outcome, _ = _clamp_exactly_(usable, max_condition, sigma_floor)
     if outcome.raised and usable is not weight:
         weight.copy_(usable)
     return outcome
@@ -199,7 +201,9 @@ class SpectralClamp:
         known = {name for names in self._names.values() for name in names}
         unknown = sorted(set(state["intervals"]) - known)
         if unknown:
-            raise ValueError(f"The saved certificates name {unknown[0]}, which is no clamp target; load the state of the same model.")
+            raise ValueError(
+                f"The saved certificates name {unknown[0]}, which is no clamp target; load the state of the same model."
+            )
         self._intervals = {name: (float(lower), float(upper)) for name, (lower, upper) in state["intervals"].items()}
 
     def _certified(self, job: _Job) -> ClampEvent | None:
@@ -210,28 +214,36 @@ class SpectralClamp:
     def _clamp_groups(self, groups: list[list[_Job]]) -> list[_Result]:
         """Test and repair. The jobs of a group differ in nothing but their names and values."""
         results: list[_Result] = []
-        one_thread_each: list[tuple[list[_Job], tuple[torch.dtype, ...]]] = []
+        for_workers: list[tuple[list[list[_Job]], tuple[torch.dtype, ...]]] = []
+        threads = self._threads or torch.get_num_threads()
         for jobs in groups:
             matrix = jobs[0].matrix
             if matrix.device.type == "cuda":
-                healthy, suspects = _test_in_batches(jobs)
-                results += healthy
+                suspects = []
+                for batch in _batches(jobs, _GPU_BATCH_ELEMENTS):
+                    healthy, failed = _test(batch, torch.float64, matrix.device)
+                    results += healthy
+                    suspects += failed
                 if self._decompose_on_device:
-                    results += [_decompose(job, job.matrix) for job in suspects]
+                    results += [_decompose(job, matrix.device) for job in suspects]
                 elif suspects:
-                    one_thread_each.append((suspects, ()))
+                    for_workers.append((_batches(suspects, 0), ()))
             elif matrix.numel() > _ONE_THREAD_ELEMENTS:
-                results += [_clamp_on_cpu(job, _precisions(matrix)) for job in jobs]
+                for job in jobs:
+                    results += _clamp_on_cpu([job], useful_precisions(matrix))
             else:
-                one_thread_each.append((jobs, _precisions(matrix)))
-        if one_thread_each:
-            with _single_threaded_workers(self._threads or torch.get_num_threads()) as workers:
-                firsts = [workers.submit(_clamp_on_cpu, jobs[0], precisions) for jobs, precisions in one_thread_each]
-                for (jobs, precisions), first in zip(one_thread_each, firsts, strict=True):
-                    results.append(first.result())
+                share = math.ceil(len(jobs) / threads) * matrix.numel()
+                for_workers.append((_batches(jobs, min(share, _CPU_BATCH_ELEMENTS)), useful_precisions(matrix)))
+        if for_workers:
+            with _single_threaded_workers(threads) as workers:
+                firsts = [workers.submit(_clamp_on_cpu, batches[0], precisions) for batches, precisions in for_workers]
+                for (batches, precisions), first in zip(for_workers, firsts, strict=True):
+                    results += first.result()
                     # Matrices of one shape and ceiling are alike: what float32 could not prove for the first is not tried again.
-                    useful = precisions if first.result().proven_in == torch.float32 else precisions[-1:]
-                    results += workers.map(_clamp_on_cpu, jobs[1:], [useful] * len(jobs))
+                    if not any(result.proven_in == torch.float32 for result in first.result()):
+                        precisions = precisions[-1:]
+                    for rest in workers.map(_clamp_on_cpu, batches[1:], itertools.repeat(precisions)):
+                        results += rest
         return results
 
 
@@ -255,32 +267,42 @@ class _Result:
     proven_in: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
-class _Proof:
-    """Outcome of a test. When it `holds`, every σ lies in the interval (lower, upper), and lower >= tau >= the true τ."""
-
-    holds: bool
-    lower: float
-    upper: float
-    tau: float
-    ritz_min: float
-    ritz_max: float
+def _batches(jobs: list[_Job], elements: int) -> list[list[_Job]]:
+    """`jobs`, all of one shape, cut into batches of at most so many elements, but at least one job."""
+    size = max(1, elements // jobs[0].matrix.numel())
+    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
 
 
-def _clamp_on_cpu(job: _Job, precisions: Sequence[torch.dtype]) -> _Result:
-    """Test in each of `precisions` until one succeeds, else decompose, whatever device the weight is on."""
-    host = job.matrix.cpu()
-    with torch.no_grad():  # grad mode belongs to a thread
-        for precision in precisions:
-            [proof] = _prove_healthy(_wide(host).unsqueeze(0), job.max_condition, job.sigma_floor, precision)
-            if proof.holds:
-                return _tested(job, proof, precision)
-        return _decompose(job, host)
+@torch.no_grad()
+def _clamp_on_cpu(jobs: list[_Job], precisions: Sequence[torch.dtype]) -> list[_Result]:
+    """Test in each of `precisions` until one succeeds, else decompose, on whatever device the weights are."""
+    results = []
+    for precision in precisions:
+        healthy, jobs = _test(jobs, precision, torch.device("cpu"))
+        results += healthy
+    return results + [_decompose(job, torch.device("cpu")) for job in jobs]
 
 
-def _decompose(job: _Job, matrix: Tensor) -> _Result:
-    """Clamp `matrix`, that of `job` or a copy of it on another device, by its exact spectrum."""
-    outcome, interval = _clamp_exactly_(matrix, job.max_condition, job.sigma_floor, suspect=True)
+def _test(jobs: list[_Job], precision: torch.dtype, device: torch.device) -> tuple[list[_Result], list[_Job]]:
+    """Results of the jobs whose matrices are proven healthy, and the other jobs."""
+    if not jobs:
+        return [], []
+    wides = [_wide(job.matrix).to(device) for job in jobs]
+    wides = torch.stack(wides) if len(wides) > 1 else wides[0].unsqueeze(0)  # one alone may be large: not copied
+    healthy, suspects = [], []
+    for job, proof in zip(jobs, prove_healthy(wides, jobs[0].max_condition, jobs[0].sigma_floor, precision), strict=True):
+        if proof.holds:
+            event = ClampEvent(job.name, proof.ritz_max, proof.ritz_min, proof.tau, 0, "tested")
+            healthy.append(_Result(event, (proof.lower, proof.upper), precision))
+        else:
+            suspects.append(job)
+    return healthy, suspects
+
+
+def _decompose(job: _Job, device: torch.device) -> _Result:
+    """Clamp the matrix of `job` by its exact spectrum, computed on `device`."""
+    matrix = job.matrix.to(device)
+    outcome, interval = _clamp_exactly_(matrix, job.max_condition, job.sigma_floor)
     if outcome.raised and matrix is not job.matrix:
         job.matrix.copy_(matrix)
     if interval is None:
@@ -290,72 +312,10 @@ def _decompose(job: _Job, matrix: Tensor) -> _Result:
     return _Result(ClampEvent(job.name, outcome.sigma_max, outcome.sigma_min, outcome.tau, outcome.raised, route), interval)
 
 
-def _tested(job: _Job, proof: _Proof, precision: torch.dtype) -> _Result:
-    event = ClampEvent(job.name, proof.ritz_max, proof.ritz_min, proof.tau, 0, "tested")
-    return _Result(event, (proof.lower, proof.upper), precision)
-
-
-def _test_in_batches(jobs: list[_Job]) -> tuple[list[_Result], list[_Job]]:
-    """Results of the jobs whose matrices are proven healthy, and the other jobs."""
-    short, long = _wide(jobs[0].matrix).shape
-    bytes_each = 8 * (6 * short * short + short * min(long, _PIECE[torch.float64]) + short * long)
-    size = max(1, _BATCH_BYTES // bytes_each)
-    healthy, suspects = [], []
-    for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
-        wides = torch.stack([_wide(job.matrix) for job in batch])
-        proofs = _prove_healthy(wides, batch[0].max_condition, batch[0].sigma_floor, torch.float64)
-        for job, proof in zip(batch, proofs, strict=True):
-            if proof.holds:
-                healthy.append(_tested(job, proof, torch.float64))
-            else:
-                suspects.append(job)
-    return healthy, suspects
-
-
-def _prove_healthy(wides: Tensor, max_condition: float, sigma_floor: float, precision: torch.dtype) -> list[_Proof]:
-    """Try to prove that every singular value of every matrix of `wides` [batch, short, long] is above its τ.
-
-    A Cholesky factorisation of A that runs through proves λ_min(A) >= −error. Applied to level·I − G and to G − level·I it
-    turns estimates of the extreme eigenvalues of G = W Wᵀ into bounds. Squares of singular values all the way.
-    """
-    short, long = wides.shape[-2:]
-    gram = _gram(wides, precision)
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
-    pieces = math.ceil(long / _PIECE[precision])
-    gram_error = _gamma(math.ceil(long / pieces) + pieces + 4, precision) * trace + short * long * torch.finfo(precision).tiny
-    cholesky_error = _gamma(short + 4, precision)  # in units of the trace of the factored matrix
-
-    ritz_max = _largest_eigenvalue(lambda vectors: gram @ vectors, gram, steps=12)
-    level = (1.01 * ritz_max).to(precision)
-    below_level, _ = _factor(-gram, level)
-    upper = level.double() * (1 + short * cholesky_error) + gram_error
-
-    tau = torch.clamp(upper / max_condition**2, min=sigma_floor**2)
-    error = gram_error + cholesky_error * trace
-    level = ((tau + error) * (1 + torch.finfo(precision).eps)).to(precision)
-    above_level, factor = _factor(gram, -level)
-    holds = below_level & above_level
-    lower, ritz_min = tau, tau
-    if holds.any():
-        inverse = _largest_eigenvalue(lambda vectors: torch.cholesky_solve(vectors, factor), gram, steps=6)
-        ritz_min = level.double() + 1 / inverse
-        if (holds & (ritz_min > 4 * level)).any():  # far above τ: a sharper bound makes a certificate that lasts
-            sharp_level = (0.85 * ritz_min).to(precision)
-            above_sharp_level, _ = _factor(gram, -sharp_level)
-            lower = torch.where(above_sharp_level, torch.maximum(sharp_level.double() - error, tau), tau)
-    columns = torch.stack([lower, upper, tau, ritz_min, ritz_max]).sqrt().T.tolist()
-    return [_Proof(proven, *values) for proven, values in zip(holds.tolist(), columns, strict=True)]
-
-
-def _clamp_exactly_(
-    matrix: Tensor, max_condition: float, sigma_floor: float, suspect: bool
-) -> tuple[ClampOutcome, tuple[float, float] | None]:
-    """Clamp `matrix` by its exact spectrum; also bounds of all its singular values afterwards, None where it has no spectrum.
-
-    `suspect` False promises that nothing is below τ, which spares the eigenvectors.
-    """
+def _clamp_exactly_(matrix: Tensor, max_condition: float, sigma_floor: float) -> tuple[ClampOutcome, tuple[float, float] | None]:
+    """Clamp `matrix` by its exact spectrum; also bounds of all its singular values afterwards, None where it has no spectrum."""
     wide = _wide(matrix)
-    gram = _gram(wide, torch.float64)
+    gram = gram_matrix(wide, torch.float64)
     trace = gram.trace().item()
     squares_fit = 1e-250 < trace < math.inf
     if not squares_fit:
@@ -365,7 +325,7 @@ def _clamp_exactly_(
             return ClampOutcome(0.0, 0.0, sigma_floor, 0), None
     resolved = False
     if squares_fit:
-        eigenvalues, eigenvectors = torch.linalg.eigh(gram) if suspect else (torch.linalg.eigvalsh(gram), None)
+        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
         sigma = eigenvalues.clamp(min=0).sqrt()
         resolved = bool(sigma[0] >= _GRAM_RESOLUTION * sigma[-1])
     if not resolved:
@@ -405,86 +365,16 @@ def _wide(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
-def _gram(wide: Tensor, precision: torch.dtype) -> Tensor:
-    """W Wᵀ [..., short, short] of `wide` [..., short, long], computed and summed in `precision`, half of it mirrored."""
-    short = wide.shape[-2]
-    gram = wide.new_zeros(*wide.shape[:-2], short, short, dtype=precision)
-    starts = range(0, short, _BLOCK)
-    for piece in wide.split(_PIECE[precision], dim=-1):
-        piece = piece.to(precision)
-        for start in starts:
-            end = start + _BLOCK
-            gram[..., start:end, :end] += piece[..., start:end, :] @ piece[..., :end, :].mT
-    for start in starts:
-        gram[..., :start, start : start + _BLOCK] = gram[..., start : start + _BLOCK, :start].mT
-    return gram
-
-
-def _factor(matrix: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether `matrix` [batch, n, n] + `diagonal` [batch]·I has a Cholesky factor, and the factor (the identity where not)."""
-    shifted = matrix.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(diagonal.unsqueeze(-1))
-    factor, failed_at = torch.linalg.cholesky_ex(shifted)
-    definite = (failed_at == 0) & torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(-1)  # an infinity can slip through
-    if not definite.all():
-        factor[~definite] = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return definite, factor
-
-
-def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> Tensor:
-    """Lanczos estimate [batch] in float64, from below, of the largest eigenvalue of the symmetric positive map `apply`.
-
-    `apply` maps [batch, n, 1] to the same; `like` [batch, n, n] gives shape, dtype and device. The start is always the same.
-    """
-    batch, size = like.shape[:2]
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(size, 1, generator=generator, dtype=torch.float64).to(like).expand(batch, size, 1)
-    vector = vector / vector.norm(dim=-2, keepdim=True)
-    previous, coupling = torch.zeros_like(vector), vector.new_zeros(batch, 1, 1)
-    diagonal, off_diagonal = [], []
-    for _ in range(min(steps, size)):
-        image = apply(vector)
-        projection = (vector * image).sum(-2, keepdim=True)
-        image = image - projection * vector - coupling * previous
-        coupling = image.norm(dim=-2, keepdim=True)
-        previous, vector = vector, image / coupling.clamp(min=torch.finfo(like.dtype).tiny)
-        diagonal.append(projection)
-        off_diagonal.append(coupling)
-    tridiagonal = torch.diag_embed(torch.cat(diagonal, dim=1).squeeze(-1))
-    if len(diagonal) > 1:
-        tridiagonal += torch.diag_embed(torch.cat(off_diagonal[:-1], dim=1).squeeze(-1), offset=-1)
-    tridiagonal = tridiagonal.double().cpu().nan_to_num(0.0, 0.0, 0.0)  # a weight that is not finite is found out later
-    return torch.linalg.eigvalsh(tridiagonal)[..., -1].to(like.device)
-
-
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
     """`rows` [k, m] @ `matrix` [m, n] in float64, in pieces."""
-    return torch.cat([rows @ piece.double() for piece in matrix.split(_PIECE[torch.float64], dim=1)], dim=1)
+    return torch.cat([rows @ piece.double() for piece in matrix.split(PIECE[torch.float64], dim=1)], dim=1)
 
 
 def _add_product_(matrix: Tensor, left: Tensor, right: Tensor) -> None:
     """`matrix` [m, n] += `left` [m, k] @ `right` [k, n] in float64, in pieces, rounded once."""
-    size = _PIECE[torch.float64]
+    size = PIECE[torch.float64]
     for piece, columns in zip(matrix.split(size, dim=1), right.split(size, dim=1), strict=True):
         piece.copy_(torch.addmm(piece.double(), left, columns))
-
-
-def _gamma(operations: int, precision: torch.dtype) -> float:
-    """Higham's γ_k = k·u / (1 − k·u): relative error of a sum of products of length k, in any order."""
-    rounding = operations * torch.finfo(precision).eps / 2
-    return rounding / (1 - rounding) if rounding < 1 else math.inf
-
-
-def _precisions(matrix: Tensor) -> tuple[torch.dtype, ...]:
-    """Precisions of the test that are worth trying, cheapest first."""
-    try_float32 = matrix.dtype == torch.float32 and max(matrix.shape) <= _FLOAT32_LONGEST and _float32_products_are_ieee()
-    return (torch.float32, torch.float64) if try_float32 else (torch.float64,)
-
-
-def _float32_products_are_ieee() -> bool:
-    """False where the backend multiplies float32 in bfloat16 or TF32, as `torch.set_float32_matmul_precision` allows it to."""
-    probe = torch.full((64, 64), 1 + 2.0**-12)
-    return bool(((probe @ probe) - 64 * (1 + 2.0**-12) ** 2).abs().max() < 1e-3)
 
 
 @contextmanager

@@ -124,7 +124,9 @@ def _parameters_file(path: Path) -> dict:
 
 def _notebook_profile(values: dict) -> profiles.Profile:
     """The profile a notebook's parameters ask for: those named like one of its fields change it."""
-    return profiles.profile_with(values["profile"], **{key: value for key, value in values.items() if key in profiles.FIELD_TYPES})
+    return profiles.profile_with(
+        values["profile"], **{key: value for key, value in values.items() if key in profiles.FIELD_TYPES}
+    )
 
 
 def _set_fields(options: argparse.Namespace) -> profiles.Profile:
@@ -194,7 +196,11 @@ def _estimate(options: argparse.Namespace) -> int:
 
 def _runs(options: argparse.Namespace) -> int:
     table = runs.load_runs()
-    print("There are no runs yet; `make demo` makes some." if table.empty else table.drop(columns="checkpoint").to_string(index=False))
+    print(
+        "There are no runs yet; `make demo` makes some."
+        if table.empty
+        else table.drop(columns="checkpoint").to_string(index=False)
+    )
     if not table.empty:
         print(f"in {paths.runs_dir()}")
     return 0

@@ -44,7 +44,12 @@ def run_demo(fresh: bool = False) -> int:
         output = runs.run_path(PROFILE, runs.NOTEBOOK_STAGES[name]) / "notebooks" / notebook.name
         status_path, page = output.with_suffix(".status.json"), output.with_suffix(".html")
         fingerprint = _fingerprint(notebook)
-        if not rerun and finished.get(name) == fingerprint and page.is_file() and _read_json(status_path).get("state") == "completed":
+        if (
+            not rerun
+            and finished.get(name) == fingerprint
+            and page.is_file()
+            and _read_json(status_path).get("state") == "completed"
+        ):
             print(f"[{name}] {number}/{len(names)} finished before, reused", flush=True)
         else:
             rerun = True
@@ -56,13 +61,15 @@ def run_demo(fresh: bool = False) -> int:
             finished[name] = fingerprint
             replace_text(report_dir / "finished.json", json.dumps(finished, indent=1) + "\n")
         entries.append(_entry(notebook, page, _read_json(status_path), report_dir))
-    comparison = report.compare_growth(*(read_metrics(runs.run_path(PROFILE, stage), "held_out") for stage in ("source", "grown", "scratch")))
+    comparison = report.compare_growth(
+        *(read_metrics(runs.run_path(PROFILE, stage), "held_out") for stage in ("source", "grown", "scratch"))
+    )
     conditions = f"{versions()} · {clock(sum(entry.seconds for entry in entries))} for all notebooks"
     index = report_dir / "index.html"
     write_index(
         index,
         "Growing a small legal language model",
-        f"<p>A trained 3-layer model, stacked to 12 layers and trained on, beside the same 12 layers from scratch.</p><p>{conditions}</p>",
+        f"<p>A trained 3-layer model, stacked to 12 layers and trained on, beside 12 layers from scratch.</p><p>{conditions}</p>",
         entries,
         tables=[("Losses, nats per token", comparison.losses), ("Cost to reach scratch's best loss", comparison.speedup_table())],
         figures=[(text, runs.run_path(PROFILE, stage) / "figures" / name) for text, stage, name in _FIGURES],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kl3m_nb import flops, models, roles
+from kl3m_nb.display import table_html
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import clock
 from kl3m_nb.runtime import choose_runtime
@@ -59,15 +60,14 @@ class Estimate:
             "profile": self.profile,
             "parameters": f"{self.parameters:,}",
             **{name.replace("_", " "): text for name, text in size.items()},
-            "operations per token": f"{self.flops_per_token / 1e9:.2f} GFLOP (forward and backward, causal attention counted exactly)",
+            "operations per token": f"{self.flops_per_token / 1e9:.2f} GFLOP (forward and backward, causal attention exactly)",
             "tokens per step": f"{self.tokens_per_step:,}",
             "steps": f"{self.max_steps:,}",
             "time on this machine": f"{clock(self.seconds)} ({self.device})",
         }
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th style='text-align:left'>{key}</th><td>{value}</td></tr>" for key, value in self.table().items())
-        return f"<table>{rows}</table>"
+        return table_html(self.table())
 
 
 def estimate(profile: Profile) -> Estimate:

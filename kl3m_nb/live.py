@@ -53,8 +53,11 @@ class LiveView:
             case "held_out":
                 self._held_out = f"held-out {row['held_out_loss']:.3f}"
             case "end":
-                self._figure = self._draw()
-                self._handle.update(HTML(self._page(self._progress_text(now))))
+                # the notebook draws a finished run itself; one that was interrupted is shown as far as it came
+                self._figure = "" if row["step"] == row["max_steps"] else self._draw()
+                text = self._progress_text(now)
+                write_progress(text)
+                self._handle.update(HTML(self._page(text)))
 
     def _progress_text(self, now: float) -> str:
         step = self._last.get("step", self._first_step)
@@ -95,4 +98,3 @@ def figure_html(figure: Figure) -> str:
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
     return f"<img alt='' style='max-width:100%' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
-

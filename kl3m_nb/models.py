@@ -23,9 +23,17 @@ from kl3m_nb.roles import parameter_roles, role_table
 from kl3m_nb.tokenizer import END_ID, PAD_ID, START_ID
 
 __all__ = [
-    "BodyOutput", "build_model", "check_checkpoint", "check_fits", "forward_body", "load_model", "model_config", "parameter_counts",
-    "parameter_roles", "role_table",
-]  # fmt: skip
+    "BodyOutput",
+    "build_model",
+    "check_checkpoint",
+    "check_fits",
+    "forward_body",
+    "load_model",
+    "model_config",
+    "parameter_counts",
+    "parameter_roles",
+    "role_table",
+]
 
 disable_progress_bar()  # transformers' own bars for files that take milliseconds would drown the one that counts
 

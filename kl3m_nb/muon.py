@@ -143,8 +143,8 @@ class _BatchKey:
 class Muon(torch.optim.Optimizer):
     """Muon with decoupled weight decay: m ← μm + (1-μ)g, u = (1-μ)g + μm, W ← (1 - lr·wd)·W - lr·s·orthogonalize(u).
 
-    Without `nesterov`, u = m. Every option can be set per parameter group, and any torch scheduler can drive the groups' `lr`. The
-    state is one momentum buffer per parameter.
+    Without `nesterov`, u = m. Every option can be set per parameter group, and any torch scheduler can drive the groups' `lr`.
+    The state is one momentum buffer per parameter.
     """
 
     def __init__(
@@ -199,8 +199,8 @@ class Muon(torch.optim.Optimizer):
     def movement_bounds(self) -> dict[nn.Parameter, tuple[float, float]]:
         """For each parameter (additive, relative) with ‖ΔW‖₂ ≤ additive + relative·‖W‖₂ in the last step, W its value before.
 
-        With leading dimensions or `fused` above 1 this holds for each single matrix. A parameter that the last step left alone has
-        (0.0, 0.0), as has every one before the first step. The bound presumes finite gradients.
+        With leading dimensions or `fused` above 1 this holds for each single matrix. A parameter that the last step left alone
+        has (0.0, 0.0), as has every one before the first step. The bound presumes finite gradients.
         """
         return {
             parameter: self._movement.get(parameter, (0.0, 0.0)) for group in self.param_groups for parameter in group["params"]

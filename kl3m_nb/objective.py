@@ -11,6 +11,7 @@ sum of the head's rows and cost nothing per chunk.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ IGNORE_INDEX = -100
 _NATS_PER_BIT = math.log(2.0)
 _CPU_LOGITS = 2**26  # elements of a chunk's logits on a CPU, 256 MiB in float32: enough tokens for fast matrix products
 _CPU_CACHED_LOGITS = 2**19  # elements that go through the element-wise work together on a CPU, small enough to stay in the cache
+_CPU_SUM_LENGTH = 2**12  # entries of the vocabulary that one product sums over on a CPU
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,12 @@ class ObjectiveTerms:
 
 
 def chunked_objective(
-    hidden: Tensor, weight: Tensor, labels: Tensor, spec: ObjectiveSpec, num_valid: int | Tensor | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    spec: ObjectiveSpec,
+    num_valid: int | Tensor | None = None,
+    compiled: bool = False,
 ) -> ObjectiveTerms:
     """Objective of the logits `hidden @ weight.T` against `labels`, averaged over the valid labels, with its gradients.
 
@@ -53,9 +60,10 @@ def chunked_objective(
 
     Under autocast the products run in its precision, all reductions in float32, and the gradient of `weight` is accumulated in
     float32. Where gradients are disabled or neither input requires one, only the terms are computed. `spec.chunk_tokens` is the
-    most tokens whose logits exist at one time; on a CPU fewer are taken when the vocabulary is large.
+    most tokens whose logits exist at one time; on a CPU fewer are taken when the vocabulary is large. `compiled` fuses the
+    element-wise work with torch.compile: on a GPU it then reads the logits a few times instead of sixteen.
 
-    Raises ValueError for shapes or dtypes that do not fit together.
+    Raises ValueError for shapes or dtypes that do not fit together, and for float16 products, in which gradients underflow.
     """
     _check_inputs(hidden, weight, labels)
     hidden, labels = hidden.reshape(-1, hidden.size(-1)), labels.reshape(-1)
@@ -69,9 +77,13 @@ def chunked_objective(
 
     device_type = hidden.device.type
     product_dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    if product_dtype == torch.float16:
+        raise ValueError("The products would run in float16, where gradients underflow; use bfloat16 or float32.")
     gradients = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
     with torch.autocast(device_type, enabled=False):
-        total, *parts = _ChunkedObjective.apply(hidden, weight, labels, valid, num_valid, spec, product_dtype, gradients)
+        total, *parts = _ChunkedObjective.apply(
+            hidden, weight, labels, valid, num_valid, spec, product_dtype, gradients, compiled
+        )
     return ObjectiveTerms(total, *parts, num_valid=num_valid)
 
 
@@ -99,15 +111,17 @@ class _ChunkedObjective(torch.autograd.Function):
 
         L = lse(z) - (1-ε)·z_y - ε·mean(z) - b·H/u + w·(H/u - H*)²
         ∂L/∂z = p·(1 - c·(z - E)) - (1-ε)·e_y - ε/V,   c = (2w·(H/u - H*) - b)/u
+
+    The middle term and the last are taken apart from the first, which `_softmax_terms_` computes.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, valid, num_valid, spec, product_dtype, gradients):
+    def forward(ctx, hidden, weight, labels, valid, num_valid, spec, product_dtype, gradients, compiled):
         """hidden [n, hidden], weight [V, hidden], labels and valid [n]; `gradients`: whether by hidden and by weight."""
         tokens, vocabulary = hidden.size(0), weight.size(0)
         dtype = _accumulation_dtype(weight.dtype)
         smoothing = spec.label_smoothing
-        scale = valid / _at_least_one(num_valid).to(dtype)  # of each token in every mean
+        scale = valid / _at_least_one(num_valid).to(dtype)  # weight of each token in every mean
         labels = torch.where(valid, labels, 0)
         head = weight.to(product_dtype)
         states = hidden.to(product_dtype)
@@ -117,9 +131,10 @@ class _ChunkedObjective(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if gradients[0] else None
         weight_grad = torch.zeros_like(weight, dtype=dtype) if gradients[1] else None
 
-        chunk, block = _chunk_and_block(tokens, vocabulary, spec.chunk_tokens, hidden.is_cuda)
+        chunk, block = _chunk_and_block(tokens, vocabulary, spec.chunk_tokens, hidden.device)
         logits_buffer = torch.empty(chunk, vocabulary, dtype=dtype, device=hidden.device)
-        exponential_buffer = torch.empty(block, vocabulary, dtype=dtype, device=hidden.device)
+        work_buffer = None if compiled else torch.empty(block, vocabulary, dtype=dtype, device=hidden.device)
+        softmax_terms_ = _compiled_softmax_terms() if compiled else _softmax_terms_
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
             logits = logits_buffer[: rows.stop - start]
@@ -127,24 +142,10 @@ class _ChunkedObjective(torch.autograd.Function):
             label_logit[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
             for first in range(start, rows.stop, block):
                 part = slice(first, min(first + block, rows.stop))
-                z = logits[first - start : part.stop - start]
-                # Sums of `sum` are pairwise; those inside torch.softmax are not and lose two digits at this length.
-                largest = z.amax(-1)
-                z.sub_(largest.unsqueeze(1))
-                exponentials = torch.exp(z, out=exponential_buffer[: z.size(0)])
-                total = exponentials.sum(-1)
-                expected = torch.linalg.vecdot(exponentials, z) / total
-                log_total = total.log()
-                entropy = (log_total - expected) / _NATS_PER_BIT
-                cross_entropy[part] = largest - label_logit[part] + log_total
-                entropy_bits[part] = entropy
-                if any(gradients):
-                    pull = (
-                        2.0 * spec.entropy_target_weight * (entropy - spec.entropy_target_bits) - spec.entropy_bonus
-                    ) / _NATS_PER_BIT
-                    # scale · p · (1 + pull·E - pull·z) takes the place of the logits.
-                    share = scale[part] / total
-                    z.mul_((-pull * share).unsqueeze(1)).add_(((1.0 + pull * expected) * share).unsqueeze(1)).mul_(exponentials)
+                work = None if compiled else work_buffer[: part.stop - first]
+                cross_entropy[part], entropy_bits[part] = softmax_terms_(
+                    logits[first - start : part.stop - start], label_logit[part], scale[part], spec, any(gradients), work
+                )
             if any(gradients):
                 logits_grad = logits.to(product_dtype)
                 label = labels[rows, None]
@@ -152,7 +153,7 @@ class _ChunkedObjective(torch.autograd.Function):
                 if hidden_grad is not None:
                     # The label's entry is larger than all others together: apart from their long sum, it costs them no digits.
                     logits_grad.scatter_(1, label, 0.0)
-                    hidden_grad[rows] = logits_grad @ head + label_grad * weight[labels[rows]]
+                    hidden_grad[rows] = _product_in_pieces(logits_grad, head, dtype) + label_grad * weight[labels[rows]]
                 if weight_grad is not None:
                     logits_grad.scatter_(1, label, label_grad.to(product_dtype))
                     _add_product_(weight_grad, logits_grad.t(), states[rows])
@@ -189,7 +190,35 @@ class _ChunkedObjective(torch.autograd.Function):
             for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(total_grad)
-        return *gradients, None, None, None, None, None, None
+        return *gradients, *[None] * 7
+
+
+def _softmax_terms_(
+    logits: Tensor, label_logit: Tensor, scale: Tensor, spec: ObjectiveSpec, gradient: bool, work: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (nats) and entropy (bits) per token; with `gradient`, `logits` becomes scale·p·(1 - c·(z - E)).
+
+    logits: [tokens, vocabulary], spoilt in any case. label_logit, scale: [tokens]. work: a buffer like `logits`, or None.
+    """
+    largest = logits.amax(-1)
+    logits.sub_(largest.unsqueeze(1))
+    exponentials = torch.exp(logits, out=work)
+    # `sum` adds pairwise. torch.softmax does not, and loses two digits at 131,072 entries.
+    total = exponentials.sum(-1)
+    expected = torch.linalg.vecdot(exponentials, logits) / total
+    log_total = total.log()
+    entropy_bits = (log_total - expected) / _NATS_PER_BIT
+    if gradient:
+        distance = entropy_bits - spec.entropy_target_bits
+        pull = (2.0 * spec.entropy_target_weight * distance - spec.entropy_bonus) / _NATS_PER_BIT
+        share = scale / total
+        logits.mul_((-pull * share).unsqueeze(1)).add_(((1.0 + pull * expected) * share).unsqueeze(1)).mul_(exponentials)
+    return largest - label_logit + log_total, entropy_bits
+
+
+@functools.cache
+def _compiled_softmax_terms():
+    return torch.compile(_softmax_terms_, dynamic=False, fullgraph=True)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -202,6 +231,14 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
         out.copy_(left @ right)
 
 
+def _product_in_pieces(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in `dtype`; on a CPU the long inner dimension is summed in pieces, which halves the rounding error or better."""
+    if left.is_cuda:
+        return (left @ right).to(dtype)
+    pieces = zip(left.split(_CPU_SUM_LENGTH, dim=1), right.split(_CPU_SUM_LENGTH), strict=True)
+    return sum((a @ b).to(dtype) for a, b in pieces)
+
+
 def _add_product_(target: Tensor, left: Tensor, right: Tensor) -> None:
     """target += left @ right, accumulated in `target`'s precision."""
     if left.dtype == target.dtype:
@@ -212,15 +249,13 @@ def _add_product_(target: Tensor, left: Tensor, right: Tensor) -> None:
         target.add_(left @ right)
 
 
-def _chunk_and_block(tokens: int, vocabulary: int, most_tokens: int, on_cuda: bool) -> tuple[int, int]:
+def _chunk_and_block(tokens: int, vocabulary: int, most_tokens: int, device: torch.device) -> tuple[int, int]:
     """Tokens whose logits exist at one time, and tokens whose logits go through the element-wise work at one time."""
-    if on_cuda:
-        chunk = block = most_tokens
-    else:
-        chunk = min(most_tokens, max(1, _CPU_LOGITS // vocabulary))
-        block = max(1, _CPU_CACHED_LOGITS // vocabulary)
-    chunk = max(1, min(chunk, tokens))
-    return chunk, min(block, chunk)
+    chunk = max(1, min(most_tokens, tokens))
+    if device.type != "cpu":
+        return chunk, chunk
+    chunk = max(1, min(chunk, _CPU_LOGITS // vocabulary))
+    return chunk, max(1, min(chunk, _CPU_CACHED_LOGITS // vocabulary))
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,7 +20,7 @@ from kl3m_nb.profiles import DataSpec
 def document_tokens(document: corpus.Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of one document, closed by `<|end|>`."""
     tokens = list(document.tokens) or tokenizer.encode(document.text, add_special_tokens=False)
-    return tokens + [tokenizer.eos_token_id]
+    return [*tokens, tokenizer.eos_token_id]
 
 
 def pack(token_lists: Iterable[list[int]], window: int) -> Iterator[list[int]]:

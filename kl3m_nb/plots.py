@@ -1,91 +1,77 @@
-"""Figures of a run: training, objective, clamp, growth, generation. Each function takes a table and returns a matplotlib Figure.
+"""Figures of a run: stack, training, objective, clamp, growth, generation. Each function takes a table and returns a Figure.
 
-One style for all (`STYLE`, `ROLE_COLORS`): Okabe and Ito's palette and cividis, which the colour-blind can tell apart, told apart
-again by dash or marker so that a grey print can be read. A figure belongs to no window: it is closed for pyplot when it is
-returned, is shown as the value of a notebook cell, and does not pile up. Figures of spectra are in `spectral_plots`.
+Their look is that of `figures`, whose `use_style` and `save_figure` are at hand here too. Figures of spectra are in
+`spectral_plots`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from itertools import cycle, pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from kl3m_nb import growth
+from kl3m_nb.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    ROLE_LINES,
+    SEQUENCE,
+    SKY,
+    VERMILLION,
+    plain_log_axis,
+    save_figure,
+    step_axis,
+    styled,
+    use_style,
+)  # fmt: skip
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
-GREY = "#767676"
-SEQUENCE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
-ROLE_COLORS = {
-    "q_proj": BLUE, "k_proj": SKY, "v_proj": GREEN, "o_proj": BLACK,
-    "gate_proj": VERMILLION, "gate_up_proj": VERMILLION, "up_proj": ORANGE, "down_proj": PURPLE, "lm_head": GREY,
-}  # fmt: skip
-ROLE_DASHES = {
-    "q_proj": "-", "k_proj": "--", "v_proj": "-.", "o_proj": ":",
-    "gate_proj": "-", "gate_up_proj": "-", "up_proj": "--", "down_proj": "-.", "lm_head": "-",
-}  # fmt: skip
-STYLE = {
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": plt.cycler(color=SEQUENCE),
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-    "image.cmap": "cividis",
-    "savefig.dpi": 200,
-    "pdf.fonttype": 42,  # text stays text: it can be searched and edited
-}
+__all__ = [
+    "plot_clamp_events", "plot_generation_measures", "plot_growth", "plot_loss_by_position", "plot_objective_terms",
+    "plot_stack_map", "plot_training", "save_figure", "use_style",
+]  # fmt: skip
 
 
-def use_style() -> None:
-    """Makes the style the default of this process, for figures a notebook draws by itself."""
-    plt.rcParams.update(STYLE)
-
-
-def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draws in the project's style and hands the figure over without leaving it open in pyplot."""
-
-    @functools.wraps(draw)
-    def draw_in_style(*args, **kwargs) -> Figure:
-        with plt.rc_context(STYLE):
-            figure = draw(*args, **kwargs)
-            plt.close(figure)
-        return figure
-
-    return draw_in_style
-
-
-def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame) -> Path:
-    """Writes `name`.png, `name`.pdf and the figure's numbers as `name`.csv into `folder`; returns the path of the PNG."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png")
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    data.to_csv(folder / f"{name}.csv", index=False)
-    return folder / f"{name}.png"
+@styled
+def plot_stack_map(order: Sequence[int], source_layers: int) -> Figure:
+    """Which source block each target block came from: `order[i]` is the source of target block i, below `source_layers`."""
+    order = np.asarray(order, dtype=int)
+    if not order.size or order.min() < 0 or order.max() >= source_layers:
+        raise ValueError(
+            f"A stack map needs source blocks from 0 to {source_layers - 1}; the order given is {order[:8].tolist()} …"
+        )
+    targets = np.arange(len(order))
+    jumps = np.flatnonzero(np.diff(order) < 0) + 1  # where a further copy begins
+    figure, axes = plt.subplots(figsize=(12, 2.2 + 3.2 * min(1.0, source_layers / 12)))
+    for part in np.split(targets, jumps):
+        axes.plot(part, order[part], color=GREY, linewidth=0.8, zorder=1)
+    side = min(24.0, 720 / len(order))
+    axes.scatter(targets, order, s=side**2, c=order, marker="s", edgecolor="white", linewidth=0.4, zorder=2)
+    if len(order) <= 40:
+        for target, block in zip(targets, order, strict=True):
+            shade = "white" if block < 0.6 * source_layers else BLACK
+            axes.text(target, block, str(block), ha="center", va="center", fontsize=min(11.0, 0.5 * side), color=shade)
+    if np.array_equal(order, targets % source_layers):
+        for copy, part in enumerate(np.split(targets, jumps)):
+            axes.text(part.mean(), 1.01, f"copy {copy}", ha="center", va="bottom", transform=axes.get_xaxis_transform())
+            if copy:
+                axes.axvline(part[0] - 0.5, color=BLACK, linewidth=0.8, linestyle="--")
+    axes.set(xlim=(-0.7, len(order) - 0.3), ylim=(source_layers - 0.2, -0.8))
+    axes.set(xlabel="block of the target", ylabel="block of the source")
+    axes.xaxis.set_major_locator(MaxNLocator(13, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))
+    return figure
 
 
 @styled
@@ -93,35 +79,35 @@ def plot_training(train: pd.DataFrame, held_out: pd.DataFrame) -> Figure:
     """Loss, learning rates, gradient norm and speed over the steps of one run.
 
     `train` has a row a step (step, loss, cross_entropy, lr_muon, lr_aux, grad_norm, clip_threshold, clipped, skipped,
-    tokens_per_second); `held_out` a row an evaluation (step, held_out_loss) and may be empty. Raises ValueError for an empty `train`.
+    tokens_per_second); `held_out` a row an evaluation (step, held_out_loss) and may be empty. Raises ValueError if `train` is.
     """
     train = _require_rows(train, "training steps")
     figure, ((loss, rates), (norm, speed)) = plt.subplots(2, 2, figsize=(12, 7), sharex=True)
     steps = train["step"]
-    _noisy_line(loss, steps, train["loss"], ORANGE, "total, with regularisers", dashes="--")
     _noisy_line(loss, steps, train["cross_entropy"], BLUE, "training cross-entropy")
+    loss.plot(steps, _smooth(train["loss"]), "--", color=ORANGE, label="with the regularisers")
     if len(held_out):
         loss.plot(held_out["step"], held_out["held_out_loss"], "o-", color=BLACK, markersize=4, linewidth=1.2, label="held-out")
-    _label(loss, "Loss", "nats per token")
+    loss.set(title="Loss", ylabel="nats per token")
     rates.plot(steps, train["lr_muon"], color=BLUE, label="Muon (matrices of the blocks)")
     rates.plot(steps, train["lr_aux"], "--", color=VERMILLION, label="AdamW (the rest)")
-    rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    rates.yaxis.set_major_formatter("{x:g}")
     rates.set_ylim(bottom=0)
-    _label(rates, "Learning rate", "learning rate")
+    rates.set(title="Learning rate", ylabel="learning rate")
     _noisy_line(norm, steps, train["grad_norm"], BLUE, "norm")
-    norm.plot(steps, train["clip_threshold"], "--", color=GREY, linewidth=1.2, label="clip threshold")
-    norm.set_yscale("log")
+    norm.plot(steps, _smooth(train["clip_threshold"]), "--", color=BLACK, linewidth=1.2, label="clip threshold")
+    plain_log_axis(norm.yaxis)
     _mark_steps(norm, steps[train["clipped"].astype(bool)], 0.03, "|", VERMILLION, "clipped")
     _mark_steps(norm, steps[train["skipped"].astype(bool)], 0.10, "x", BLACK, "skipped")
-    _label(norm, "Gradient", "global norm")
+    norm.set(title="Gradient", ylabel="global norm")
     median = train["tokens_per_second"].median()
     _noisy_line(speed, steps, train["tokens_per_second"], BLUE, "per step")
-    speed.axhline(median, color=GREY, linestyle="--", linewidth=1.2, label=f"median {median:,.0f}")
-    speed.set_ylim(0, 1.25 * train["tokens_per_second"].quantile(0.98))
+    speed.axhline(median, color=BLACK, linestyle="--", linewidth=1.2, label=f"median {median:,.0f}")
+    speed.set_ylim(0, 1.35 * train["tokens_per_second"].quantile(0.98))
     speed.yaxis.set_major_formatter("{x:,.0f}")
-    _label(speed, "Speed", "tokens per second")
+    speed.set(title="Speed", ylabel="tokens per second")
     for axes in (norm, speed):
-        axes.set_xlabel("optimizer step")
+        step_axis(axes)
     for axes in (loss, rates, norm, speed):
         axes.legend()
     return figure
@@ -139,7 +125,7 @@ _TERMS = {
 def plot_objective_terms(train: pd.DataFrame, entropy_target_bits: float = 6.5) -> Figure:
     """What each regulariser adds to the loss (nats per token), and the entropy of the predictions (bits) with its target.
 
-    `train` has step, entropy_bits and the four terms as columns. Raises ValueError when it is empty.
+    `train` has step, cross_entropy, entropy_bits and the four terms as columns. Raises ValueError when it is empty.
     """
     train = _require_rows(train, "training steps")
     figure, axes = plt.subplot_mosaic(
@@ -149,22 +135,19 @@ def plot_objective_terms(train: pd.DataFrame, entropy_target_bits: float = 6.5) 
         sharex=True,
     )
     for (term, title), color in zip(_TERMS.items(), (BLUE, VERMILLION, GREEN, ORANGE), strict=True):
-        _noisy_line(axes[term], train["step"], train[term], color, None)
+        _noisy_line(axes[term], train["step"], 1000 * train[term], color, None)
         axes[term].axhline(0, color=BLACK, linewidth=0.8)
-        axes[term].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-        _label(axes[term], title, "nats per token")
+        axes[term].set(title=title, ylabel="$10^{-3}$ nats per token")
     _noisy_line(axes["bits"], train["step"], train["entropy_bits"], BLUE, "entropy of the predictions")
-    axes["bits"].plot(
-        train["step"], train["cross_entropy"] / math.log(2), ":", color=GREY, linewidth=1.2, label="cross-entropy, for comparison"
-    )
-    axes["bits"].axhline(
-        entropy_target_bits, color=BLACK, linestyle="--", linewidth=1.2, label=f"target {entropy_target_bits:g} bits"
-    )
+    bits = _smooth(train["cross_entropy"]) / math.log(2)
+    axes["bits"].plot(train["step"], bits, "-.", color=VERMILLION, label="cross-entropy, for comparison")
+    target = f"target {entropy_target_bits:g} bits"
+    axes["bits"].axhline(entropy_target_bits, color=BLACK, linestyle="--", linewidth=1.2, label=target)
     axes["bits"].set_ylim(bottom=0)
-    _label(axes["bits"], "Entropy", "bits per token")
-    axes["bits"].legend()
+    axes["bits"].set(title="Entropy", ylabel="bits per token")
+    axes["bits"].legend(loc="lower left")
     for name in ("entropy_target", "activation_norm", "bits"):
-        axes[name].set_xlabel("optimizer step")
+        step_axis(axes[name])
     return figure
 
 
@@ -175,38 +158,53 @@ _GROUPS = {"Attention": ATTENTION_ROLES, "MLP": MLP_ROLES, "LM head": ("lm_head"
 def plot_clamp_events(clamp: pd.DataFrame) -> Figure:
     """What the spectral clamp met and did: condition before each clamp by role, and how many singular values it raised.
 
-    `clamp` has a row per matrix and event: step, role, sigma_max, sigma_min, tau, raised. The ceiling drawn is the largest σ₁/τ, the
-    `max_condition` of the role unless the floor was above it throughout. Raises ValueError when it is empty.
+    `clamp` has a row per matrix and event: step, role, sigma_max, sigma_min, raised, max_condition and route. A matrix that was
+    certified healthy was not looked at, so it has no condition to draw. Raises ValueError when the table is empty.
     """
     clamp = _require_rows(clamp, "clamp events")
-    clamp = clamp.assign(condition=clamp["sigma_max"] / clamp["sigma_min"].where(clamp["sigma_min"] > 0))
-    groups = {title: rows for title, roles in _GROUPS.items() if len(rows := clamp[clamp["role"].isin(roles)])}
+    sigma_max, sigma_min = clamp["sigma_max"].astype(float), clamp["sigma_min"].astype(float)
+    measured = clamp["route"].isin(("tested", "decomposed", "repaired"))
+    clamp = clamp.assign(condition=(sigma_max / sigma_min.where(sigma_min > 0)).where(measured))
+    events = np.sort(clamp["step"].unique())
+    groups = {title: roles for title, roles in _GROUPS.items() if clamp["role"].isin(roles).any()}
     figure, axes = plt.subplots(
-        2, len(groups), figsize=(4.2 * len(groups) + 0.6, 6.6), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 2)
+        2, len(groups), figsize=(4.2 * len(groups) + 0.6, 6.6), sharex=True, squeeze=False, height_ratios=(3, 2)
     )
-    marker = "o" if clamp["step"].nunique() <= 30 else None
-    for column, (title, rows) in enumerate(groups.items()):
+    for column, (title, roles) in enumerate(groups.items()):
         condition, raised = axes[:, column]
-        for role, role_rows in rows.groupby("role"):
-            events = role_rows.groupby("step")
-            style = {"color": ROLE_COLORS[role], "linestyle": ROLE_DASHES[role], "marker": marker, "markersize": 4}
-            worst = events["condition"].max()
-            condition.plot(worst.index, worst, label=role, **style)
-            if role_rows.groupby("step").size().max() > 1:
-                median = events["condition"].median()
-                condition.plot(median.index, median, linewidth=0.9, **(style | {"marker": None}))
-            total = events["raised"].sum()
-            raised.plot(total.index, total, **style)
-        ceiling = (rows["sigma_max"] / rows["tau"]).max()
-        condition.axhline(ceiling, color=BLACK, linewidth=1, label=f"ceiling {ceiling:,.0f}")
-        condition.set_yscale("log")
+        condition.sharey(axes[0, 0])
+        of_group = clamp[clamp["role"].isin(roles)]
+        ceiling = of_group["max_condition"].max()
+        condition.axhline(ceiling, color=BLACK, linewidth=1)
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        condition.annotate(f"ceiling {ceiling:,.0f}", (1, ceiling), fontsize=9, **place)
+        bottom = np.zeros(len(events))
+        for role in [role for role in roles if role in set(of_group["role"])]:
+            by_step = of_group[of_group["role"] == role].groupby("step")
+            worst, median = by_step["condition"].max().dropna(), by_step["condition"].median().dropna()
+            marker = "o" if len(worst) <= 30 else None
+            condition.plot(worst.index, worst, label=role, marker=marker, markersize=4, **ROLE_LINES[role])
+            if not median.equals(worst):
+                condition.plot(median.index, median, linewidth=0.9, **ROLE_LINES[role])
+            counts = by_step["raised"].sum().reindex(events, fill_value=0).to_numpy(dtype=float)
+            width = 0.8 * np.diff(events).min(initial=max(1, events[-1] - events[0]))
+            raised.bar(events, counts, width, bottom, color=ROLE_LINES[role]["color"])
+            bottom += counts
+        singular = of_group.loc[measured & (sigma_min <= 0), "step"].drop_duplicates()
+        _mark_steps(condition, singular, 0.98, "^", VERMILLION, "singular")
         condition.set_title(title)
-        condition.legend(fontsize=9)
-        raised.set_yscale("symlog", linthresh=1)
-        raised.set_ylim(bottom=0)
-        raised.set_xlabel("optimizer step")
-    axes[0, 0].set_ylabel("condition σ₁/σₘᵢₙ before the clamp\n(bold: worst layer, thin: median)")
+        if not bottom.any():
+            raised.text(0.5, 0.5, "none", color=GREY, ha="center", va="center", transform=raised.transAxes)
+        raised.set_ylim(0, max(1.0, 1.08 * bottom.max()))
+        raised.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        raised.grid(axis="x", visible=False)
+        step_axis(raised)
+    for condition in axes[0]:
+        plain_log_axis(condition.yaxis)
+    axes[0, 0].set_ylabel("condition $\\sigma_1/\\sigma_{min}$ before the clamp\n(bold: worst layer, thin: median)")
     axes[1, 0].set_ylabel("singular values raised")
+    named = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named))
     return figure
 
 
@@ -214,7 +212,7 @@ def plot_clamp_events(clamp: pd.DataFrame) -> Figure:
 def plot_growth(
     runs: Mapping[str, pd.DataFrame], target_loss: float, source: str = "source", grown: str = "grown", scratch: str = "scratch"
 ) -> Figure:
-    """Held-out loss of the source, the grown and the scratch model over tokens, FLOPs and time, with the speedups at `target_loss`.
+    """Held-out loss of the source, the grown and the scratch model over tokens, FLOPs and time; speedups at `target_loss`.
 
     `runs` maps labels to curves (see `growth`); `source`, `grown` and `scratch` say which label is which. The grown run is drawn
     twice: by its own cost, and shifted by the whole cost of the source it was stacked from.
@@ -228,41 +226,36 @@ def plot_growth(
         unit, label = _cost_unit(cost, max(runs[scratch][cost].max(), runs[grown][cost].max() + costs["source"]))
         lines = (
             (source, 0.0, ":", None, GREY, source),
-            (scratch, 0.0, "-", "s", VERMILLION, f"{scratch}: from scratch"),
+            (scratch, 0.0, "-", "s", VERMILLION, scratch),
             (grown, 0.0, "-", "o", BLUE, f"{grown}: its own cost"),
             (grown, costs["source"], "--", "o", SKY, f"{grown}: with the source's cost"),
         )
         for run, offset, dashes, marker, color, text in lines:
             curve = runs[run]
             axes.plot((curve[cost] + offset) / unit, curve["held_out_loss"], dashes, color=color, label=text)
-            reached = costs["grown"] if run == grown else costs[scratch] if run == scratch else math.nan
+            reached = costs["grown" if run == grown else "scratch"]
             if marker and not math.isnan(reached):
                 position = (reached + offset) / unit
                 axes.plot([position], [target_loss], marker, color=color, markeredgecolor=BLACK, markersize=8, zorder=5)
                 axes.vlines(position, 0, target_loss, color=color, linewidth=1, linestyle=":")
         axes.axhline(target_loss, color=BLACK, linewidth=1, linestyle="-.", label=f"target loss {target_loss:.2f}")
-        axes.set_xlim(left=0)
-        axes.set_xlabel(label)
+        axes.set(xlabel=label, xlim=(0, None))
         axes.set_title(_speedup_text(costs), fontsize=10.5)
     losses = pd.concat([curve["held_out_loss"] for curve in runs.values()]).dropna()
     lowest = losses.min()
     top = max(target_loss + 0.5, runs[grown]["held_out_loss"].quantile(0.95), lowest + 0.6 * (losses.max() - lowest))
-    panels[0].set_ylim(lowest - 0.06 * (top - lowest), top)
-    panels[0].set_ylabel("held-out loss (nats per token)")
+    panels[0].set(ylim=(lowest - 0.06 * (top - lowest), top), ylabel="held-out loss (nats per token)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
 
 def _speedup_text(costs: pd.Series) -> str:
+    what = {"tokens": "Tokens", "flops": "FLOPs", "seconds": "Time"}[costs.name]
     if costs["reached"] != "both":
-        who = {
-            "grown only": "reached by the grown model only",
-            "scratch only": "reached from scratch only",
-            "neither": "never reached",
-        }
-        return f"{costs.name}: target {who[costs['reached']]}"
+        who = {"grown only": "reached only by the grown", "scratch only": "reached only from scratch", "neither": "never reached"}
+        return f"{what}: target {who[costs['reached']]}"
     including, excluding = costs["speedup_including_source"], costs["speedup_excluding_source"]
-    return f"{costs.name}: speedup {excluding:+.0%}\n{including:+.0%} with the source's cost"
+    return f"{what}: speedup {excluding:+.0%}\n({including:+.0%} with the source's cost)".replace("-", "−")
 
 
 def _cost_unit(cost: str, largest: float) -> tuple[float, str]:
@@ -275,35 +268,65 @@ def _cost_unit(cost: str, largest: float) -> tuple[float, str]:
 
 
 @styled
+def plot_loss_by_position(losses: Mapping[str, torch.Tensor]) -> Figure:
+    """How the held-out loss falls with the context a model has: a line a model, means over growing ranges of positions.
+
+    `losses` maps labels to tensors [seq_len] in nats per token, entry t with t + 1 tokens of context; `HeldOut.loss_by_position`.
+    """
+    figure, axes = plt.subplots(figsize=(9, 5))
+    for (name, loss), color, dashes in zip(losses.items(), cycle(SEQUENCE), cycle(("-", "--", "-.", ":")), strict=False):
+        loss = loss.cpu().double().numpy()
+        context = np.arange(1, len(loss) + 1)
+        axes.plot(context, loss, color=color, alpha=0.2, linewidth=0.7, rasterized=True)
+        edges = np.unique(np.geomspace(1, len(loss) + 1, 25).round().astype(int))
+        centres = [math.sqrt(start * (end - 1)) for start, end in pairwise(edges)]
+        means = [loss[start - 1 : end - 1].mean() for start, end in pairwise(edges)]
+        axes.plot(centres, means, dashes, color=color, marker="o", markersize=4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set(xlabel="tokens of context", ylabel="held-out loss (nats per token)")
+    axes.legend()
+    return figure
+
+
+_MEASURES = {
+    "mean_tokens": ("Length", "tokens"),
+    "end_rate": ("Ended by itself", "share of texts"),
+    "distinct_1": ("Distinct words", "share of words"),
+    "distinct_2": ("Distinct pairs", "share of word pairs"),
+    "distinct_3": ("Distinct triples", "share of word triples"),
+    "repetition_rate": ("Repeated phrases", "share of 4-grams"),
+    "loop_rate": ("Ended in a loop", "share of texts"),
+    "balanced_brackets_rate": ("Balanced brackets", "share of texts"),
+    "balanced_quotes_rate": ("Balanced quotes", "share of texts"),
+    "tokens_per_second": ("Speed", "tokens per second"),
+}
+
+
+@styled
 def plot_generation_measures(frame: pd.DataFrame) -> Figure:
     """Bars of every measure of what the models wrote, a panel a measure.
 
-    `frame` has a row per model: `model`, the label, and numeric columns as `generation.measure` gives them; `samples`, their number,
-    is told in the title. Raises ValueError for an empty frame or a model that stands twice.
+    `frame` has a row per model: `model`, the label, `samples`, their number, and what else `generation.measure` gives.
+    Raises ValueError for an empty frame or a model that stands twice.
     """
     frame = _require_rows(frame, "measured models")
     if frame["model"].duplicated().any():
         raise ValueError("A model stands in more than one row; give one row per model.")
-    measures = [column for column in frame.select_dtypes("number").columns if column != "samples"]
-    columns = min(5, len(measures))
-    rows = -(-len(measures) // columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.7 * rows + 0.5), squeeze=False)
-    colors = [SEQUENCE[index % len(SEQUENCE)] for index in range(len(frame))]
-    for axes, measure in zip(panels.flat, measures, strict=False):
+    figure, panels = plt.subplots(2, 5, figsize=(13, 5.9))
+    colors = [color for color, _ in zip(cycle(SEQUENCE), frame["model"], strict=False)]
+    for axes, (measure, (title, unit)) in zip(panels.flat, _MEASURES.items(), strict=True):
         values = frame[measure].to_numpy(dtype=float)
         bars = axes.bar(range(len(frame)), values, color=colors, width=0.7, label=list(frame["model"]))
-        is_share = measure.endswith("_rate") or measure.startswith("distinct_")
+        is_share = unit.startswith("share")
         axes.bar_label(bars, fmt="{:.0%}" if is_share else "{:,.3g}", fontsize=9, padding=2)
         axes.set_ylim(0, 1.15 if is_share else 1.2 * max(np.nanmax(values, initial=0), 1e-9))
-        axes.set_title(measure.replace("_", " "), fontsize=10.5)
-        axes.set_ylabel("share" if is_share else "per second" if measure.endswith("_per_second") else "mean", fontsize=9)
-        axes.set_xticks([])
+        if is_share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set(title=title, ylabel=unit, xticks=[])
         axes.grid(axis="x", visible=False)
-    for axes in panels.flat[len(measures) :]:
-        axes.remove()
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(frame))
-    if "samples" in frame:
-        figure.suptitle(f"{' / '.join(f'{count:,.0f}' for count in frame['samples'].unique())} samples per model", fontsize=11)
+    figure.suptitle(f"{' / '.join(f'{count:,}' for count in frame['samples'].unique())} samples per model", fontsize=11)
     return figure
 
 
@@ -313,18 +336,17 @@ def _require_rows(frame: pd.DataFrame, what: str) -> pd.DataFrame:
     return frame
 
 
-def _label(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(title)
-    axes.set_ylabel(unit)
+def _smooth(y: pd.Series) -> pd.Series:
+    """Running median, then mean, over a fortieth of the run: neither a spike nor a slow first step bends it; short runs as is."""
+    window = {"window": max(5, len(y) // 40), "center": True, "min_periods": 1}
+    return y if len(y) <= 60 else y.rolling(**window).median().rolling(**window).mean()
 
 
-def _noisy_line(axes: Axes, x: pd.Series, y: pd.Series, color: str, label: str | None, dashes: str = "-") -> None:
-    """A series too noisy to read: pale as it is, strong as its moving average; short ones are drawn once."""
-    if len(y) <= 60:
-        axes.plot(x, y, dashes, color=color, label=label)
-        return
-    axes.plot(x, y, color=color, alpha=0.25, linewidth=0.7, rasterized=True)
-    axes.plot(x, y.ewm(span=len(y) / 40).mean(), dashes, color=color, label=label)
+def _noisy_line(axes: Axes, x: pd.Series, y: pd.Series, color: str, label: str | None) -> None:
+    """A series too noisy to read: pale as it is, strong as its running median; short ones are drawn once."""
+    if len(y) > 60:
+        axes.plot(x, y, color=color, alpha=0.25, linewidth=0.7, rasterized=True)
+    axes.plot(x, _smooth(y), color=color, label=label)
 
 
 def _mark_steps(axes: Axes, steps: pd.Series, height: float, marker: str, color: str, what: str) -> None:

@@ -12,6 +12,8 @@ import math
 import typing
 from dataclasses import dataclass, field
 
+from kl3m_nb.display import table_html
+
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
@@ -158,6 +160,13 @@ class Profile:
         """Labels of one optimizer step on one device when packing is dense."""
         return self.data.micro_batch * self.data.grad_accumulation * self.data.seq_len
 
+    def _repr_html_(self) -> str:
+        rows = {"profile": f"{self.name} · growth_factor {self.growth_factor} · source_steps {self.source_steps:,}"}
+        for section in _SECTIONS:
+            values = dataclasses.asdict(getattr(self, section))
+            rows[section] = " · ".join(f"{key} {value}" for key, value in values.items())
+        return table_html(rows)
+
     def to_dict(self) -> dict:
         """Nested plain dict, ready for JSON."""
         return dataclasses.asdict(self)
@@ -172,7 +181,7 @@ _LAPTOP_DATA = DataSpec(
 )
 _LAPTOP_OPTIMIZER = OptimizerSpec(aux_lr=2e-3)
 _LAPTOP_CLAMP = ClampSpec(clamp_every=20)
-_LAPTOP_SCHEDULE = ScheduleSpec(max_steps=300, warmup_steps=20)
+_LAPTOP_SCHEDULE = ScheduleSpec(max_steps=200, warmup_steps=20)
 _LAPTOP_RUNTIME = RuntimeSpec(eval_every=25, checkpoint_every=100)
 
 PROFILES: dict[str, Profile] = {
@@ -182,7 +191,7 @@ PROFILES: dict[str, Profile] = {
             "tiny",
             _TINY,
             growth_factor=4,
-            source_steps=400,
+            source_steps=300,
             data=_LAPTOP_DATA,
             optimizer=_LAPTOP_OPTIMIZER,
             clamp=_LAPTOP_CLAMP,
@@ -192,11 +201,18 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "tiny-moe",
             dataclasses.replace(
-                _TINY, layers=8, mlp=176, rope_theta=10_000.0, tied_embeddings=False,
-                sliding_window=64, experts=4, active_experts=2, router_aux_loss=0.05,
-            ),  # fmt: skip
+                _TINY,
+                layers=8,
+                mlp=176,
+                rope_theta=10_000.0,
+                tied_embeddings=False,
+                sliding_window=64,
+                experts=4,
+                active_experts=2,
+                router_aux_loss=0.05,
+            ),
             growth_factor=4,
-            source_steps=400,
+            source_steps=300,
             data=_LAPTOP_DATA,
             optimizer=_LAPTOP_OPTIMIZER,
             clamp=_LAPTOP_CLAMP,
@@ -215,9 +231,21 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "kl3m-002-520m",
             ModelSpec(
-                layers=16, hidden=1024, mlp=2048, heads=16, kv_heads=8, head_size=64, vocabulary=32_768, context=1024,
-                rope_theta=10_000.0, tied_embeddings=False, sliding_window=256, experts=4, active_experts=2, router_aux_loss=0.05,
-            ),  # fmt: skip
+                layers=16,
+                hidden=1024,
+                mlp=2048,
+                heads=16,
+                kv_heads=8,
+                head_size=64,
+                vocabulary=32_768,
+                context=1024,
+                rope_theta=10_000.0,
+                tied_embeddings=False,
+                sliding_window=256,
+                experts=4,
+                active_experts=2,
+                router_aux_loss=0.05,
+            ),
             data=DataSpec(tokenizer="alea-institute/kl3m-001-32k", seq_len=1024, micro_batch=20, grad_accumulation=32),
         ),
     )

@@ -114,9 +114,7 @@ def build_optimizers(model: nn.Module, rules: list[ParameterRule], profile: Prof
         adjust_lr=spec.adjust_lr,
         coefficients=spec.ns_coefficients,
     )
-    aux = torch.optim.AdamW(
-        list(groups["adamw"].values()), lr=spec.aux_lr, betas=(spec.aux_beta1, spec.aux_beta2), foreach=True
-    )
+    aux = torch.optim.AdamW(list(groups["adamw"].values()), lr=spec.aux_lr, betas=(spec.aux_beta1, spec.aux_beta2), foreach=True)
     return muon, aux
 
 

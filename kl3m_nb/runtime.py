@@ -31,7 +31,9 @@ class Runtime:
 
     def describe(self) -> str:
         """One line for a log or a notebook."""
-        place = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        place = (
+            torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        )
         compiled = "compiled per block" if self.compile_blocks else "not compiled"
         return f"{place} · {self.precision} · attention {self.attention} · {compiled} · torch {torch.__version__}"
 

@@ -82,7 +82,7 @@ class AdaptiveClip:
         """Scale the gradients of `parameters` in place so that their global 2-norm is at most the threshold.
 
         `norm` is the global norm when the caller has it already, for instance summed over ranks; otherwise it is computed here.
-        A non-finite norm changes neither the gradients nor the EMA, and then the outcome has `finite=False` and the step is to be skipped.
+        A non-finite norm changes neither the gradients nor the EMA: the outcome has `finite=False`; skip the step.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = float(global_norm(gradients) if norm is None else norm)

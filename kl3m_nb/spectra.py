@@ -187,12 +187,12 @@ def copy_divergence(
     """How far the copies of each source block have drifted apart: a row per role, expert, source block and pair of copies.
 
     * distance: ‖W_a − W_b‖_F over the mean of the two norms (0 equal, √2 independent).
-    * movement_cosine (with `reference`, the stack at step 0): cosine between W_a − W_a⁰ and W_b − W_b⁰; NaN where one has not moved.
+    * movement_cosine (with `reference`, the stack at step 0): cosine between W_a − W_a⁰ and W_b − W_b⁰; NaN if one has not moved.
     * top_overlap, bottom_overlap: mean squared cosine of the principal angles between the spans of the `top_k` largest (smallest)
-      singular vectors, on the matrix's shorter side n. 1 is the same subspace; chance_overlap = top_k / n is what random ones have.
+      singular vectors, on the matrix's shorter side n: 1 for one and the same, chance_overlap = top_k / n for random ones.
 
-    A non-finite matrix gives NaN. Raises ValueError as `find_matrices`, for `source_layers` that do not divide the layers or leave
-    one copy, a `top_k` above a matrix's shorter side, or a reference of other shapes.
+    A non-finite matrix gives NaN. Raises ValueError as `find_matrices`, for `source_layers` that do not divide the layers or
+    leave one copy, a `top_k` above a matrix's shorter side, or a reference of other shapes.
     """
     matrices = find_matrices(checkpoint)
     if check_source_layers(layer_count(matrices), source_layers) == layer_count(matrices):
@@ -261,9 +261,9 @@ def _extreme_subspaces(weight: torch.Tensor, k: int) -> tuple[torch.Tensor, torc
 def inheritance(checkpoint: Checkpoint | SingularValues, source_checkpoint: Checkpoint | SingularValues) -> pd.DataFrame:
     """How much of its source's spectrum each matrix has kept: a row per matrix with layer, source_layer, copy, role and rmse.
 
-    rmse is the root mean square of ln(σ_i/σ₁) − ln(σ_i⁰/σ₁⁰) over the i where both are positive, σ⁰ the spectrum of layer i mod L of
-    the source; it is 0 right after stacking by construction. Either argument may be what `model_singular_values` returned. An expert
-    is in `role`, as in `spectrum_key`. Raises ValueError as `find_matrices`, or if the model is no stack of such a source.
+    rmse is the root mean square of ln(σ_i/σ₁) − ln(σ_i⁰/σ₁⁰) over the i where both are positive, σ⁰ the spectrum of layer i mod L
+    of the source; it is 0 right after stacking by construction. Either argument may be what `model_singular_values` returned. An
+    expert is in `role`, as in `spectrum_key`. Raises ValueError as `find_matrices`, or if the model is no stack of such a source.
     """
     spectra = _as_singular_values(checkpoint)
     sources = _as_singular_values(source_checkpoint)
@@ -275,7 +275,7 @@ def inheritance(checkpoint: Checkpoint | SingularValues, source_checkpoint: Chec
         before = sources.get((source_layer, role))
         if before is None or len(before) != len(values):
             raise ValueError(
-                f"The source has no {role} with {len(values)} singular values in layer {source_layer}; it is not this model's source."
+                f"The source has no {role} with {len(values)} singular values in layer {source_layer}; give the model it was grown from."
             )
         known = (values > 0) & (before > 0)
         change = np.log(values[known] / values[0]) - np.log(before[known] / before[0])

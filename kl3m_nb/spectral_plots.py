@@ -1,12 +1,12 @@
-"""Figures of spectra and of the stack: who came from where, condition by layer and role, spectra over depth, copies, inheritance.
+"""Figures of spectra: condition by layer and role, spectra over depth, the copies of a block, divergence, inheritance.
 
-Drawn for 120 layers as for 12: layers run along an axis, are numbered sparsely, and the borders between copies are marked. Style
-and saving are those of `plots`. Spectra are keyed as `spectra.spectrum_key` says: (layer, role).
+Drawn for 120 layers as for 12: layers run along an axis, are numbered sparsely, and the borders between copies are marked. Their
+look is that of `figures`. Spectra are keyed as `spectra.spectrum_key` says: (layer, role).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,46 +14,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from kl3m_nb.figures import BLACK, BLUE, GREY, ORANGE, ROLE_LINES, SEQUENCE, VERMILLION, plain_log_axis, step_axis, styled
 from kl3m_nb.matrices import HEAD_LAYER, ROLES
-from kl3m_nb.plots import BLACK, BLUE, GREY, ORANGE, ROLE_COLORS, ROLE_DASHES, SEQUENCE, VERMILLION, styled
 
 AT_CEILING = 0.99  # share of the ceiling from which a matrix counts as sitting at it
 ABOVE_CEILING = 1.01
-
-
-@styled
-def plot_stack_map(order: Sequence[int], source_layers: int) -> Figure:
-    """Which source block each target block came from: `order[i]` is the source of target block i, below `source_layers`."""
-    if not order or min(order) < 0 or max(order) >= source_layers:
-        raise ValueError(f"A stack map needs source blocks from 0 to {source_layers - 1}; the order given is {list(order)[:8]} …")
-    order = np.asarray(order)
-    targets = np.arange(len(order))
-    figure, axes = plt.subplots(figsize=(12, 2.2 + 3.2 * min(1.0, source_layers / 12)))
-    axes.plot(targets, order, color=GREY, linewidth=0.8, zorder=1)
-    side = min(16.0, 720 / len(order))
-    axes.scatter(targets, order, s=side**2, c=order, marker="s", edgecolor="white", linewidth=0.4, zorder=2)
-    if len(order) <= 40:
-        for target, block in zip(targets, order, strict=True):
-            shade = "white" if block < 0.6 * source_layers else BLACK
-            axes.text(target, block, str(block), ha="center", va="center", fontsize=8, color=shade)
-    copies = [int((order[:target] == order[target]).sum()) for target in targets]
-    starts = [target for target in targets[1:] if copies[target] != copies[target - 1]]
-    if len(starts) == max(copies):  # the copies are whole and one after the other
-        for start in starts:
-            axes.axvline(start - 0.5, color=BLACK, linewidth=0.8, linestyle="--")
-        for number, (start, end) in enumerate(zip([0, *starts], [*starts, len(order)], strict=True)):
-            axes.text(
-                (start + end - 1) / 2, 1.01, f"copy {number}", ha="center", va="bottom", transform=axes.get_xaxis_transform()
-            )
-    axes.set_xlim(-1, len(order))
-    axes.set_ylim(source_layers - 0.2, -0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(13, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(7, integer=True))
-    axes.set_xlabel("block of the target")
-    axes.set_ylabel("block of the source")
-    return figure
+_CONDITION = r"$\sigma_1/\sigma_{min}$"
 
 
 @styled
@@ -63,48 +32,48 @@ def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float])
     `spectra` is what `spectra.model_spectra` returns, `ceilings` maps roles to their max_condition (0 for a role that is not
     clamped). Of a mixture the worst expert is shown. Conditions of 16-bit weights are drawn, with a warning in the title.
     """
-    grid = _role_grid(spectra, "condition", "max")
-    figure, axes, image = _heatmap(grid, spectra, LogNorm(*_log_limits(grid, ceilings.values())))
+    grid = _role_grid(spectra, "condition")
+    figure, axes, image = _heatmap(grid, spectra, LogNorm(*_log_limits(grid, ceilings)))
     limits = np.array([ceilings.get(role, 0.0) for role in grid.index])[:, None]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore"):
         share = np.where(limits > 0, grid.to_numpy() / limits, np.nan)
     for mask, marker, color, text in (
         ((share >= AT_CEILING) & (share <= ABOVE_CEILING), "o", ORANGE, "at the ceiling"),
         (share > ABOVE_CEILING, "X", VERMILLION, "above the ceiling"),
     ):
         rows, layers = np.nonzero(mask)
-        size = min(7.0, 420 / grid.shape[1])
-        label = f"{text}: {len(rows)} of {int(grid.notna().to_numpy().sum())}"
-        axes.plot(
-            layers,
-            rows,
-            marker,
-            color=color,
-            markeredgecolor=BLACK,
-            markeredgewidth=0.4,
-            markersize=size,
-            linestyle="",
-            label=label,
-        )
-    bar = figure.colorbar(image, ax=axes, pad=0.01, label="condition number σ₁/σₘᵢₙ")
-    for ceiling in sorted({ceilings.get(role, 0.0) for role in grid.index} - {0.0}):
+        style = {"color": color, "markeredgecolor": BLACK, "markeredgewidth": 0.5, "markersize": min(8.0, 600 / grid.shape[1])}
+        axes.plot(layers, rows, marker, label=f"{text}: {len(rows)} of {grid.size} matrices", **style)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, label=f"condition number {_CONDITION}")
+    for ceiling in sorted(set(limits.flat) - {0.0}):
+        roles = ", ".join(_short(role) for role in grid.index if ceilings.get(role) == ceiling)
         bar.ax.axhline(ceiling, color=VERMILLION, linewidth=2)
-    heads = spectra[spectra["role"] == "lm_head"]
-    title = (
-        "" if heads.empty else f"LM head: condition {heads['condition'].max():,.0f} (ceiling {ceilings.get('lm_head', 0.0):,.0f})"
-    )
-    if not spectra["condition_reliable"].all():
-        title += "    Not reliable: 16-bit or non-finite weights"
-    axes.set_title(title, fontsize=10.5, fontweight="normal")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        axes.plot([], [], color=VERMILLION, linewidth=2, label=f"ceiling {ceiling:,.0f}: {roles}")
+    axes.set_title(_remarks(spectra, ceilings), fontsize=10.5, fontweight="normal")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
+
+
+def _remarks(spectra: pd.DataFrame, ceilings: Mapping[str, float]) -> str:
+    remarks = []
+    for condition in spectra.loc[spectra["role"] == "lm_head", "condition"]:
+        ceiling = ceilings.get("lm_head", 0.0)
+        remarks.append(f"LM head: condition {condition:,.0f}" + (f" (ceiling {ceiling:,.0f})" if ceiling else ""))
+    if not_finite := int((~spectra["finite"]).sum()):
+        remarks.append(f"NaN or infinite values (grey): {not_finite} matri{'x' if not_finite == 1 else 'ces'}")
+    if (spectra["finite"] & ~spectra["condition_reliable"]).any():
+        remarks.append("16-bit weights: conditions are not reliable")
+    return ";   ".join(remarks)
 
 
 @styled
 def plot_ridgeline(singular_values: Mapping[tuple[int, str], np.ndarray], role: str) -> Figure:
-    """The spectrum of `role` in every layer, one above the other: density of log σ, with dots at σ₁ and σ_min (if above zero)."""
+    """The spectrum of `role` in every layer, one above the other: density of log σ, with dots at the largest and the smallest σ.
+
+    Of a singular matrix the dot stands at the smallest σ above zero. Raises ValueError for a role that is not there or all zero.
+    """
     layers = _layers_with(singular_values, role)
-    spectra = {layer: values[values > 0] for layer in layers if len(values := singular_values[layer, role]) and values[0] > 0}
+    spectra = {layer: values[values > 0] for layer in layers if (values := singular_values[layer, role])[0] > 0}
     if not spectra:
         raise ValueError(f"Every {role} is zero; there is no spectrum to draw.")
     low = np.log10(min(values[-1] for values in spectra.values()))
@@ -116,24 +85,21 @@ def plot_ridgeline(singular_values: Mapping[tuple[int, str], np.ndarray], role: 
     overlap = 1.6 + 0.025 * len(spectra)  # height of the tallest ridge, in layers
     figure, axes = plt.subplots(figsize=(9, 3.2 + min(6.0, 0.35 * len(spectra))))
     shades = plt.get_cmap("cividis")(np.linspace(0.0, 0.95, len(spectra)))
-    for order, (shade, (layer, density)) in enumerate(zip(shades, densities.items(), strict=True)):
+    edge = {"color": "white", "linewidth": 0.9} if len(spectra) <= 40 else {"color": BLACK, "linewidth": 0.35}
+    for order, (shade, (layer, density)) in enumerate(zip(shades, densities.items(), strict=True), start=1):
         ridge = layer - overlap * density / tallest
-        axes.fill_between(10**grid, layer, ridge, color=shade, alpha=0.85, linewidth=0, zorder=order)
-        axes.plot(
-            10**grid,
-            ridge,
-            color="white" if len(spectra) <= 40 else BLACK,
-            linewidth=0.9 if len(spectra) <= 40 else 0.35,
-            zorder=order,
-        )
+        ridge[(10**grid > spectra[layer][0]) | (10**grid < spectra[layer][-1])] = np.nan  # not beyond the spectrum
+        axes.fill_between(10**grid, layer, ridge, color=shade, alpha=0.9, linewidth=0, zorder=order)
+        axes.plot(10**grid, ridge, zorder=order, **edge)
         ends = spectra[layer][[0, -1]]
-        axes.plot(ends, [layer, layer], ".", color=VERMILLION, markersize=min(5.0, 240 / len(spectra)), zorder=len(spectra))
-    axes.set_xscale("log")
+        axes.plot(ends, [layer, layer], color=shade, linewidth=0.8, zorder=order)
+        axes.plot(ends, [layer, layer], ".", color=VERMILLION, markersize=min(7.0, 360 / len(spectra)), zorder=len(spectra) + 1)
     axes.set_xlim(10 ** grid[0], 10 ** grid[-1])
-    axes.set_ylim(max(spectra) + 1, min(spectra) - overlap - 0.5)
-    axes.yaxis.set_major_locator(MaxNLocator(13, integer=True))
+    plain_log_axis(axes.xaxis)
+    axes.set_ylim(max(spectra) + 0.04 * len(spectra), min(spectra) - overlap - 0.3)
+    axes.set_yticks(np.arange(0, max(spectra) + 1, _tick_step(max(spectra) + 1)))
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("singular value σ")
+    axes.set_xlabel("singular value σ (dots: largest and smallest)")
     axes.set_ylabel("layer")
     axes.set_title(f"Spectra of {role} over depth")
     return figure
@@ -161,7 +127,6 @@ def plot_copies(
         color = SEQUENCE[column % len(SEQUENCE)]
         above.plot(index, mean, color=GREY, linewidth=3.5, alpha=0.5, label="mean of the copies")
         above.plot(index, values, color=color, label=f"layer {layer}")
-        above.set_yscale("log")
         condition = f"{values[0] / values[-1]:,.0f}" if values[-1] > 0 else "infinite"
         above.set_title(f"copy {layer // source_layers}: layer {layer}", fontsize=11)
         above.text(0.05, 0.06, f"condition {condition}", transform=above.transAxes, fontsize=10)
@@ -169,13 +134,15 @@ def plot_copies(
             below.plot(index, 100 * (values / mean - 1), color=color)
         below.axhline(0, color=GREY, linewidth=1)
         below.set_xlabel("index i")
+    for above in axes[0]:
+        plain_log_axis(above.yaxis)
     axes[0, 0].set_ylabel(f"σᵢ of {role}\n(grey: mean of the copies)")
     axes[1, 0].set_ylabel("deviation from\nthe mean (%)")
     return figure
 
 
 _DIVERGENCE_PANELS = {
-    "distance": ("Distance", "‖W_a − W_b‖ / mean norm"),
+    "distance": ("Distance", r"$\|W_a - W_b\|_F$ / mean norm"),
     "movement_cosine": ("Direction of movement", "cosine of the movements"),
     "top_overlap": ("Top subspace", "overlap of the top-k directions"),
     "bottom_overlap": ("Bottom subspace", "overlap of the bottom-k directions"),
@@ -186,8 +153,8 @@ _DIVERGENCE_PANELS = {
 def plot_divergence(divergence: pd.DataFrame) -> Figure:
     """Distance, movement and subspace overlap of the copies by role; dashes mark the overlap that chance gives.
 
-    `divergence` is what `spectra.copy_divergence` returns, or several of them with a column `step`: then the steps run along the axis,
-    else the source blocks. Lines are means over pairs of copies (and over blocks, where the steps run).
+    `divergence` is what `spectra.copy_divergence` returns, or several of them with a column `step`: then the steps run along the
+    axis, else the source blocks. Lines are means over pairs of copies (and over blocks, where the steps run).
     """
     along = _along(divergence, "source_layer")
     panels = [column for column in _DIVERGENCE_PANELS if column in divergence]
@@ -196,28 +163,28 @@ def plot_divergence(divergence: pd.DataFrame) -> Figure:
         title, unit = _DIVERGENCE_PANELS[column]
         _lines_by_role(panel, divergence, along, column)
         if column.endswith("_overlap"):
-            for chance, group in divergence.groupby("chance_overlap"):
-                panel.axhline(chance, color=BLACK, linestyle=(0, (6, 4)), linewidth=0.9)
-                roles = (
-                    "all roles"
-                    if divergence["chance_overlap"].nunique() == 1
-                    else ", ".join(sorted({r[0] for r in group["role"]}))
-                )
-                panel.annotate(
-                    f"chance ({roles})", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-                )
+            _mark_chance(panel, divergence)
             panel.set_ylim(0, 1.03)
         if column == "movement_cosine":
             panel.axhline(0, color=BLACK, linewidth=0.8)
-            panel.set_ylim(-1.05, 1.05)
+            panel.set_ylim(min(-0.15, 1.1 * panel.get_ylim()[0]), 1.05)
         if column == "distance":
             panel.set_ylim(bottom=0)
         panel.set_title(title)
         panel.set_ylabel(unit)
-        panel.set_xlabel("optimizer step" if along == "step" else "source block")
-        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        step_axis(panel)
+        if along != "step":
+            panel.set_xlabel("source block")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
     return figure
+
+
+def _mark_chance(axes: Axes, divergence: pd.DataFrame) -> None:
+    levels = divergence.groupby("chance_overlap")["role"].unique()
+    for chance, roles in levels.items():
+        named = f" ({', '.join(_short(role) for role in ROLES if role in roles)})" if len(levels) > 1 else ""
+        axes.axhline(chance, color=BLACK, linestyle=(0, (6, 4)), linewidth=0.9)
+        axes.annotate(f"chance{named}", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
 
 
 @styled
@@ -231,15 +198,15 @@ def plot_inheritance(inheritance: pd.DataFrame) -> Figure:
         figure, axes = plt.subplots(figsize=(9, 4.8))
         _lines_by_role(axes, inheritance, "step", "rmse")
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
+        step_axis(axes)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
         return figure
-    grid = _role_grid(inheritance, "rmse", "max")
+    grid = _role_grid(inheritance, "rmse")
     figure, axes, image = _heatmap(grid, inheritance, Normalize(0, max(float(np.nanmax(grid.to_numpy())), 1e-6)))
     figure.colorbar(image, ax=axes, pad=0.01, label=unit.replace(" against", "\nagainst"))
     heads = inheritance[inheritance["role"] == "lm_head"]
-    axes.set_title("" if heads.empty else f"LM head: {heads['rmse'].max():.3f}", fontsize=10.5, fontweight="normal")
+    axes.set_title("" if heads.empty else f"LM head: RMSE {heads['rmse'].max():.3f}", fontsize=10.5, fontweight="normal")
     return figure
 
 
@@ -254,9 +221,7 @@ def _lines_by_role(axes: Axes, frame: pd.DataFrame, along: str, column: str) -> 
     for role in [role for role in ROLES if role in set(base_roles)]:
         line = frame[base_roles == role].groupby(along)[column].mean()
         marker = "o" if len(line) <= 30 else None
-        axes.plot(
-            line.index, line, ROLE_DASHES[role], color=ROLE_COLORS[role], marker=marker, markersize=3.5, linewidth=1.5, label=role
-        )
+        axes.plot(line.index, line, marker=marker, markersize=3.5, linewidth=1.5, label=role, **ROLE_LINES[role])
 
 
 def _layers_with(singular_values: Mapping[tuple[int, str], np.ndarray], role: str) -> list[int]:
@@ -275,22 +240,29 @@ def _density(samples: np.ndarray, grid: np.ndarray) -> np.ndarray:
     return np.exp(-0.5 * ((grid[:, None] - samples) / bandwidth) ** 2).sum(axis=1) / (len(samples) * bandwidth)
 
 
-def _role_grid(frame: pd.DataFrame, column: str, reduce: str) -> pd.DataFrame:
-    """Roles × layers of the blocks; infinities are shown as missing."""
+def _role_grid(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Roles × layers of the blocks, with the worst expert of a mixture."""
     blocks = frame[frame["layer"] != HEAD_LAYER]
-    blocks = blocks.assign(role=blocks["role"].str.partition("[")[0], value=blocks[column].replace([np.inf, -np.inf], np.nan))
-    grid = blocks.pivot_table(index="role", columns="layer", values="value", aggfunc=reduce, dropna=False)
-    return grid.reindex(index=[role for role in ROLES if role in grid.index], columns=sorted(blocks["layer"].unique()))
+    grid = blocks.groupby([blocks["role"].str.partition("[")[0], "layer"])[column].max().unstack("layer")
+    return grid.reindex(index=[role for role in ROLES if role in grid.index])
 
 
-def _log_limits(grid: pd.DataFrame, ceilings) -> tuple[float, float]:
+def _short(role: str) -> str:
+    return role.removesuffix("_proj")
+
+
+def _tick_step(count: int) -> int:
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if count / step <= 13)
+
+
+def _log_limits(grid: pd.DataFrame, ceilings: Mapping[str, float]) -> tuple[float, float]:
     known = grid.to_numpy()[np.isfinite(grid.to_numpy())]
-    highest = max([*known, *ceilings])
-    lowest = min(known, default=1.0)
-    return 10 ** np.floor(np.log10(lowest)), max(highest * 1.05, lowest * 10)
+    lowest = known.min(initial=10.0)
+    highest = max(known.max(initial=10.0), *(ceilings.get(role, 0.0) for role in grid.index))
+    return 10 ** np.floor(np.log10(lowest)), 1.05 * highest
 
 
-def _heatmap(grid: pd.DataFrame, frame: pd.DataFrame, norm: Normalize) -> tuple[Figure, Axes, object]:
+def _heatmap(grid: pd.DataFrame, frame: pd.DataFrame, norm: Normalize) -> tuple[Figure, Axes, AxesImage]:
     figure, axes = plt.subplots(figsize=(13, 4.2))
     image = axes.imshow(grid, aspect="auto", norm=norm, interpolation="nearest")
     axes.set_facecolor("#BBBBBB")  # cells without a finite value

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kl3m_nb import paths
+from kl3m_nb.display import table_html
 from kl3m_nb.models import check_checkpoint
 
 _BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
@@ -40,8 +41,7 @@ class StackSummary:
     parameters: int
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th style='text-align:left'>{key}</th><td>{value}</td></tr>" for key, value in self.table().items())
-        return f"<table>{rows}</table>"
+        return table_html(self.table())
 
     def table(self) -> dict[str, str]:
         """The summary in words, for display."""

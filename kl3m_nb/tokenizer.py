@@ -51,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     tokenizer.add_tokens([AddedToken(run, normalized=False) for run in _WHITESPACE_RUNS])
     if tokenizer.get_vocab_size() != vocabulary:
         raise ValueError(
-            f"The texts gave {tokenizer.get_vocab_size()} entries for a vocabulary of {vocabulary}; use more text or a smaller one."
+            f"The texts gave only {tokenizer.get_vocab_size()} entries of {vocabulary}; use more text or a smaller vocabulary."
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -119,7 +119,9 @@ def _init_name(init: str | Path | None) -> str:
 
 def _finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:
     last = read_metrics(run_dir, "held_out").iloc[-1]
-    return TrainResult(run_dir, checkpoint, checkpoints.checkpoint_step(checkpoint), float(last.held_out_loss), float(last.seconds))
+    return TrainResult(
+        run_dir, checkpoint, checkpoints.checkpoint_step(checkpoint), float(last.held_out_loss), float(last.seconds)
+    )
 
 
 class _StopRequest:
@@ -266,8 +268,8 @@ class _Run:
         if counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
             checkpoint = self._save()
             raise TrainingStopped(
-                f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {bad}; the last good weights are in {checkpoint}. "
-                "Lower the learning rate or look at the data of these steps."
+                f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {bad}; "
+                f"the last good weights are in {checkpoint}: lower the learning rate or look at the data of these steps."
             )
         return True
 

@@ -19,7 +19,9 @@ def test_families_never_stand_on_both_sides_of_the_split():
 def test_the_package_gives_distinct_english_texts_with_a_category():
     documents = corpus.preview(PACKAGE, held_out=False)
     assert len(documents) > 1500
-    assert len({document.text for document in documents}) == len({document.identifier for document in documents}) == len(documents)
+    assert (
+        len({document.text for document in documents}) == len({document.identifier for document in documents}) == len(documents)
+    )
     assert all(document.text.strip() and document.dataset for document in documents)
     apache = next(document for document in documents if document.identifier == "apache-2.0")
     assert "Apache License" in apache.text and "key:" not in apache.text

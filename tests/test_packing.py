@@ -22,7 +22,7 @@ class _Letters:
 
 @given(st.lists(st.lists(st.integers(2, 99), max_size=30), max_size=30), st.integers(1, 12))
 def test_windows_laid_end_to_end_are_the_documents(documents, window):
-    windows = list(packing.pack([document + [1] for document in documents], window))
+    windows = list(packing.pack([[*document, 1] for document in documents], window))
     stream = [token for document in documents for token in [*document, 1]]
     assert all(len(item) == window for item in windows)
     laid_out = [token for item in windows for token in item]

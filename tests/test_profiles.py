@@ -36,7 +36,9 @@ def test_one_keyword_changes_one_field_wherever_it_stands():
             continue
         changed = override_profile(base, **{key: value + 1})
         differing = [
-            field.name for field in dataclasses.fields(profiles.Profile) if getattr(changed, field.name) != getattr(base, field.name)
+            field.name
+            for field in dataclasses.fields(profiles.Profile)
+            if getattr(changed, field.name) != getattr(base, field.name)
         ]
         assert differing == [key if section == "profile" else section]
 

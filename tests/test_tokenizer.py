@@ -60,7 +60,7 @@ def test_the_corpus_tokenizer_is_trained_once(tmp_path, monkeypatch):
 def test_impossible_sizes_and_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="too small"):
         tokenizer.train_tokenizer(TEXTS, 100)
-    with pytest.raises(ValueError, match="smaller one"):
+    with pytest.raises(ValueError, match="smaller vocabulary"):
         tokenizer.train_tokenizer(["one text"], 2000)
     with pytest.raises(ValueError, match="could not be loaded"):
         tokenizer.load_tokenizer(str(tmp_path / "nowhere"), "package:licensedcode-data", 4096)

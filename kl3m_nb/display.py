@@ -1,0 +1,15 @@
+"""How our objects show themselves in a notebook: a plain two-column table that reads well in light and dark pages."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+
+
+def table_html(rows: Mapping[str, object]) -> str:
+    """`rows` as an HTML table, names in bold on the left, everything escaped."""
+    cell = "style='text-align:left;vertical-align:top'"
+    body = "".join(
+        f"<tr><th {cell}>{html.escape(name)}</th><td {cell}>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
+    )
+    return f"<table style='max-width:70em'>{body}</table>"

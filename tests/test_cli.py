@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import small_profile
+
+from kl3m_nb import cli, runs
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def empty_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path / "runs"))
+
+
+def _notebook(path: Path, code: str) -> Path:
+    cells = [
+        nbformat.v4.new_code_cell("name: str = 'x'  # a name\nlr: float = 0.1  # a rate", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "02_training", "-p", "max_step", "5"], "max_steps"),
+        (["run", "02_training", "-p", "max_steps", "many"], "int"),
+        (["run", "02_training", "-p", "profile", "kl3m-9"], "kl3m-007-500m"),
+        (["run", "02_training", "-p", "seq_len", "4096"], "context of 256"),
+        (["run", "02_training", "-p", "profile", "kl3m-007-500m"], "--without-gpu"),
+        (["run", "06_unknown"], "02_training"),
+        (["run", "02_training", "-f", "nowhere.yaml"], "no parameter file"),
+        (["train", "kl3m-007-500m"], "--without-gpu"),
+        (["train", "tiny", "--set", "base_lr", "high"], "float"),
+        (["train", "tiny", "--set", "color", "red"], "no field 'color'"),
+        (["train", "tiny", "--init", "nowhere"], "no checkpoint folder"),
+        (["stack", "nowhere", "target"], "no checkpoint folder"),
+        (["estimate", "huge"], "no profile"),
+    ],
+)
+def test_bad_input_is_one_sentence_exit_code_2_and_nothing_on_disk(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_parameters_come_from_a_file_and_the_command_line_wins(tmp_path):
+    notebook = _notebook(tmp_path / "a.ipynb", "print(name, lr)")
+    (tmp_path / "p.yaml").write_text("lr: 1e-4\nname: file\n")
+    output = tmp_path / "out" / "a.ipynb"
+    assert cli.main(["run", str(notebook), "-f", str(tmp_path / "p.yaml"), "-p", "name", "shell", "-o", str(output)]) == 0
+    assert nbformat.read(output, as_version=4).cells[-1].outputs[0].text == "shell 0.0001\n"
+
+
+def test_a_failing_cell_is_exit_code_1(tmp_path, capsys):
+    notebook = _notebook(tmp_path / "a.ipynb", "1 / 0")
+    assert cli.main(["run", str(notebook), "-o", str(tmp_path / "out.ipynb")]) == 1
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+def test_train_stack_and_runs_work_from_the_shell(tmp_path):
+    environment = {**os.environ, "KL3M_NB_RUNS": str(tmp_path / "runs"), "PYTHONPATH": str(ROOT)}
+    settings = small_profile(max_steps=2)
+    changes = []
+    for section in ("model", "data", "schedule"):
+        for key in ("layers", "hidden", "mlp", "head_size", "vocabulary", "context", "seq_len", "held_out_windows", "max_steps"):
+            if hasattr(getattr(settings, section), key):
+                changes += ["--set", key, str(getattr(getattr(settings, section), key))]
+
+    def call(*arguments):
+        command = [sys.executable, "-m", "kl3m_nb", *arguments]
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    assert "Finished at step 2" in call("train", "tiny", "--run", "a", "--set", "growth_factor", "1", *changes)
+    assert "verified" in call("stack", "runs/a/checkpoints/step-000002", "grown", "--factor", "2")
+    assert (tmp_path / "grown" / "stack.json").is_file()
+    assert "tiny" in call("runs")
+    table = runs.load_runs(tmp_path / "runs")
+    assert table.loc[0, ["run", "layers", "step", "max_steps", "tokens"]].tolist() == ["a", 2, 2, 2, 512]
+
+
+def test_no_runs_is_said(capsys):
+    assert cli.main(["runs"]) == 0
+    assert "no runs yet" in capsys.readouterr().out

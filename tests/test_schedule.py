@@ -1,0 +1,178 @@
+"""Learning-rate factors at their closed-form points, and clipping against torch's own and the recurrence worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kl3m_nb.profiles import ScheduleSpec
+from kl3m_nb.schedule import AdaptiveClip, ClipOutcome, lr_factor
+
+CARD = ScheduleSpec()
+
+
+def parameters_with_norm(norm: float) -> list[nn.Parameter]:
+    """Parameters of several shapes, one without a gradient, whose gradients have the given global norm."""
+    shapes = [(3, 4), (5,), (2, 2, 2), (1,)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    gradients = [torch.randn(shape) for shape in shapes]
+    scale = norm / math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient * scale
+    return [*parameters, nn.Parameter(torch.zeros(2))]
+
+
+def flat_gradient(parameters: list[nn.Parameter]) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+
+
+def test_warmup_is_linear_and_starts_above_zero():
+    assert [lr_factor(step, CARD) for step in (0, 1, 49, 99, 100)] == pytest.approx([0.01, 0.02, 0.5, 1.0, 1.0])
+
+
+def test_cosine_passes_its_middle_and_ends_at_the_minimum():
+    middle = (CARD.warmup_steps + CARD.max_steps) // 2
+    assert lr_factor(middle, CARD) == pytest.approx(0.55)
+    quarter = (3 * CARD.warmup_steps + CARD.max_steps) // 4
+    assert lr_factor(quarter, CARD) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
+    assert lr_factor(CARD.max_steps - 1, CARD) == pytest.approx(0.1, abs=1e-6)
+    assert lr_factor(CARD.max_steps, CARD) == lr_factor(10 * CARD.max_steps, CARD) == 0.1
+
+
+@given(max_steps=st.integers(1, 60), warmup_steps=st.integers(0, 60), minimum=st.floats(0.0, 1.0))
+def test_every_schedule_rises_then_falls_between_its_bounds(max_steps, warmup_steps, minimum):
+    spec = ScheduleSpec(max_steps=max_steps, warmup_steps=warmup_steps, min_lr_ratio=minimum)
+    factors = [lr_factor(step, spec) for step in range(max_steps)]
+    warmup = factors[:warmup_steps]
+    assert warmup == sorted(warmup)
+    assert factors[warmup_steps:] == sorted(factors[warmup_steps:], reverse=True)
+    assert factors[0] > 0 and max(factors) <= 1.0
+    assert all(factor >= minimum - 1e-12 for factor in factors[warmup_steps:])
+
+
+def test_negative_step_is_refused():
+    with pytest.raises(ValueError, match="counted from 0"):
+        lr_factor(-1, CARD)
+
+
+def test_a_torch_scheduler_can_use_it():
+    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": 2.0}])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, CARD))
+    seen = []
+    for _ in range(3):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx([0.02, 0.04, 0.06])
+
+
+@pytest.mark.parametrize("norm", [0.5, 1.999, 2.001, 300.0])
+def test_fixed_mode_equals_torch(norm):
+    ours = parameters_with_norm(norm)
+    theirs = copy.deepcopy(ours)
+    for parameter, other in zip(ours, theirs, strict=True):
+        other.grad = None if parameter.grad is None else parameter.grad.clone()
+    outcome = AdaptiveClip(ScheduleSpec(clip_mode="fixed", clip_max_norm=2.0)).clip_(ours)
+    expected = torch.nn.utils.clip_grad_norm_(theirs, 2.0)
+    assert outcome == ClipOutcome(pytest.approx(float(expected)), 2.0, clipped=norm > 2.0, finite=True)
+    torch.testing.assert_close(flat_gradient(ours), flat_gradient(theirs))
+
+
+def test_adaptive_threshold_follows_the_recurrence():
+    clip = AdaptiveClip(CARD)
+    # Threshold, then EMA after it: min(64, 2·EMA) with EMA starting at 32, 0.9·EMA + 0.1·min(norm, threshold).
+    steps = [
+        (2.0, 64.0, 29.0),
+        (100.0, 58.0, 31.9),
+        (1000.0, 63.8, 35.09),
+        (30.0, 64.0, 34.581),
+        (0.0, 64.0, 31.1229),
+    ]
+    for norm, threshold, ema in steps:
+        parameters = parameters_with_norm(norm)
+        outcome = clip.clip_(parameters)
+        assert outcome.threshold == pytest.approx(threshold) and outcome.clipped == (norm > threshold)
+        assert clip.norm_ema == pytest.approx(ema)
+        assert float(flat_gradient(parameters).norm()) == pytest.approx(min(norm, threshold), rel=1e-5)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.0, 1e6), min_size=1, max_size=30))
+def test_no_history_lets_a_norm_pass_the_maximum_or_shuts_the_clip(norms):
+    clip = AdaptiveClip(CARD)
+    for norm in norms:
+        parameter = nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.tensor([0.6, 0.8]) * norm
+        outcome = clip.clip_([parameter])
+        assert float(parameter.grad.norm()) <= min(64.0, outcome.threshold) * (1 + 1e-5)
+    assert clip.threshold > 0
+
+
+def test_off_measures_and_leaves_gradients_alone():
+    parameters = parameters_with_norm(500.0)
+    before = flat_gradient(parameters).clone()
+    outcome = AdaptiveClip(ScheduleSpec(clip_mode="off")).clip_(parameters)
+    assert outcome == ClipOutcome(pytest.approx(500.0), math.inf, clipped=False, finite=True)
+    assert torch.equal(flat_gradient(parameters), before)
+
+
+@pytest.mark.parametrize("mode", ["adaptive", "fixed", "off"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_norm_changes_nothing(mode, bad):
+    clip = AdaptiveClip(ScheduleSpec(clip_mode=mode))
+    clip.clip_(parameters_with_norm(3.0))
+    parameters = parameters_with_norm(1000.0)
+    parameters[1].grad[2] = bad
+    before, state = flat_gradient(parameters).clone(), clip.state_dict()
+    outcome = clip.clip_(parameters)
+    assert not outcome.finite and not outcome.clipped and not math.isfinite(outcome.norm)
+    assert torch.equal(flat_gradient(parameters), before) or math.isnan(bad)
+    assert torch.equal(flat_gradient(parameters).nan_to_num(), before.nan_to_num())
+    assert clip.state_dict() == state
+
+
+@pytest.mark.parametrize("norm", [128.0, torch.tensor(128.0)], ids=["float", "tensor"])
+def test_a_given_norm_takes_the_place_of_the_measured_one(norm):
+    parameters = parameters_with_norm(16.0)
+    outcome = AdaptiveClip(CARD).clip_(parameters, norm=norm)
+    assert outcome.norm == 128.0 and outcome.clipped
+    assert float(flat_gradient(parameters).norm()) == pytest.approx(8.0, rel=1e-5)
+
+
+def test_without_gradients_the_norm_is_zero():
+    outcome = AdaptiveClip(CARD).clip_([nn.Parameter(torch.zeros(2))])
+    assert outcome == ClipOutcome(0.0, 64.0, clipped=False, finite=True)
+
+
+def test_bfloat16_gradients_are_measured_in_full():
+    parameter = nn.Parameter(torch.zeros(10_000, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    outcome = AdaptiveClip(CARD).clip_([parameter])
+    assert outcome.norm == pytest.approx(100.0, rel=1e-2) and outcome.clipped
+
+
+def test_state_round_trip_continues_the_same_run():
+    norms = [5.0, 80.0, 3.0, 60.0]
+    whole, first = AdaptiveClip(CARD), AdaptiveClip(CARD)
+    expected = [whole.clip_([], norm=norm) for norm in norms]
+    actual = [first.clip_([], norm=norm) for norm in norms[:2]]
+    second = AdaptiveClip(CARD)
+    second.load_state_dict(first.state_dict())
+    actual += [second.clip_([], norm=norm) for norm in norms[2:]]
+    assert actual == expected
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"clip_mode": "auto"}, {"clip_max_norm": 0.0}, {"clip_coefficient": -1.0}, {"clip_beta": 1.0}],
+    ids=str,
+)
+def test_bad_settings_are_refused(setting):
+    with pytest.raises(ValueError, match=str(next(iter(setting.values())))):
+        AdaptiveClip(ScheduleSpec(**setting))

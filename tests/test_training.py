@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import small_profile
+from safetensors.torch import load_file
+
+from kl3m_nb import checkpoints, models, packing, tokenizer, training
+from kl3m_nb.metrics import read_metrics
+from kl3m_nb.profiles import get_profile
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _losses(run_dir: Path) -> list[float]:
+    return list(read_metrics(run_dir, "train").loss)
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def _interrupt_at(step: int):
+    """A callback that asks the run to stop, as the notebook's stop button does, once `step` is reached."""
+
+    def callback(row):
+        if row["kind"] == "train" and row["step"] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return callback
+
+
+def test_training_learns_and_logs_every_step(trained_run):
+    run_dir, result = trained_run
+    train, held_out = read_metrics(run_dir, "train"), read_metrics(run_dir, "held_out")
+    assert list(train.step) == [1, 2, 3, 4, 5, 6] and list(held_out.step) == [0, 3, 6]
+    assert held_out.held_out_loss.iloc[0] == pytest.approx(math.log(512), abs=0.3)
+    assert result.held_out_loss == held_out.held_out_loss.iloc[-1] < held_out.held_out_loss.iloc[0]
+    assert list(train.tokens) == [128 * step for step in range(1, 7)] == list(train.valid_tokens)
+    parts = train.cross_entropy + train.label_smoothing + train.entropy_bonus + train.entropy_target + train.activation_norm
+    assert torch.allclose(torch.tensor(parts), torch.tensor(train.loss), atol=1e-5)
+    assert set(read_metrics(run_dir, "clamp").step) == {2, 4, 6}
+
+
+def test_the_logged_cross_entropy_is_the_models_own_on_the_streams_first_windows(tmp_path):
+    profile = small_profile(max_steps=1, grad_accumulation=2)
+    training.train(profile, tmp_path / "run")
+    tokens = tokenizer.load_tokenizer("corpus", profile.data.source, 512)
+    windows = packing.PackedStream(profile.data, tokens).next_batch(8)
+    with torch.no_grad():
+        logits = models.build_model(profile)(input_ids=windows[:, :-1]).logits
+    expected = F.cross_entropy(logits.flatten(0, 1).double(), windows[:, 1:].flatten())
+    assert read_metrics(tmp_path / "run", "train").cross_entropy.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_accumulated_micro_batches_are_one_large_batch(tmp_path):
+    whole = training.train(small_profile(micro_batch=4, grad_accumulation=1, max_steps=4), tmp_path / "whole")
+    split = training.train(small_profile(micro_batch=1, grad_accumulation=4, max_steps=4), tmp_path / "split")
+    assert _losses(tmp_path / "whole") == pytest.approx(_losses(tmp_path / "split"), rel=1e-4)
+    assert whole.held_out_loss == pytest.approx(split.held_out_loss, rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
+    training.train(small_profile(max_steps=3), tmp_path / "plain")
+    training.train(small_profile(max_steps=3, gradient_checkpointing=True), tmp_path / "recomputed")
+    assert _losses(tmp_path / "plain") == pytest.approx(_losses(tmp_path / "recomputed"), rel=1e-6)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("stop_at", [1, 4])
+def test_an_interrupted_run_continues_bit_for_bit(tmp_path, experts, stop_at):
+    profile = small_profile(experts=experts, active_experts=min(2, experts), router_aux_loss=0.05, grad_accumulation=2)
+    whole = training.train(profile, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        training.train(profile, tmp_path / "run", callbacks=[_interrupt_at(stop_at)])
+    assert checkpoints.checkpoint_step(checkpoints.latest_checkpoint(tmp_path / "run")) == stop_at
+    resumed = training.train(profile, tmp_path / "run")
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    before, after = _weights(whole.checkpoint), _weights(resumed.checkpoint)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_killed_run_continues_bit_for_bit(tmp_path):
+    code = f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        from conftest import small_profile
+        from kl3m_nb import training
+        def kill(row):
+            if row["kind"] == "train" and row["step"] == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+        training.train(small_profile(), {str(tmp_path / "run")!r}, callbacks=[kill])
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    resumed = training.train(small_profile(), tmp_path / "run")
+    whole = training.train(small_profile(), tmp_path / "whole")
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    before, after = _weights(whole.checkpoint), _weights(resumed.checkpoint)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_finished_run_is_not_trained_again(trained_run):
+    run_dir, result = trained_run
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    again = training.train(small_profile(), run_dir)
+    assert again == result and (run_dir / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="already holds"):
+        training.train(small_profile(), run_dir, resume="never")
+
+
+def test_how_a_run_is_carried_out_may_change_on_resume_what_is_learned_may_not(trained_run):
+    run_dir, result = trained_run
+    assert training.train(small_profile(eval_every=2, keep_checkpoints=5), run_dir) == result
+    for other, words in ((small_profile(max_steps=9), "max_steps = 6, now it is 9"), (get_profile("tiny"), "profile tiny with")):
+        with pytest.raises(ValueError, match=words):
+            training.train(other, run_dir)
+    with pytest.raises(ValueError, match="random weights"):
+        training.train(small_profile(), run_dir, init=result.checkpoint)
+
+
+def test_bad_input_writes_nothing(tmp_path, trained_run):
+    _, result = trained_run
+    cases = [
+        (small_profile(), {"init": tmp_path / "missing"}, "no checkpoint folder"),
+        (small_profile(layers=4), {"init": result.checkpoint}, "num_hidden_layers 2"),
+        (small_profile(source=f"files:{tmp_path}/none*.jsonl"), {}, "No file matches"),
+        (small_profile(tokenizer=str(tmp_path / "none")), {}, "could not be loaded"),
+        (small_profile(held_out_windows=100_000), {}, "lower held_out_windows"),
+        (small_profile(), {"resume": "maybe"}, "auto and never"),
+    ]
+    for profile, arguments, words in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            training.train(profile, tmp_path / "run", **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch):
+    profile = small_profile(max_steps=3, clamp_every=0)
+    original, calls = training.activation_penalty, []
+
+    def poisoned(residual, *rest):
+        calls.append(1)
+        return original(residual, *rest) * (math.nan if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(training, "activation_penalty", poisoned)
+    seen = {}
+
+    def watch(row):
+        if row["kind"] == "train":
+            seen[row["step"]] = row["skipped"]
+
+    training.train(profile, tmp_path / "run", callbacks=[watch])
+    assert seen == {1: False, 2: True, 3: False}
+    state = checkpoints.load_state(checkpoints.latest_checkpoint(tmp_path / "run"))
+    assert state["counters"]["skipped"] == 1
+    assert all(torch.isfinite(weight).all() for weight in _weights(checkpoints.latest_checkpoint(tmp_path / "run")).values())
+
+
+def test_ten_bad_steps_in_a_row_stop_with_the_last_good_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "activation_penalty", lambda residual, *_: residual.sum() * math.nan)
+    profile = small_profile(max_steps=30, clamp_every=0)
+    with pytest.raises(training.TrainingStopped, match="the gradient of model"):
+        training.train(profile, tmp_path / "run")
+    saved = checkpoints.latest_checkpoint(tmp_path / "run")
+    assert checkpoints.checkpoint_step(saved) == 10
+    fresh = models.build_model(profile).state_dict()
+    assert all(torch.equal(weight, fresh[name]) for name, weight in _weights(saved).items())
+
+
+def test_the_clamp_holds_its_ceilings(tmp_path):
+    profile = small_profile(attention_max_condition=3.0, mlp_max_condition=2.0, lm_head_max_condition=4.0, clamp_every=3)
+    result = training.train(profile, tmp_path / "run")
+    assert read_metrics(tmp_path / "run", "clamp").raised.sum() > 0
+    roles = models.parameter_roles(models.load_model(result.checkpoint))
+    for name, weight in _weights(result.checkpoint).items():
+        if ceiling := profile.clamp.max_condition(roles[name]):
+            values = torch.linalg.svdvals(weight.double())
+            assert values[0] / values[-1] <= ceiling * (1 + 1e-4), name
+
+
+def test_the_checkpoint_is_a_model_for_transformers_alone(trained_run, tmp_path):
+    _, result = trained_run
+    code = """
+        import sys
+        from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+        path = sys.argv[1]
+        writer = pipeline("text-generation", model=path)
+        written = writer("Governing Law.\\n", max_new_tokens=12, do_sample=True, temperature=0.8, top_p=0.95)
+        assert written[0]["generated_text"].startswith("Governing Law.\\n")
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        inputs = tokenizer("The United States", return_tensors="pt", return_token_type_ids=False)
+        outputs = model.generate(**inputs, max_new_tokens=5, do_sample=True, temperature=0.8, top_p=0.95)
+        assert outputs.shape[1] > inputs["input_ids"].shape[1]
+        assert tokenizer.pad_token_id == 2 and model.config.eos_token_id == 1 and str(model.dtype) == "torch.float32"
+        assert not any(name.startswith("kl3m_nb") for name in sys.modules)
+        print("loaded")
+    """
+    command = [sys.executable, "-I", "-c", textwrap.dedent(code), str(result.checkpoint)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.stdout.strip().endswith("loaded"), ended.stderr
+
+
+def test_run_json_names_what_was_run(trained_run):
+    run_dir, _ = trained_run
+    assert training.read_run_profile(run_dir) == small_profile()
+    assert json.loads((run_dir / "run.json").read_text())["init"] == "random weights"
+    with pytest.raises(ValueError, match="no run folder"):
+        training.read_run_profile(run_dir.parent)
