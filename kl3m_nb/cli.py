@@ -100,9 +100,11 @@ def _run(options: argparse.Namespace) -> int:
     checked = check_parameters(notebook, given)
     values = {parameter.name: parameter.default for parameter in read_parameters(notebook).values()} | checked
     stage = runs.NOTEBOOK_STAGES.get(notebook.stem)
-    if stage in ("source", "grown"):
-        profile = _notebook_profile(values)
-        _require_gpu_or_consent(profiles.source_profile(profile) if stage == "source" else profile, options.without_gpu)
+    if stage == "source":
+        source = profiles.source_profile(_notebook_profile({**values, "source_steps": values["max_steps"]}))
+        _require_gpu_or_consent(source, options.without_gpu)
+    elif stage == "grown":
+        _require_gpu_or_consent(_notebook_profile(values), options.without_gpu)
     output = options.output
     if output is None:
         folder = runs.run_path(values.get("profile", "tiny"), stage, values.get("run", "")) if stage else Path.cwd()

@@ -96,7 +96,8 @@ def _check_whole(source: str, matrices: list[Matrix], heads: dict) -> None:
     layers: dict[int, set] = {}
     for matrix in matrices:
         layers.setdefault(matrix.layer, set()).add((matrix.role, matrix.expert))
-    everything = set().union(*layers.values()) | {(role, -1) for role in ATTENTION_ROLES}
+    everything = set().union(*layers.values())
+    everything |= {(role, -1) for role in BLOCK_ROLES if role not in {found for found, _ in everything}}
     for layer in range(max(layers) + 1):
         missing = everything - layers.get(layer, set())
         if missing == everything:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,4 +87,6 @@ def _amount(value: float, cost: str) -> str:
 
 
 def _percent(value: float) -> str:
-    return "never reached" if pd.isna(value) else f"{value:+.0%}"
+    if pd.isna(value):
+        return "never reached"
+    return f"{value:+.0%}" if math.isfinite(value) else "reached before the first step"

@@ -20,10 +20,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "kl3m_nb").glob("*.py"))
 FLOORS = {
     1: "display paths profiles progress flops parameters",
-    2: "tokenizer corpus packing models roles runtime stacking muon clamping objective schedule evaluation",
+    2: "tokenizer corpus packing models roles runtime stacking muon clamping gram objective schedule evaluation",
     3: "checkpoints metrics training",
     4: "spectra matrices generation growth estimate",
-    5: "plots spectral_plots live runs report html run_status runner demo cli __main__",
+    5: "figures plots spectral_plots live runs report html run_status runner demo cli __main__",
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
@@ -68,6 +68,7 @@ class TestNotebook:
         for cell in cells:
             if cell.cell_type == "code":
                 assert len(cell.source.splitlines()) <= 14, cell.source
+                assert max(map(len, cell.source.splitlines())) <= 100, cell.source
         words = {kind: sum(len(c.source.split()) for c in cells if c.cell_type == kind) for kind in ("markdown", "code")}
         assert words["markdown"] > 0.75 * words["code"]
 

@@ -1,0 +1,140 @@
+"""Finding matrices: the same set from a module, a folder in one or several files, and either layout of a Mixtral's experts."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER, find_matrices, layer_count
+
+SHAPE = dict(
+    hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, vocab_size=40, max_position_embeddings=32
+)  # fmt: skip
+
+
+def llama(layers=4, tied=True) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=tied, **SHAPE))
+
+
+def mixtral(layers=2, experts=3) -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(num_hidden_layers=layers, num_local_experts=experts, **SHAPE))
+
+
+def contents(model_or_checkpoint) -> dict:
+    return {(m.layer, m.role, m.expert): m.read().clone() for m in find_matrices(model_or_checkpoint)}
+
+
+def assert_same_contents(first: dict, second: dict):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    llama().save_pretrained(path)
+    return path
+
+
+def test_a_llama_has_seven_matrices_a_layer_and_a_head_in_order():
+    matrices = find_matrices(llama())
+    assert layer_count(matrices) == 4
+    assert [m.role for m in matrices] == [*BLOCK_ROLES * 4, "lm_head"]
+    assert [m.layer for m in matrices] == [*sorted([0, 1, 2, 3] * 7), HEAD_LAYER]
+    assert all(m.shape == tuple(m.read().shape) for m in matrices)
+
+
+def test_folder_shards_and_single_file_hold_what_the_module_holds(folder, tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    expected = contents(model)
+    for place in (folder, folder / "model.safetensors", tmp_path):
+        assert_same_contents(contents(place), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_is_the_embedding_only_where_they_are_tied(tied, tmp_path):
+    model = llama(tied=tied)
+    model.save_pretrained(tmp_path)
+    expected = model.model.embed_tokens.weight if tied else model.lm_head.weight
+    for place in (model, tmp_path):
+        head = find_matrices(place)[-1]
+        assert head.role == "lm_head" and torch.equal(head.read(), expected)
+
+
+def test_experts_are_the_same_fused_and_one_by_one(tmp_path):
+    model = mixtral()
+    expected = contents(model)
+    assert len(expected) == 2 * (4 + 3 * 3) + 1
+    model.save_pretrained(tmp_path / "by_name")  # transformers writes w1, w2, w3 of every expert
+    assert any(".w1." in name for name in load_file(tmp_path / "by_name" / "model.safetensors"))
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "fused.safetensors")
+    for place in (tmp_path / "by_name", tmp_path / "fused.safetensors"):
+        assert_same_contents(contents(place), expected)
+
+
+def test_an_experts_matrices_compute_what_transformers_computes():
+    model = mixtral()
+    experts = model.model.layers[1].mlp.experts
+    found = contents(model)
+    hidden = torch.randn(5, 16)
+    gate, up, down = (found[1, role, 2] for role in ("gate_proj", "up_proj", "down_proj"))
+    ours = (torch.nn.functional.silu(hidden @ gate.T) * (hidden @ up.T)) @ down.T
+    theirs = experts(hidden, torch.full((5, 1), 2), torch.ones(5, 1))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_dtype_is_told_without_reading(tmp_path):
+    llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert {m.dtype for m in find_matrices(tmp_path)} == {"bfloat16"}
+    assert {m.dtype for m in find_matrices(llama().to(torch.float16))} == {"float16"}
+
+
+def without(folder, tmp_path, part: str):
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if part not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "part.safetensors")
+    return tmp_path / "part.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("layers.2.", "has no layer 2, though it has a layer 3"),
+        ("layers.1.self_attn.v_proj", "has no v_proj in layer 1"),
+        ("up_proj", "has no up_proj in layer 0"),
+        ("embed_tokens", "is not a decoder"),
+        ("layers", "is not a decoder"),
+    ],
+)
+def test_what_is_missing_is_named(folder, tmp_path, part, message):
+    with pytest.raises(ValueError, match=message):
+        find_matrices(without(folder, tmp_path, part))
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    save_file({"transformer.h.0.attn.c_attn.weight": torch.ones(4, 12)}, tmp_path / "other.safetensors")
+    for other in (torch.nn.Linear(3, 4), tmp_path / "other.safetensors"):
+        with pytest.raises(ValueError, match="is not a decoder"):
+            find_matrices(other)
+
+
+def test_what_is_not_there_or_cut_off_is_told(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"There is no .*nowhere"):
+        find_matrices(tmp_path / "nowhere")
+    (tmp_path / "cut.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        find_matrices(tmp_path / "cut.safetensors")
+    llama().save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    lost = sorted((tmp_path / "shards").glob("*.safetensors"))[1]
+    shutil.move(lost, tmp_path)
+    with pytest.raises(ValueError, match=rf"There is no .*{lost.name}"):
+        find_matrices(tmp_path / "shards")
