@@ -212,6 +212,7 @@ class _RunnerEngine(Engine):
             raise_on_iopub_timeout=False,
             coalesce_streams=True,
             log=logger,
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # ipykernel reports the interrupt of every shutdown as an error
             config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # others on this machine cannot listen
         )
         client.execute(env=os.environ | {PROGRESS_VARIABLE: str(run.progress_path)})
