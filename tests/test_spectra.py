@@ -188,7 +188,7 @@ class TestModelSpectra:
         blocks = frame[frame.layer >= 0].drop_duplicates("layer")
         assert list(blocks.source_layer) == [0, 1, 0, 1] and list(blocks["copy"]) == [0, 0, 1, 1]
         head = frame[frame.role == "lm_head"].iloc[0]
-        assert head.layer == head.source_layer == head.copy == HEAD_LAYER
+        assert list(head[["layer", "source_layer", "copy"]]) == [HEAD_LAYER] * 3
 
     def test_a_model_is_its_own_source_unless_told(self):
         frame = spectra.model_spectra(llama())
