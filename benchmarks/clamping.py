@@ -24,11 +24,12 @@ from _common import write_table
 from torch import Tensor
 
 from kl3m_nb.clamping import ClampTarget, SpectralClamp
+from kl3m_nb.muon import singular_value_bound
 from kl3m_nb.profiles import get_profile
 
 PROFILE = get_profile("kl3m-007-500m")
 TOKENS_PER_SECOND = 75_000  # the aim for one H200
-LARGEST_UPDATE = 1.25  # upper end of the singular values that Newton-Schulz gives to an update
+LARGEST_UPDATE = singular_value_bound(PROFILE.optimizer.ns_steps, PROFILE.optimizer.ns_coefficients, torch.bfloat16)
 SIGMA_MAX = 20.0
 
 

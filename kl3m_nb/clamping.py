@@ -120,7 +120,7 @@ def clamp_spectrum_(weight: Tensor, max_condition: float, sigma_floor: float) ->
         raise ValueError(f"The weight has the shape {tuple(weight.shape)}; clamp_spectrum_ takes one matrix (rows, cols).")
     _check("The weight", weight, max_condition, sigma_floor)
     usable = weight if weight.device.type == "cuda" else weight.cpu()  # not every accelerator has float64
-    outcome, _ = _clamp_exactly_(usable, max_condition, sigma_floor)
+    outcome, _ = _clamp_exactly_(usable, gram_matrix(_wide(usable), torch.float64), max_condition, sigma_floor)
     if outcome.raised and usable is not weight:
         weight.copy_(usable)
     return outcome
@@ -223,11 +223,11 @@ class SpectralClamp:
                 for batch in _batches(jobs, _GPU_BATCH_ELEMENTS):
                     healthy, failed = _test(batch, torch.float64, matrix.device)
                     results += healthy
-                    suspects += failed
+                    suspects += [job for job, _ in failed]
                 if self._decompose_on_device:
                     results += [_decompose(job, matrix.device) for job in suspects]
                 elif suspects:
-                    for_workers.append((_batches(suspects, 0), ()))
+                    for_workers.append((_batches(suspects, elements=0), ()))
             elif matrix.numel() > _ONE_THREAD_ELEMENTS:
                 for job in jobs:
                     results += _clamp_on_cpu([job], useful_precisions(matrix))
@@ -276,33 +276,35 @@ def _batches(jobs: list[_Job], elements: int) -> list[list[_Job]]:
 @torch.no_grad()
 def _clamp_on_cpu(jobs: list[_Job], precisions: Sequence[torch.dtype]) -> list[_Result]:
     """Test in each of `precisions` until one succeeds, else decompose, on whatever device the weights are."""
-    results = []
+    cpu = torch.device("cpu")
+    results, suspects = [], [(job, None) for job in jobs]
     for precision in precisions:
-        healthy, jobs = _test(jobs, precision, torch.device("cpu"))
-        results += healthy
-    return results + [_decompose(job, torch.device("cpu")) for job in jobs]
+        if suspects:
+            healthy, suspects = _test([job for job, _ in suspects], precision, cpu)
+            results += healthy
+    return results + [_decompose(job, cpu, gram) for job, gram in suspects]
 
 
-def _test(jobs: list[_Job], precision: torch.dtype, device: torch.device) -> tuple[list[_Result], list[_Job]]:
-    """Results of the jobs whose matrices are proven healthy, and the other jobs."""
-    if not jobs:
-        return [], []
+def _test(jobs: list[_Job], precision: torch.dtype, device: torch.device) -> tuple[list[_Result], list[tuple[_Job, Tensor]]]:
+    """Results of the jobs whose matrices are proven healthy, and the other jobs with their Gram matrices."""
     wides = [_wide(job.matrix).to(device) for job in jobs]
-    wides = torch.stack(wides) if len(wides) > 1 else wides[0].unsqueeze(0)  # one alone may be large: not copied
+    grams = gram_matrix(torch.stack(wides) if len(wides) > 1 else wides[0].unsqueeze(0), precision)  # no copy of a large one
+    proofs = prove_healthy(grams, wides[0].shape[-1], jobs[0].max_condition, jobs[0].sigma_floor)
     healthy, suspects = [], []
-    for job, proof in zip(jobs, prove_healthy(wides, jobs[0].max_condition, jobs[0].sigma_floor, precision), strict=True):
+    for job, gram, proof in zip(jobs, grams, proofs, strict=True):
         if proof.holds:
             event = ClampEvent(job.name, proof.ritz_max, proof.ritz_min, proof.tau, 0, "tested")
             healthy.append(_Result(event, (proof.lower, proof.upper), precision))
         else:
-            suspects.append(job)
+            suspects.append((job, gram))
     return healthy, suspects
 
 
-def _decompose(job: _Job, device: torch.device) -> _Result:
-    """Clamp the matrix of `job` by its exact spectrum, computed on `device`."""
+def _decompose(job: _Job, device: torch.device, gram: Tensor | None = None) -> _Result:
+    """Clamp the matrix of `job` by its exact spectrum, computed on `device`; `gram` is its float64 Gram matrix if at hand."""
     matrix = job.matrix.to(device)
-    outcome, interval = _clamp_exactly_(matrix, job.max_condition, job.sigma_floor)
+    gram = gram_matrix(_wide(matrix), torch.float64) if gram is None else gram
+    outcome, interval = _clamp_exactly_(matrix, gram, job.max_condition, job.sigma_floor)
     if outcome.raised and matrix is not job.matrix:
         job.matrix.copy_(matrix)
     if interval is None:
@@ -312,10 +314,14 @@ def _decompose(job: _Job, device: torch.device) -> _Result:
     return _Result(ClampEvent(job.name, outcome.sigma_max, outcome.sigma_min, outcome.tau, outcome.raised, route), interval)
 
 
-def _clamp_exactly_(matrix: Tensor, max_condition: float, sigma_floor: float) -> tuple[ClampOutcome, tuple[float, float] | None]:
-    """Clamp `matrix` by its exact spectrum; also bounds of all its singular values afterwards, None where it has no spectrum."""
+def _clamp_exactly_(
+    matrix: Tensor, gram: Tensor, max_condition: float, sigma_floor: float
+) -> tuple[ClampOutcome, tuple[float, float] | None]:
+    """Clamp `matrix` by its exact spectrum; also bounds of all its singular values afterwards, None where it has no spectrum.
+
+    `gram` is the float64 Gram matrix of `_wide(matrix)`.
+    """
     wide = _wide(matrix)
-    gram = gram_matrix(wide, torch.float64)
     trace = gram.trace().item()
     squares_fit = 1e-250 < trace < math.inf
     if not squares_fit:

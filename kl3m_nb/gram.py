@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 PIECE = {torch.float32: 512, torch.float64: 8192}  # columns multiplied at a time: bounds memory and rounding
+_STEPS = {torch.float32: 12, torch.float64: 24}  # of the Lanczos iteration; near the ceiling it pays to know σ₁ well
 _BLOCK = 144  # rows of a Gram matrix computed at a time, each up to the diagonal only
 _FLOAT32_SHORT = 1024  # rows up to which a float32 factorisation bounds σ₁ to a few percent
 _FLOAT32_LONG = 4096  # columns beyond which the rounding of a float32 Gram matrix leaves nothing to prove
@@ -36,42 +37,45 @@ class Proof:
     ritz_max: float
 
 
-def prove_healthy(wides: Tensor, max_condition: float, sigma_floor: float, precision: torch.dtype) -> list[Proof]:
-    """Try to prove that every singular value of every matrix of `wides` [batch, short, long] is above its τ.
+def prove_healthy(gram: Tensor, columns: int, max_condition: float, sigma_floor: float) -> list[Proof]:
+    """Try to prove for every Gram matrix of `gram` [batch, short, short] that all singular values are above τ.
 
-    A Cholesky factorisation of A that runs through proves λ_min(A) >= −error. Applied to level·I − G and to G − level·I it
-    turns estimates of the extreme eigenvalues of G = W Wᵀ into bounds. All numbers are squares of singular values.
+    `gram` comes from `gram_matrix`, of weights with so many `columns`. A Cholesky factorisation of A that runs through proves
+    λ_min(A) >= −error. Applied to level·I − G and to G − level·I it turns estimates of the extreme eigenvalues of G = W Wᵀ
+    into bounds. All numbers here are squares of singular values.
     """
-    short, long = wides.shape[-2:]
-    gram = gram_matrix(wides, precision)
+    precision, short = gram.dtype, gram.shape[-1]
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
-    pieces = math.ceil(long / PIECE[precision])
-    summed = min(long, PIECE[precision]) + pieces
-    gram_error = _gamma(summed + 4, precision) * trace + short * long * torch.finfo(precision).tiny
+    summed = min(columns, PIECE[precision]) + math.ceil(columns / PIECE[precision])
+    gram_error = _gamma(summed + 4, precision) * trace + short * columns * torch.finfo(precision).tiny
 
     # A few percent more or less in σ₁ do not matter; on a GPU float32 may be less than it says.
     coarse = gram.float() if gram.device.type == "cpu" and short <= _FLOAT32_SHORT else gram
     coarse_error = _gamma(short + 4, coarse.dtype)  # of a factorisation, in units of the trace of what is factored
-    ritz_max, residual = _largest_eigenvalue(lambda vectors: coarse @ vectors, coarse, steps=24)
+    smallest, ritz_max, residual = _lanczos(lambda vectors: coarse @ vectors, coarse, _STEPS[precision])
     level = (ritz_max + residual).to(coarse.dtype) * 1.002
     below_level, _ = _factor(-coarse, level)
     upper = level.double() * (1 + short * coarse_error) + coarse_error * trace + gram_error
 
     tau = torch.clamp(upper / max_condition**2, min=sigma_floor**2)
     error = gram_error + _gamma(short + 4, precision) * trace
-    level = ((tau + error) * (1 + torch.finfo(precision).eps)).to(precision)
+    level = (tau + error) * (1 + torch.finfo(precision).eps)
+    if precision == torch.float32:  # can only succeed far above τ, so let it prove something that makes a certificate last
+        level = torch.maximum(level, 0.8 * smallest)
+    level = level.to(precision)
     above_level, factor = _factor(gram, -level)
     holds = below_level & above_level
-    lower, ritz_min = tau, tau
+    lower = torch.maximum(level.double() - error, tau)
+    ritz_min = lower
     if holds.any():
-        inverse, residual = _largest_eigenvalue(lambda vectors: torch.cholesky_solve(vectors, factor), gram, steps=8)
+        _, inverse, residual = _lanczos(lambda vectors: torch.cholesky_solve(vectors, factor), gram, steps=6)
         ritz_min = level.double() + 1 / inverse
-        if (holds & (ritz_min > 4 * tau)).any():  # far above τ: a sharper bound makes a certificate that lasts
+        if (holds & (ritz_min > 4 * lower)).any():
             level = (0.9 * (level.double() + 1 / (inverse + residual))).to(precision)
             above_level, _ = _factor(gram, -level)
-            lower = torch.where(above_level, torch.maximum(level.double() - error, tau), tau)
-    columns = torch.stack([lower, upper, tau, ritz_min, ritz_max]).sqrt().T.tolist()
-    return [Proof(proven, *values) for proven, values in zip(holds.tolist(), columns, strict=True)]
+            lower = torch.where(above_level, torch.maximum(level.double() - error, lower), lower)
+    squares = torch.stack([lower, upper, tau, ritz_min, ritz_max])
+    return [Proof(proven, *values) for proven, values in zip(holds.tolist(), squares.sqrt().T.tolist(), strict=True)]
 
 
 def useful_precisions(matrix: Tensor) -> tuple[torch.dtype, ...]:
@@ -106,10 +110,11 @@ def _factor(matrix: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
     return definite, factor
 
 
-def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Lanczos estimate, from below, of the largest eigenvalue of a symmetric map, and the norm of its residual: two [batch].
+def _lanczos(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Smallest and largest Ritz value of a symmetric map, and the norm of the latter's residual: three [batch] in float64.
 
-    `apply` maps [batch, n, 1] to the same; `like` [batch, n, n] gives shape, dtype and device. The start is always the same.
+    The spectrum reaches at least from the one to the other. `apply` maps [batch, n, 1] to the same; `like` [batch, n, n] gives
+    shape, dtype and device. The start is always the same, so results can be had again.
     """
     batch, size = like.shape[:2]
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +135,7 @@ def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, steps: 
     # A weight that is not finite gets this far; its proof fails, and the reason is found by decomposing it.
     values, vectors = torch.linalg.eigh(tridiagonal.nan_to_num(0.0, 0.0, 0.0))
     residual = off_diagonal[:, -1] * vectors[:, -1, -1].abs()
-    return values[:, -1].to(like.device), residual.to(like.device)
+    return tuple(numbers.to(like.device) for numbers in (values[:, 0], values[:, -1], residual))
 
 
 def _gamma(operations: int, precision: torch.dtype) -> float:

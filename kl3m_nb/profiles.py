@@ -179,10 +179,10 @@ _TINY = ModelSpec(layers=12, hidden=128, mlp=344, heads=4, kv_heads=2, head_size
 _LAPTOP_DATA = DataSpec(
     source="package:licensedcode-data", tokenizer="corpus", seq_len=256, micro_batch=8, grad_accumulation=1, held_out_windows=48
 )
-_LAPTOP_OPTIMIZER = OptimizerSpec(aux_lr=2e-3)
+_LAPTOP_OPTIMIZER = OptimizerSpec(aux_lr=6e-3)
 _LAPTOP_CLAMP = ClampSpec(clamp_every=20)
 _LAPTOP_SCHEDULE = ScheduleSpec(max_steps=200, warmup_steps=20)
-_LAPTOP_RUNTIME = RuntimeSpec(eval_every=25, checkpoint_every=100)
+_LAPTOP_RUNTIME = RuntimeSpec(eval_every=20, checkpoint_every=100)
 
 PROFILES: dict[str, Profile] = {
     profile.name: profile
@@ -191,7 +191,7 @@ PROFILES: dict[str, Profile] = {
             "tiny",
             _TINY,
             growth_factor=4,
-            source_steps=300,
+            source_steps=200,
             data=_LAPTOP_DATA,
             optimizer=_LAPTOP_OPTIMIZER,
             clamp=_LAPTOP_CLAMP,
@@ -212,7 +212,7 @@ PROFILES: dict[str, Profile] = {
                 router_aux_loss=0.05,
             ),
             growth_factor=4,
-            source_steps=300,
+            source_steps=200,
             data=_LAPTOP_DATA,
             optimizer=_LAPTOP_OPTIMIZER,
             clamp=_LAPTOP_CLAMP,

@@ -8,7 +8,8 @@ of about 1e-16·σ₁², so they are taken only where the condition number is be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 
 import numpy as np
@@ -133,9 +134,8 @@ def analyse_model(
     source_layers = check_source_layers(layers, layers if source_layers is None else source_layers)
     model = model_name(model_or_checkpoint)
     rows, spectra = [], {}
-    for done, matrix in enumerate(matrices, start=1):
-        weight = matrix.read()
-        finite = bool(torch.isfinite(weight).all())
+    measured = _on_every_core(_singular_values_if_finite, matrices)
+    for done, (matrix, values) in enumerate(zip(matrices, measured, strict=True), start=1):
         in_block = matrix.layer != HEAD_LAYER
         row = {
             "model": model,
@@ -147,17 +147,32 @@ def analyse_model(
             "rows": matrix.shape[0],
             "cols": matrix.shape[1],
             "dtype": matrix.dtype,
-            "finite": finite,
-            "condition_reliable": finite and matrix.dtype in ("float32", "float64"),
+            "finite": values is not None,
+            "condition_reliable": values is not None and matrix.dtype in ("float32", "float64"),
         }
-        if finite:
-            values = singular_values(weight)
+        if values is not None:
             spectra[spectrum_key(matrix.layer, matrix.role, matrix.expert)] = values
             row |= spectrum_metrics(values, matrix.shape, fit_alpha)
         rows.append(row)
         if progress is not None:
             progress(done, len(matrices))
     return pd.DataFrame(rows), spectra
+
+
+def _singular_values_if_finite(matrix: Matrix) -> np.ndarray | None:
+    weight = matrix.read()
+    return singular_values(weight) if torch.isfinite(weight).all() else None
+
+
+def _on_every_core(work: Callable, items: Iterable) -> Iterator:
+    """`map` with as many workers as torch has threads, one thread each: a small eigenproblem gains little from more."""
+    threads = torch.get_num_threads()
+    workers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from workers.map(work, items)
+    finally:
+        workers.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def model_spectra(
@@ -211,34 +226,39 @@ def copy_divergence(
                 f"The reference has no {matrix.role} of shape {matrix.shape} in layer {matrix.layer}; give the stack at step 0."
             )
         groups.setdefault((matrix.role, matrix.expert, matrix.layer % source_layers), []).append(matrix)
+
+    def compare(copies: list[Matrix]) -> list[dict]:
+        return _compare_copies(copies, source_layers, starts, top_k)
+
+    return pd.DataFrame([row for rows in _on_every_core(compare, groups.values()) for row in rows])
+
+
+def _compare_copies(copies: list[Matrix], source_layers: int, starts: dict | None, top_k: int) -> list[dict]:
+    weights = [matrix.read().cpu().double() for matrix in copies]
+    norms = [float(weight.norm()) for weight in weights]
+    spans = [_extreme_subspaces(weight, top_k) for weight in weights]
+    if starts is not None:
+        begun = [starts[_identity(matrix)].read().cpu().double() for matrix in copies]
+        movements = [weight - start for weight, start in zip(weights, begun, strict=True)]
     rows = []
-    for (role, expert, source_layer), copies in groups.items():
-        weights = [matrix.read().detach().cpu().double() for matrix in copies]
-        norms = [float(weight.norm()) for weight in weights]
-        spans = [_extreme_subspaces(weight, top_k) for weight in weights]
-        movements = []
+    for a, b in combinations(range(len(copies)), 2):
+        mean_norm = (norms[a] + norms[b]) / 2
+        row = {
+            "role": copies[a].role,
+            "expert": copies[a].expert,
+            "source_layer": copies[a].layer % source_layers,
+            "copy_a": a,
+            "copy_b": b,
+            "distance": float((weights[a] - weights[b]).norm()) / mean_norm if mean_norm else 0.0,
+        }
         if starts is not None:
-            movements = [
-                weight - starts[_identity(matrix)].read().cpu().double() for weight, matrix in zip(weights, copies, strict=True)
-            ]
-        for a, b in combinations(range(len(copies)), 2):
-            mean_norm = (norms[a] + norms[b]) / 2
-            row = {
-                "role": role,
-                "expert": expert,
-                "source_layer": source_layer,
-                "copy_a": a,
-                "copy_b": b,
-                "distance": float((weights[a] - weights[b]).norm()) / mean_norm if mean_norm else 0.0,
-            }
-            if movements:
-                length = float(movements[a].norm() * movements[b].norm())
-                row["movement_cosine"] = float((movements[a] * movements[b]).sum()) / length if length else math.nan
-            row["top_overlap"] = float((spans[a][0].T @ spans[b][0]).square().sum()) / top_k
-            row["bottom_overlap"] = float((spans[a][1].T @ spans[b][1]).square().sum()) / top_k
-            row["chance_overlap"] = top_k / min(copies[a].shape)
-            rows.append(row)
-    return pd.DataFrame(rows)
+            length = float(movements[a].norm() * movements[b].norm())
+            row["movement_cosine"] = float((movements[a] * movements[b]).sum()) / length if length else math.nan
+        row["top_overlap"] = float((spans[a][0].T @ spans[b][0]).square().sum()) / top_k
+        row["bottom_overlap"] = float((spans[a][1].T @ spans[b][1]).square().sum()) / top_k
+        row["chance_overlap"] = top_k / min(copies[a].shape)
+        rows.append(row)
+    return rows
 
 
 def _identity(matrix: Matrix) -> tuple[int, str, int]:
@@ -275,7 +295,8 @@ def inheritance(checkpoint: Checkpoint | SingularValues, source_checkpoint: Chec
         before = sources.get((source_layer, role))
         if before is None or len(before) != len(values):
             raise ValueError(
-                f"The source has no {role} with {len(values)} singular values in layer {source_layer}; give the model it was grown from."
+                f"The source has no {role} with {len(values)} singular values in layer {source_layer}; "
+                "give the model it was grown from."
             )
         known = (values > 0) & (before > 0)
         change = np.log(values[known] / values[0]) - np.log(before[known] / before[0])

@@ -18,6 +18,11 @@ def weight_with_condition(condition, short, long, seed=0, largest=1.0):
     return ((left * (largest * condition ** -torch.linspace(0, 1, short, dtype=torch.float64))) @ right.T).float()
 
 
+def prove(weights, max_condition, sigma_floor, precision):
+    weights = weights if weights.dim() == 3 else weights.unsqueeze(0)
+    return prove_healthy(gram_matrix(weights, precision), weights.shape[-1], max_condition, sigma_floor)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", [(5, 7), (150, 150), (300, 700), (20, 9000)])
 def test_the_gram_matrix_is_that_of_the_weight(precision, shape):
@@ -43,7 +48,7 @@ def test_the_gram_matrix_is_that_of_the_weight(precision, shape):
 def test_what_is_proven_is_true(exponent, ceiling, short, extra, largest, precision, seed):
     weight = weight_with_condition(10**exponent, short, short + extra, seed, largest)
     sigma = torch.linalg.svdvals(weight.double())
-    [proof] = prove_healthy(weight.unsqueeze(0), ceiling, 0.0, precision)
+    [proof] = prove(weight, ceiling, 0.0, precision)
     if proof.holds:
         assert sigma[-1] >= proof.lower >= proof.tau >= sigma[0] / ceiling
         assert sigma[0] <= proof.upper
@@ -54,7 +59,7 @@ def test_what_is_proven_is_true(exponent, ceiling, short, extra, largest, precis
 )
 def test_what_is_clearly_true_is_proven_and_sharply(condition, precision):
     weight = weight_with_condition(condition, 96, 256)
-    [proof] = prove_healthy(weight.unsqueeze(0), 3000.0, 0.0, precision)
+    [proof] = prove(weight, 3000.0, 0.0, precision)
     assert proof.holds
     assert proof.upper < 1.05 and proof.lower > 0.75 / max(condition, 300.0)
     assert 0.99 < proof.ritz_max <= 1.00001
@@ -67,16 +72,16 @@ def test_a_batch_is_judged_matrix_by_matrix(precision):
     batch = torch.stack([weight_with_condition(condition, 30, 50) for condition in (4.0, 1e4, 1.0, 1.0, 1.0, 6.0)])
     batch[2] = 0
     batch[3, 4, 5], batch[4, 0, 0] = torch.nan, torch.inf
-    proofs = prove_healthy(batch, 100.0, 0.0, precision)
+    proofs = prove(batch, 100.0, 0.0, precision)
     assert [proof.holds for proof in proofs] == [True, False, False, False, False, True]
-    alone = prove_healthy(batch[5:], 100.0, 0.0, precision)[0]
+    alone = prove(batch[5:], 100.0, 0.0, precision)[0]
     assert (proofs[5].lower, proofs[5].upper) == pytest.approx((alone.lower, alone.upper), rel=1e-5)
 
 
 def test_the_floor_counts_as_well_as_the_condition():
-    weight = weight_with_condition(4.0, 20, 30).unsqueeze(0)
-    assert prove_healthy(weight, 100.0, 0.2, torch.float64)[0].holds
-    assert not prove_healthy(weight, 100.0, 0.3, torch.float64)[0].holds
+    weight = weight_with_condition(4.0, 20, 30)
+    assert prove(weight, 100.0, 0.2, torch.float64)[0].holds
+    assert not prove(weight, 100.0, 0.3, torch.float64)[0].holds
 
 
 def test_float32_is_tried_only_where_it_can_prove_something(monkeypatch):

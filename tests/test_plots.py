@@ -1,0 +1,264 @@
+"""Figures of a run: every panel says what it shows and in which unit, and shows the numbers it was given."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kl3m_nb import growth, plots
+from kl3m_nb.profiles import ATTENTION_ROLES
+
+
+def drawn(figure: Figure) -> list[Axes]:
+    """The panels of a figure that was really rendered, once every row has a unit and every column says what runs along it."""
+    figure.canvas.draw()
+    for axes in figure.axes:
+        place = axes.get_subplotspec()
+        assert axes.get_ylabel() or not place.is_first_col()
+        assert axes.get_xlabel() or not place.is_last_row() or not len(axes.get_xticks())
+    return figure.axes
+
+
+def texts(figure: Figure) -> str:
+    return " | ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+
+
+def line(axes: Axes, label: str):
+    [found] = [line for line in axes.lines if line.get_label() == label]
+    return found
+
+
+def training_log(steps: int) -> pd.DataFrame:
+    step = np.arange(1, steps + 1)
+    log = pd.DataFrame(
+        {
+            "step": step, "cross_entropy": 4 + 1 / step, "entropy_bits": 6 + 1 / step, "label_smoothing": 0.005,
+            "entropy_bonus": -0.006, "entropy_target": 0.002, "activation_norm": 0.1 / step, "lr_muon": 0.01, "lr_aux": 0.002,
+            "grad_norm": 2 + np.sin(step), "clip_threshold": 2.5, "skipped": False, "tokens_per_second": 1000.0 + step,
+        }
+    )  # fmt: skip
+    log["loss"] = log.cross_entropy + 0.1
+    log["clipped"] = log.grad_norm > log.clip_threshold
+    return log
+
+
+HELD_OUT = pd.DataFrame({"step": [0, 5, 10], "held_out_loss": [5.0, 4.5, 4.25]})
+
+
+class TestTraining:
+    def test_four_labelled_panels_hold_what_was_logged(self):
+        log = training_log(40)
+        figure = plots.plot_training(log, HELD_OUT)
+        loss, rates, norm, speed = drawn(figure)
+        assert [axes.get_ylabel() for axes in (loss, norm, speed)] == ["nats per token", "global norm", "tokens per second"]
+        assert norm.get_xlabel() == speed.get_xlabel() == "optimizer step"
+        np.testing.assert_array_equal(line(loss, "held-out").get_ydata(), HELD_OUT.held_out_loss)
+        np.testing.assert_array_equal(line(loss, "training cross-entropy").get_ydata(), log.cross_entropy)
+        np.testing.assert_array_equal(rates.lines[1].get_ydata(), log.lr_aux)
+        assert norm.get_yscale() == "log"
+
+    def test_clipped_and_skipped_steps_are_marked_and_counted(self):
+        log = training_log(40)
+        log.loc[7, "skipped"] = True
+        log.loc[7, ["loss", "cross_entropy", "grad_norm"]] = np.nan
+        norm = drawn(plots.plot_training(log, HELD_OUT))[2]
+        clipped = line(norm, f"clipped ({log.clipped.sum()} steps)")
+        np.testing.assert_array_equal(clipped.get_xdata(), log.step[log.clipped])
+        assert list(line(norm, "skipped (1 step)").get_xdata()) == [8]
+
+    def test_nothing_is_marked_in_a_run_without_clipping(self):
+        log = training_log(10).assign(clipped=False)
+        assert "clipped" not in texts(plots.plot_training(log, HELD_OUT))
+
+    def test_a_long_run_is_smoothed_by_what_a_spike_cannot_bend(self):
+        log = training_log(400).assign(cross_entropy=4.0)
+        log.loc[200, "cross_entropy"] = 90.0
+        loss = drawn(plots.plot_training(log, HELD_OUT))[0]
+        np.testing.assert_array_equal(line(loss, "training cross-entropy").get_ydata(), np.full(400, 4.0))
+        assert any(90.0 in pale.get_ydata() for pale in loss.lines)  # the spike itself stays to be seen
+
+    def test_a_run_not_yet_evaluated_is_drawn_and_one_not_begun_is_refused(self):
+        assert len(drawn(plots.plot_training(training_log(1), HELD_OUT.head(0)))) == 4
+        with pytest.raises(ValueError, match="no training steps"):
+            plots.plot_training(training_log(3).head(0), HELD_OUT)
+
+
+def test_objective_terms_are_in_thousandths_and_the_target_in_bits():
+    log = training_log(30)
+    figure = plots.plot_objective_terms(log, entropy_target_bits=5.5)
+    panels = {axes.get_title(loc="left"): axes for axes in drawn(figure)}
+    assert set(panels) == {"Label smoothing", "Entropy bonus", "Entropy target", "Activation norm", "Entropy"}
+    np.testing.assert_allclose(panels["Entropy bonus"].lines[0].get_ydata(), -6)
+    np.testing.assert_allclose(panels["Activation norm"].lines[0].get_ydata(), 100 / log.step)
+    assert "10^{-3}" in panels["Entropy bonus"].get_ylabel() and panels["Entropy"].get_ylabel() == "bits per token"
+    assert set(line(panels["Entropy"], "target 5.5 bits").get_ydata()) == {5.5}
+    np.testing.assert_allclose(panels["Entropy"].lines[1].get_ydata(), log.cross_entropy / math.log(2))
+
+
+def clamp_log(events: int, layers: int) -> pd.DataFrame:
+    rows = [
+        {"step": 20 * event, "role": role, "layer": layer, "sigma_max": 10.0, "sigma_min": 10.0 / (100 * (layer + 1)),
+         "raised": layer, "max_condition": 3000.0 if role in ATTENTION_ROLES else 2000.0, "route": "tested"}
+        for event in range(1, events + 1)
+        for role, layers_of_role in (("q_proj", layers), ("o_proj", layers), ("down_proj", layers), ("lm_head", 1))
+        for layer in range(layers_of_role)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+class TestClampEvents:
+    def test_worst_and_median_by_role_below_the_ceiling_of_their_group(self):
+        log = clamp_log(events=3, layers=120)
+        figure = plots.plot_clamp_events(log)
+        panels = drawn(figure)
+        assert [axes.get_title(loc="left") for axes in panels[:3]] == ["Attention", "MLP", "LM head"]
+        np.testing.assert_allclose(line(panels[0], "q_proj").get_ydata(), 12_000)
+        assert any(np.allclose(other.get_ydata(), 100 * 60.5) for other in panels[0].lines)
+        assert "ceiling 3,000" in texts(figure) and "ceiling 2,000" in texts(figure)
+        assert "condition" in panels[0].get_ylabel() and panels[3].get_ylabel() == "singular values raised"
+
+    def test_bars_add_up_to_the_values_raised(self):
+        log = clamp_log(events=4, layers=12)
+        attention, _, head = drawn(plots.plot_clamp_events(log))[3:]
+        assert sum(bar.get_height() for bar in attention.patches) == log[log.role.isin(ATTENTION_ROLES)].raised.sum()
+        assert "none" in [text.get_text() for text in head.texts]
+
+    def test_a_matrix_that_was_not_looked_at_has_no_condition(self):
+        log = clamp_log(events=2, layers=2)
+        log.loc[(log.step == 40) & (log.role == "q_proj"), ["route", "sigma_min"]] = ["certified", 1e-9]
+        attention = drawn(plots.plot_clamp_events(log))[0]
+        assert list(line(attention, "q_proj").get_xdata()) == [20]
+
+    def test_singular_and_unmeasured_weights_do_not_break_the_picture(self):
+        log = clamp_log(events=2, layers=2)
+        log["sigma_min"] = log["sigma_min"].astype(object)  # as null comes back from JSON
+        log.loc[0, ["sigma_min", "route"]] = [None, "not_finite"]
+        log.loc[1, ["sigma_min", "route"]] = [0.0, "repaired"]
+        attention = drawn(plots.plot_clamp_events(log))[0]
+        assert list(line(attention, "singular (1 step)").get_xdata()) == [20]
+
+    def test_a_run_without_clamp_is_refused(self):
+        with pytest.raises(ValueError, match="no clamp events"):
+            plots.plot_clamp_events(clamp_log(1, 1).head(0))
+
+
+def curve(losses, tokens, seconds, flops) -> pd.DataFrame:
+    step = np.arange(len(losses)) * 10
+    return pd.DataFrame(
+        {"step": step, "tokens": step * tokens, "seconds": step * seconds, "flops": step * flops, "held_out_loss": losses}
+    )
+
+
+RUNS = {
+    "source": curve([8.0, 6.0, 5.0], 1e4, 1.0, 1e9),
+    "grown": curve([5.2, 4.0, 3.0], 1e4, 4.0, 4e9),
+    "scratch": curve([8.0, 7.0, 6.0, 5.0, 4.0, 3.5], 1e4, 4.0, 4e9),
+}
+
+
+class TestGrowth:
+    def test_the_grown_run_is_drawn_with_and_without_the_sources_cost(self):
+        figure = plots.plot_growth(RUNS, target_loss=4.0)
+        tokens, flops, seconds = drawn(figure)
+        own, shifted = (line(tokens, f"grown: {which}").get_xdata() for which in ("its own cost", "with the source's cost"))
+        np.testing.assert_allclose(shifted - own, 0.2)  # 200,000 tokens of the source, in millions
+        assert [axes.get_xlabel() for axes in (tokens, seconds)] == ["tokens (millions)", "time (minutes)"]
+        assert "FLOP" in flops.get_xlabel() and "10^{11}" in flops.get_xlabel()
+        np.testing.assert_allclose(line(seconds, "scratch").get_xdata()[-1], 50 * 4 / 60)
+
+    def test_speedups_are_those_of_the_growth_module(self):
+        panels = drawn(plots.plot_growth(RUNS, target_loss=4.0))
+        table = growth.speedups(RUNS["source"], RUNS["grown"], RUNS["scratch"], 4.0)
+        for axes, (_, row) in zip(panels, table.iterrows(), strict=True):
+            title = axes.get_title(loc="left").replace("−", "-")
+            assert f"{row.speedup_excluding_source:+.0%}" in title and f"{row.speedup_including_source:+.0%}" in title
+        assert "+300%" in panels[0].get_title(loc="left") and "+33%" in panels[0].get_title(loc="left")
+
+    def test_the_crossings_are_marked_on_the_target(self):
+        tokens = drawn(plots.plot_growth(RUNS, target_loss=4.0))[0]
+        marks = sorted(mark.get_xdata()[0] for mark in tokens.lines if len(mark.get_xdata()) == 1)
+        assert marks == pytest.approx([0.1, 0.3, 0.4])
+
+    def test_a_target_never_reached_is_said(self):
+        assert "never reached" in texts(plots.plot_growth(RUNS, target_loss=1.0))
+        figure = plots.plot_growth(RUNS, target_loss=3.2)
+        assert "reached only by the grown" in texts(figure)
+        assert sum(len(mark.get_xdata()) == 1 for mark in figure.axes[0].lines) == 2
+
+    def test_runs_may_have_other_names_and_must_be_there(self):
+        renamed = {"30 layers": RUNS["source"], "stacked": RUNS["grown"], "fresh": RUNS["scratch"]}
+        figure = plots.plot_growth(renamed, 4.0, source="30 layers", grown="stacked", scratch="fresh")
+        assert "stacked: its own cost" in texts(figure) and "+300%" in texts(figure)
+        with pytest.raises(ValueError, match="no run 'scratch'; the runs given are 30 layers, stacked, fresh"):
+            plots.plot_growth(renamed, 4.0, source="30 layers", grown="stacked")
+
+
+class TestStackMap:
+    @pytest.mark.parametrize(("layers", "source_layers"), [(12, 3), (120, 30)])
+    def test_every_target_block_has_its_mark_at_its_source(self, layers, source_layers):
+        order = [i % source_layers for i in range(layers)]
+        figure = plots.plot_stack_map(order, source_layers)
+        [axes] = drawn(figure)
+        np.testing.assert_array_equal(axes.collections[0].get_offsets(), np.column_stack([range(layers), order]))
+        assert [f"copy {copy}" in texts(figure) for copy in range(5)] == [True] * 4 + [False]
+        assert axes.get_xlabel() and axes.get_ylabel()
+
+    def test_no_copies_are_named_where_they_are_not_in_sequence(self):
+        assert "copy" not in texts(plots.plot_stack_map([0, 0, 1, 1, 2, 2], 3))
+
+    @pytest.mark.parametrize("order", [[], [0, 3], [-1, 0]])
+    def test_impossible_orders_are_refused(self, order):
+        with pytest.raises(ValueError, match="from 0 to 2"):
+            plots.plot_stack_map(order, 3)
+
+
+class TestLossByPosition:
+    def test_means_over_ranges_of_context(self):
+        losses = {"source": torch.full((256,), 4.0), "grown": 3 + 1 / torch.arange(1, 257, dtype=torch.float64)}
+        [axes] = drawn(plots.plot_loss_by_position(losses))
+        assert axes.get_xscale() == "log" and axes.get_xlabel() == "tokens of context" and "nats" in axes.get_ylabel()
+        np.testing.assert_allclose(line(axes, "source").get_ydata(), 4)
+        context, means = line(axes, "grown").get_data()
+        np.testing.assert_allclose(means, 3 + 1 / np.array(context), rtol=0.01)
+        assert context[0] == 1 and (np.diff(context) > 0).all()
+
+    def test_every_position_counts_once(self):
+        for length in (1, 2, 31, 4096):
+            loss = torch.zeros(length)
+            loss[-1] = 1.0
+            [axes] = drawn(plots.plot_loss_by_position({"model": loss}))
+            assert line(axes, "model").get_ydata()[-1] > 0 and (line(axes, "model").get_ydata()[:-1] == 0).all()
+
+
+MEASURES = {
+    "samples": 40, "mean_tokens": 81.5, "end_rate": 0.25, "distinct_1": 0.3, "distinct_2": 0.6, "distinct_3": 0.8,
+    "repetition_rate": 0.1, "loop_rate": 0.0, "balanced_brackets_rate": 0.9, "balanced_quotes_rate": 1.0,
+    "tokens_per_second": 310.0,
+}  # fmt: skip
+
+
+class TestGenerationMeasures:
+    def test_a_panel_a_measure_and_a_bar_a_model(self):
+        frame = pd.DataFrame([{"model": name, **MEASURES} for name in ("source", "stack", "trained")])
+        figure = plots.plot_generation_measures(frame)
+        panels = drawn(figure)
+        assert len(panels) == len(MEASURES) - 1 and all(len(axes.patches) == 3 for axes in panels)
+        assert [panels[0].patches[0].get_height(), panels[1].patches[0].get_height()] == [81.5, 0.25]
+        assert {"source", "stack", "trained"} <= set(texts(figure).split(" | ")) and "40 samples" in texts(figure)
+
+    def test_a_measure_that_could_not_be_taken_leaves_its_panel_empty(self):
+        frame = pd.DataFrame([{"model": "trained", **MEASURES, "repetition_rate": math.nan}])
+        drawn(plots.plot_generation_measures(frame))
+
+    def test_a_model_twice_or_none_is_refused(self):
+        frame = pd.DataFrame([{"model": "trained", **MEASURES}] * 2)
+        with pytest.raises(ValueError, match="more than one row"):
+            plots.plot_generation_measures(frame)
+        with pytest.raises(ValueError, match="no measured models"):
+            plots.plot_generation_measures(frame.head(0))
