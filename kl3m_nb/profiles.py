@@ -179,7 +179,7 @@ _TINY = ModelSpec(layers=12, hidden=128, mlp=344, heads=4, kv_heads=2, head_size
 _LAPTOP_DATA = DataSpec(
     source="package:licensedcode-data", tokenizer="corpus", seq_len=256, micro_batch=8, grad_accumulation=1, held_out_windows=48
 )
-_LAPTOP_OPTIMIZER = OptimizerSpec(aux_lr=6e-3)
+_LAPTOP_OPTIMIZER = OptimizerSpec(aux_lr=2e-3)
 _LAPTOP_CLAMP = ClampSpec(clamp_every=20)
 _LAPTOP_SCHEDULE = ScheduleSpec(max_steps=200, warmup_steps=20)
 _LAPTOP_RUNTIME = RuntimeSpec(eval_every=20, checkpoint_every=100)
@@ -191,7 +191,7 @@ PROFILES: dict[str, Profile] = {
             "tiny",
             _TINY,
             growth_factor=4,
-            source_steps=200,
+            source_steps=240,
             data=_LAPTOP_DATA,
             optimizer=_LAPTOP_OPTIMIZER,
             clamp=_LAPTOP_CLAMP,
@@ -212,7 +212,7 @@ PROFILES: dict[str, Profile] = {
                 router_aux_loss=0.05,
             ),
             growth_factor=4,
-            source_steps=200,
+            source_steps=240,
             data=_LAPTOP_DATA,
             optimizer=_LAPTOP_OPTIMIZER,
             clamp=_LAPTOP_CLAMP,
@@ -268,11 +268,19 @@ def profile_with(name: str, **overrides) -> Profile:
 
 
 def source_profile(profile: Profile, **overrides) -> Profile:
-    """The profile of the model that `profile` is grown from: the same, `growth_factor` times shallower, for `source_steps`."""
+    """The profile of the model that `profile` is grown from: `growth_factor` times shallower, trained for `source_steps`.
+
+    It has a seed of its own: drawn in the same order, the grown model's first data would be what the source has just seen.
+    """
     if profile.growth_factor == 1:  # a source itself
         return override_profile(profile, **overrides)
-    layers = profile.model.layers // profile.growth_factor
-    return override_profile(profile, **{"layers": layers, "growth_factor": 1, "max_steps": profile.source_steps, **overrides})
+    own = {
+        "layers": profile.model.layers // profile.growth_factor,
+        "growth_factor": 1,
+        "max_steps": profile.source_steps,
+        "seed": profile.data.seed + 1,
+    }
+    return override_profile(profile, **{**own, **overrides})
 
 
 def override_profile(profile: Profile, **overrides) -> Profile:
