@@ -83,7 +83,7 @@ def _amount(value: float, cost: str) -> str:
         return "never reached"
     if cost == "seconds":
         return f"{value:,.0f} s"
-    return f"{value / 1e15:,.2f} PFLOP" if cost == "flops" else f"{value:,.0f} tokens"
+    return f"{value / 1e12:,.1f} TFLOP" if cost == "flops" else f"{value:,.0f} tokens"
 
 
 def _percent(value: float) -> str:
