@@ -215,7 +215,8 @@ def test_a_walk_does_to_every_matrix_what_the_function_does(threads, large, monk
     assert [event.name for event in events] == [target.name for target in targets]
     assert {event.route for event in events} >= {"tested", "repaired"}
     for target, event, outcome, alone, (clamped, sigma, tau) in zip(targets, events, outcomes, singly, expected, strict=True):
-        assert event.raised == outcome.raised and torch.equal(target.parameter, alone)
+        # the order of a product's sums, hence its last bit, depends on how many threads share it
+        assert event.raised == outcome.raised and relative_error(target.parameter, alone.double()) < 2e-7
         assert relative_error(target.parameter, clamped) < 2e-7
         if event.route == "tested":
             assert tau <= event.tau <= min(1.1 * tau, sigma[-1])

@@ -32,7 +32,7 @@ def test_the_gram_matrix_is_that_of_the_weight(precision, shape):
     rounding = 20 * torch.finfo(precision).eps * expected.abs().max()
     assert gram.dtype == precision and (gram.double() - expected).abs().max() < rounding
     tall = weight[0].T.contiguous()
-    assert torch.allclose(gram_matrix(tall.T, precision), gram[0])
+    assert (gram_matrix(tall.T, precision).double() - expected[0]).abs().max() < 5 * rounding
 
 
 @settings(max_examples=60, deadline=None)
