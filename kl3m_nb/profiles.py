@@ -176,49 +176,62 @@ _SECTIONS = ("model", "objective", "optimizer", "clamp", "schedule", "data", "ru
 
 _KL3M_170M = ModelSpec(layers=30, hidden=576, mlp=1536, heads=9, kv_heads=3, head_size=64, vocabulary=131_072, context=4096)
 _TINY = ModelSpec(layers=12, hidden=128, mlp=344, heads=4, kv_heads=2, head_size=32, vocabulary=4096, context=256)
-_LAPTOP_DATA = DataSpec(
-    source="package:licensedcode-data", tokenizer="corpus", seq_len=256, micro_batch=8, grad_accumulation=1, held_out_windows=48
+_TINY_MIXTURE = dataclasses.replace(
+    _TINY,
+    layers=8,
+    mlp=176,
+    rope_theta=10_000.0,
+    tied_embeddings=False,
+    sliding_window=64,
+    experts=4,
+    active_experts=2,
+    router_aux_loss=0.05,
 )
-_LAPTOP_OPTIMIZER = OptimizerSpec(aux_lr=2e-3)
-_LAPTOP_CLAMP = ClampSpec(clamp_every=20)
-_LAPTOP_SCHEDULE = ScheduleSpec(max_steps=200, warmup_steps=20)
-_LAPTOP_RUNTIME = RuntimeSpec(eval_every=20, checkpoint_every=100)
+_KL3M_520M = ModelSpec(
+    layers=16,
+    hidden=1024,
+    mlp=2048,
+    heads=16,
+    kv_heads=8,
+    head_size=64,
+    vocabulary=32_768,
+    context=1024,
+    rope_theta=10_000.0,
+    tied_embeddings=False,
+    sliding_window=256,
+    experts=4,
+    active_experts=2,
+    router_aux_loss=0.05,
+)
+
+
+def _laptop_profile(name: str, model: ModelSpec) -> Profile:
+    """A profile whose source, growth and comparison together take minutes on two CPU cores."""
+    return Profile(
+        name,
+        model,
+        growth_factor=4,
+        source_steps=240,
+        optimizer=OptimizerSpec(aux_lr=2e-3),
+        clamp=ClampSpec(clamp_every=20),
+        schedule=ScheduleSpec(max_steps=200, warmup_steps=20),
+        data=DataSpec(
+            source="package:licensedcode-data",
+            tokenizer="corpus",
+            seq_len=256,
+            micro_batch=8,
+            grad_accumulation=1,
+            held_out_windows=48,
+        ),
+        runtime=RuntimeSpec(eval_every=20, checkpoint_every=100),
+    )
+
 
 PROFILES: dict[str, Profile] = {
     profile.name: profile
     for profile in (
-        Profile(
-            "tiny",
-            _TINY,
-            growth_factor=4,
-            source_steps=240,
-            data=_LAPTOP_DATA,
-            optimizer=_LAPTOP_OPTIMIZER,
-            clamp=_LAPTOP_CLAMP,
-            schedule=_LAPTOP_SCHEDULE,
-            runtime=_LAPTOP_RUNTIME,
-        ),
-        Profile(
-            "tiny-moe",
-            dataclasses.replace(
-                _TINY,
-                layers=8,
-                mlp=176,
-                rope_theta=10_000.0,
-                tied_embeddings=False,
-                sliding_window=64,
-                experts=4,
-                active_experts=2,
-                router_aux_loss=0.05,
-            ),
-            growth_factor=4,
-            source_steps=240,
-            data=_LAPTOP_DATA,
-            optimizer=_LAPTOP_OPTIMIZER,
-            clamp=_LAPTOP_CLAMP,
-            schedule=_LAPTOP_SCHEDULE,
-            runtime=_LAPTOP_RUNTIME,
-        ),
+        _laptop_profile("tiny", _TINY),
+        _laptop_profile("tiny-moe", _TINY_MIXTURE),
         Profile(
             "kl3m-006-170m",
             _KL3M_170M,
@@ -230,22 +243,7 @@ PROFILES: dict[str, Profile] = {
         Profile("kl3m-007-500m", dataclasses.replace(_KL3M_170M, layers=120), growth_factor=4),
         Profile(
             "kl3m-002-520m",
-            ModelSpec(
-                layers=16,
-                hidden=1024,
-                mlp=2048,
-                heads=16,
-                kv_heads=8,
-                head_size=64,
-                vocabulary=32_768,
-                context=1024,
-                rope_theta=10_000.0,
-                tied_embeddings=False,
-                sliding_window=256,
-                experts=4,
-                active_experts=2,
-                router_aux_loss=0.05,
-            ),
+            _KL3M_520M,
             data=DataSpec(tokenizer="alea-institute/kl3m-001-32k", seq_len=1024, micro_batch=20, grad_accumulation=32),
         ),
     )

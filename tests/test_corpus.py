@@ -24,7 +24,8 @@ def test_held_out_texts_share_little_with_the_training_texts():
 
 
 def test_blocks_see_through_case_punctuation_and_white_space():
-    assert corpus.word_blocks("One two, three FOUR five six; seven eight") == corpus.word_blocks("one two three\nfour five six seven eight")
+    shouted, plain = "One two, three FOUR five six; seven eight", "one two three\nfour five six seven eight"
+    assert corpus.word_blocks(shouted) == corpus.word_blocks(plain)
     assert len(corpus.word_blocks("a b c d e f g h i")) == 2 and not corpus.word_blocks("only seven words are in this text")
 
 
