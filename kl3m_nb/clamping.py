@@ -5,7 +5,8 @@ The result is W' = U max(S, τ) Vᵀ (kl3m-007 card, "Spectral Clamping"), but a
 1. *Certificate.* An interval that held all singular values at the last clamp, and a bound on how far the weight has moved
    since (Weyl's inequality), may prove that nothing is to be done. Costs nothing; see `SpectralClamp.note_movement`.
 2. *Test.* Cholesky factorisations of shifted Gram matrices prove that every σ > τ. A Gram matrix squares the condition
-   number: in float32 it can prove only well-conditioned matrices healthy, the others get one in float64.
+   number: in float32 it can prove only well-conditioned matrices healthy, the others get one in float64. For small
+   matrices the eigenvalues themselves cost no more.
 3. *Repair.* The eigenvectors of the float64 Gram matrix below τ² span the part to be changed; a small SVD of that part
    gives its exact singular values and vectors, and a low-rank update raises them. Only when a singular value is too
    small for a Gram matrix to resolve (exact zeros, rank one) is the whole matrix decomposed.
@@ -13,7 +14,7 @@ The result is W' = U max(S, τ) Vᵀ (kl3m-007 card, "Spectral Clamping"), but a
 A matrix that needs nothing keeps every bit. A value within one rounding of the weight's dtype (eps·σ₁) below τ counts as τ,
 since it cannot be stored better: clamping twice is clamping once. Proofs allow for their own rounding errors (Higham,
 "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.5 and theorem 10.3). On a CPU a matrix is the work of
-one thread; on a GPU the tests run in batches of one shape.
+one thread, as small factorisations gain little from more; on a GPU the tests run in batches of one shape.
 """
 
 from __future__ import annotations
@@ -29,14 +30,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kl3m_nb.gram import PIECE, gram_matrix, prove_healthy, useful_precisions
+from kl3m_nb.gram import PIECE, Proof, gram_matrix, prove_healthy, useful_precisions
 
 ROUTES = ("certified", "tested", "decomposed", "repaired", "zero", "not_finite")
 
 _EXACTNESS = 1e-9  # in units of σ₁: the error of what is called exact
 _GRAM_RESOLUTION = 1e-5  # in units of σ₁: smaller values are lost in a float64 Gram matrix
 _ONE_THREAD_ELEMENTS = 2**23  # a larger matrix gets all threads to itself
-_CPU_BATCH_ELEMENTS = 2**19  # small matrices go together, so that no time is lost between operations
 _GPU_BATCH_ELEMENTS = 2**24  # a batch of square float64 matrices then works in 1 GiB
 
 
@@ -120,7 +120,7 @@ def clamp_spectrum_(weight: Tensor, max_condition: float, sigma_floor: float) ->
         raise ValueError(f"The weight has the shape {tuple(weight.shape)}; clamp_spectrum_ takes one matrix (rows, cols).")
     _check("The weight", weight, max_condition, sigma_floor)
     usable = weight if weight.device.type == "cuda" else weight.cpu()  # not every accelerator has float64
-    outcome, _ = _clamp_exactly_(usable, gram_matrix(_wide(usable), torch.float64), max_condition, sigma_floor)
+    outcome, _ = _clamp_exactly_(usable, gram_matrix(_wide(usable), torch.float64), max_condition, sigma_floor, suspect=False)
     if outcome.raised and usable is not weight:
         weight.copy_(usable)
     return outcome
@@ -214,36 +214,28 @@ class SpectralClamp:
     def _clamp_groups(self, groups: list[list[_Job]]) -> list[_Result]:
         """Test and repair. The jobs of a group differ in nothing but their names and values."""
         results: list[_Result] = []
-        for_workers: list[tuple[list[list[_Job]], tuple[torch.dtype, ...]]] = []
-        threads = self._threads or torch.get_num_threads()
+        for_workers: list[tuple[list[_Job], tuple[torch.dtype, ...]]] = []
         for jobs in groups:
             matrix = jobs[0].matrix
             if matrix.device.type == "cuda":
-                suspects = []
-                for batch in _batches(jobs, _GPU_BATCH_ELEMENTS):
-                    healthy, failed = _test(batch, torch.float64, matrix.device)
-                    results += healthy
-                    suspects += [job for job, _ in failed]
+                healthy, suspects = _test_in_batches(jobs)
+                results += healthy
                 if self._decompose_on_device:
                     results += [_decompose(job, matrix.device) for job in suspects]
                 elif suspects:
-                    for_workers.append((_batches(suspects, elements=0), ()))
+                    for_workers.append((suspects, ()))
             elif matrix.numel() > _ONE_THREAD_ELEMENTS:
-                for job in jobs:
-                    results += _clamp_on_cpu([job], useful_precisions(matrix))
+                results += [_clamp_on_cpu(job, useful_precisions(matrix)) for job in jobs]
             else:
-                share = math.ceil(len(jobs) / threads) * matrix.numel()
-                for_workers.append((_batches(jobs, min(share, _CPU_BATCH_ELEMENTS)), useful_precisions(matrix)))
+                for_workers.append((jobs, useful_precisions(matrix)))
         if for_workers:
-            with _single_threaded_workers(threads) as workers:
-                firsts = [workers.submit(_clamp_on_cpu, batches[0], precisions) for batches, precisions in for_workers]
-                for (batches, precisions), first in zip(for_workers, firsts, strict=True):
-                    results += first.result()
+            with _single_threaded_workers(self._threads or torch.get_num_threads()) as workers:
+                firsts = [workers.submit(_clamp_on_cpu, jobs[0], precisions) for jobs, precisions in for_workers]
+                for (jobs, precisions), first in zip(for_workers, firsts, strict=True):
                     # Matrices of one shape and ceiling are alike: what float32 could not prove for the first is not tried again.
-                    if not any(result.proven_in == torch.float32 for result in first.result()):
+                    if first.result().proven_in != torch.float32:
                         precisions = precisions[-1:]
-                    for rest in workers.map(_clamp_on_cpu, batches[1:], itertools.repeat(precisions)):
-                        results += rest
+                    results += [first.result(), *workers.map(_clamp_on_cpu, jobs[1:], itertools.repeat(precisions))]
         return results
 
 
@@ -267,44 +259,51 @@ class _Result:
     proven_in: torch.dtype | None = None
 
 
-def _batches(jobs: list[_Job], elements: int) -> list[list[_Job]]:
-    """`jobs`, all of one shape, cut into batches of at most so many elements, but at least one job."""
-    size = max(1, elements // jobs[0].matrix.numel())
-    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
-
-
 @torch.no_grad()
-def _clamp_on_cpu(jobs: list[_Job], precisions: Sequence[torch.dtype]) -> list[_Result]:
-    """Test in each of `precisions` until one succeeds, else decompose, on whatever device the weights are."""
+def _clamp_on_cpu(job: _Job, precisions: Sequence[torch.dtype]) -> _Result:
+    """Test in each of `precisions` until one succeeds, else decompose, on whatever device the weight is."""
     cpu = torch.device("cpu")
-    results, suspects = [], [(job, None) for job in jobs]
+    gram = None
     for precision in precisions:
-        if suspects:
-            healthy, suspects = _test([job for job, _ in suspects], precision, cpu)
-            results += healthy
-    return results + [_decompose(job, cpu, gram) for job, gram in suspects]
-
-
-def _test(jobs: list[_Job], precision: torch.dtype, device: torch.device) -> tuple[list[_Result], list[tuple[_Job, Tensor]]]:
-    """Results of the jobs whose matrices are proven healthy, and the other jobs with their Gram matrices."""
-    wides = [_wide(job.matrix).to(device) for job in jobs]
-    grams = gram_matrix(torch.stack(wides) if len(wides) > 1 else wides[0].unsqueeze(0), precision)  # no copy of a large one
-    proofs = prove_healthy(grams, wides[0].shape[-1], jobs[0].max_condition, jobs[0].sigma_floor)
-    healthy, suspects = [], []
-    for job, gram, proof in zip(jobs, grams, proofs, strict=True):
+        [proof], gram = _test([job], precision, cpu)
         if proof.holds:
-            event = ClampEvent(job.name, proof.ritz_max, proof.ritz_min, proof.tau, 0, "tested")
-            healthy.append(_Result(event, (proof.lower, proof.upper), precision))
-        else:
-            suspects.append((job, gram))
+            return _tested(job, proof, precision)
+    return _decompose(job, cpu, None if gram is None else gram[0])
+
+
+def _test_in_batches(jobs: list[_Job]) -> tuple[list[_Result], list[_Job]]:
+    """Results of the jobs whose matrices are proven healthy on their own device, and the other jobs."""
+    size = max(1, _GPU_BATCH_ELEMENTS // jobs[0].matrix.numel())
+    healthy, suspects = [], []
+    for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
+        proofs, _ = _test(batch, torch.float64, batch[0].matrix.device)
+        for job, proof in zip(batch, proofs, strict=True):
+            if proof.holds:
+                healthy.append(_tested(job, proof, torch.float64))
+            else:
+                suspects.append(job)
     return healthy, suspects
 
 
+def _test(jobs: list[_Job], precision: torch.dtype, device: torch.device) -> tuple[list[Proof], Tensor]:
+    """Proofs for the matrices of `jobs`, all of one shape, and the Gram matrices they were read from."""
+    wides = [_wide(job.matrix).to(device) for job in jobs]
+    wides = torch.stack(wides) if len(wides) > 1 else wides[0].unsqueeze(0)  # one alone may be large: not copied
+    grams = gram_matrix(wides, precision)
+    return prove_healthy(grams, wides.shape[-1], jobs[0].max_condition, jobs[0].sigma_floor), grams
+
+
+def _tested(job: _Job, proof: Proof, precision: torch.dtype) -> _Result:
+    event = ClampEvent(job.name, proof.ritz_max, proof.ritz_min, proof.tau, 0, "tested")
+    return _Result(event, (proof.lower, proof.upper), precision)
+
+
 def _decompose(job: _Job, device: torch.device, gram: Tensor | None = None) -> _Result:
-    """Clamp the matrix of `job` by its exact spectrum, computed on `device`; `gram` is its float64 Gram matrix if at hand."""
+    """Clamp the matrix of `job` by its exact spectrum, computed on `device`; `gram` is what a test that failed has left."""
     matrix = job.matrix.to(device)
-    gram = gram_matrix(_wide(matrix), torch.float64) if gram is None else gram
-    outcome, interval = _clamp_exactly_(matrix, gram, job.max_condition, job.sigma_floor)
+    failed_test = gram is not None
+    gram = gram if failed_test else gram_matrix(_wide(matrix), torch.float64)
+    outcome, interval = _clamp_exactly_(matrix, gram, job.max_condition, job.sigma_floor, failed_test)
     if outcome.raised and matrix is not job.matrix:
         job.matrix.copy_(matrix)
     if interval is None:
@@ -315,11 +314,12 @@ def _decompose(job: _Job, device: torch.device, gram: Tensor | None = None) -> _
 
 
 def _clamp_exactly_(
-    matrix: Tensor, gram: Tensor, max_condition: float, sigma_floor: float
+    matrix: Tensor, gram: Tensor, max_condition: float, sigma_floor: float, suspect: bool
 ) -> tuple[ClampOutcome, tuple[float, float] | None]:
     """Clamp `matrix` by its exact spectrum; also bounds of all its singular values afterwards, None where it has no spectrum.
 
-    `gram` is the float64 Gram matrix of `_wide(matrix)`.
+    `gram` is the float64 Gram matrix of `_wide(matrix)`. `suspect` says that something seems to lie below τ: the eigenvectors,
+    which cost as much again as the eigenvalues, are then asked for at once.
     """
     wide = _wide(matrix)
     trace = gram.trace().item()
@@ -331,7 +331,7 @@ def _clamp_exactly_(
             return ClampOutcome(0.0, 0.0, sigma_floor, 0), None
     resolved = False
     if squares_fit:
-        eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+        eigenvalues, eigenvectors = torch.linalg.eigh(gram) if suspect else (torch.linalg.eigvalsh(gram), None)
         sigma = eigenvalues.clamp(min=0).sqrt()
         resolved = bool(sigma[0] >= _GRAM_RESOLUTION * sigma[-1])
     if not resolved:
@@ -346,6 +346,7 @@ def _clamp_exactly_(
     if not raised:
         return outcome, (sigma_min - margin, sigma_max + margin)
     if resolved:
+        eigenvectors = torch.linalg.eigh(gram).eigenvectors if eigenvectors is None else eigenvectors
         within, values, right = torch.linalg.svd(_product(eigenvectors[:, :raised].T, wide), full_matrices=False)
         _add_product_(wide, eigenvectors[:, :raised] @ within * (tau - values).clamp(min=0), right)
     else:
@@ -385,7 +386,7 @@ def _add_product_(matrix: Tensor, left: Tensor, right: Tensor) -> None:
 
 @contextmanager
 def _single_threaded_workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Workers whose matrix library uses one thread each; small factorisations gain nothing from more."""
+    """Workers whose matrix library uses one thread each."""
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as workers:

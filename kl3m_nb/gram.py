@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 PIECE = {torch.float32: 512, torch.float64: 8192}  # columns multiplied at a time: bounds memory and rounding
+EIGENVALUES_UP_TO = 256  # rows up to which the eigenvalues of a Gram matrix cost no more than a proof
 _STEPS = {torch.float32: 12, torch.float64: 24}  # of the Lanczos iteration; near the ceiling it pays to know σ₁ well
 _BLOCK = 144  # rows of a Gram matrix computed at a time, each up to the diagonal only
 _FLOAT32_SHORT = 1024  # rows up to which a float32 factorisation bounds σ₁ to a few percent
@@ -79,7 +80,9 @@ def prove_healthy(gram: Tensor, columns: int, max_condition: float, sigma_floor:
 
 
 def useful_precisions(matrix: Tensor) -> tuple[torch.dtype, ...]:
-    """Precisions of the test that are worth trying, cheapest first."""
+    """Precisions of the test that are worth trying on a CPU, cheapest first; none where eigenvalues cost no more."""
+    if min(matrix.shape) <= EIGENVALUES_UP_TO:
+        return ()
     try_float32 = matrix.dtype == torch.float32 and max(matrix.shape) <= _FLOAT32_LONG and _float32_products_are_ieee()
     return (torch.float32, torch.float64) if try_float32 else (torch.float64,)
 
