@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kl3m_nb.profiles import ScheduleSpec
 
 CLIP_MODES = ("adaptive", "fixed", "off")
+_LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)  # the square of a larger one overflows in AdamW's second moment
 
 
 def lr_factor(step: int, spec: ScheduleSpec) -> float:
@@ -37,7 +38,10 @@ def lr_factor(step: int, spec: ScheduleSpec) -> float:
 
 @dataclass(frozen=True)
 class ClipOutcome:
-    """What clipping saw and did at one step. `threshold` is infinite in the mode "off"."""
+    """What clipping saw and did at one step. `threshold` is infinite in the mode "off".
+
+    `finite` is False as well for a norm whose square overflows in float32: an optimizer would turn it into a non-finite weight.
+    """
 
     norm: float
     threshold: float
@@ -87,7 +91,7 @@ class AdaptiveClip:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = float(global_norm(gradients) if norm is None else norm)
         threshold = self.threshold
-        if not math.isfinite(norm):
+        if not norm <= _LARGEST_NORM:
             return ClipOutcome(norm, threshold, clipped=False, finite=False)
         clipped = norm > threshold
         if clipped and gradients:

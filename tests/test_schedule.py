@@ -137,6 +137,14 @@ def test_a_non_finite_norm_changes_nothing(mode, bad):
     assert clip.state_dict() == state
 
 
+def test_a_norm_whose_square_overflows_is_not_finite():
+    parameters = parameters_with_norm(1e22)
+    optimizer = torch.optim.AdamW(parameters, lr=1.0)
+    assert not AdaptiveClip(ScheduleSpec(clip_mode="off")).clip_(parameters).finite
+    optimizer.step()
+    assert any(torch.isinf(state["exp_avg_sq"]).any() for state in optimizer.state.values())
+
+
 @pytest.mark.parametrize("norm", [128.0, torch.tensor(128.0)], ids=["float", "tensor"])
 def test_a_given_norm_takes_the_place_of_the_measured_one(norm):
     parameters = parameters_with_norm(16.0)

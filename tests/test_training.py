@@ -146,7 +146,7 @@ def test_bad_input_writes_nothing(tmp_path, trained_run):
 
 
 def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch):
-    profile = small_profile(max_steps=3, clamp_every=0)
+    profile = small_profile(max_steps=3, clamp_every=0, checkpoint_every=1, keep_checkpoints=3)
     original, calls = training.activation_penalty, []
 
     def poisoned(residual, *rest):
@@ -162,9 +162,13 @@ def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch)
 
     training.train(profile, tmp_path / "run", callbacks=[watch])
     assert seen == {1: False, 2: True, 3: False}
-    state = checkpoints.load_state(checkpoints.latest_checkpoint(tmp_path / "run"))
-    assert state["counters"]["skipped"] == 1
-    assert all(torch.isfinite(weight).all() for weight in _weights(checkpoints.latest_checkpoint(tmp_path / "run")).values())
+    first, second, third = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    before, after = checkpoints.load_state(first), checkpoints.load_state(second)
+    for part in ("muon", "aux", "clip", "clamp"):
+        torch.testing.assert_close(after[part], before[part], rtol=0, atol=0)
+    assert after["counters"]["skipped"] == before["counters"]["skipped"] + 1
+    assert all(torch.equal(weight, _weights(first)[name]) for name, weight in _weights(second).items())
+    assert any(not torch.equal(weight, _weights(first)[name]) for name, weight in _weights(third).items())
 
 
 def test_ten_bad_steps_in_a_row_stop_with_the_last_good_weights(tmp_path, monkeypatch):
