@@ -232,7 +232,7 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _product_in_pieces(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right in `dtype`; on a CPU summed in pieces of the long inner dimension, which at least halves the rounding error."""
+    """left @ right in `dtype`; on a CPU the long inner sum is taken in pieces, which at least halves the rounding error."""
     if left.is_cuda:
         return (left @ right).to(dtype)
     pieces = zip(left.split(_CPU_SUM_LENGTH, dim=1), right.split(_CPU_SUM_LENGTH), strict=True)
