@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import datasets
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_document_stream import Letters
+from test_sources import write_rows
+
+from kl3m_nb import corpus, packing, streams
+from kl3m_nb.profiles import DataSpec
+
+KINDS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "mirror", "hub", "package", "mixture")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The same documents in every format; their tokens are distinct, so that a window tells where it comes from."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [{"identifier": f"d{i}", "tokens": [1 + (37 * i + k * k) % 997 for k in range(1 + i % 23)]} for i in range(400)]
+    for suffix in ("parquet", "jsonl", "jsonl.gz", "jsonl.zst"):
+        for number, part in enumerate((rows[:150], rows[150:])):
+            write_rows(folder / suffix / f"train-{number}.{suffix}", part)
+    return folder
+
+
+@pytest.fixture(params=KINDS)
+def spec(request, folder, monkeypatch):
+    load_dataset = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: load_dataset(str(folder / "parquet"), **options))
+    source = {
+        "mirror": f"hub:{folder}/parquet",
+        "hub": "hub:owner/name",
+        "package": "package:licensedcode-data",
+        "mixture": f"0.6*files:{folder}/parquet/* + 0.4*files:{folder}/jsonl.gz/*",
+    }.get(request.param, f"files:{folder}/{request.param}/*")
+    return DataSpec(source=source, seq_len=15, shuffle_buffer=32, held_out_windows=1)
+
+
+def _open(spec, workers=0, rank=0, world=1):
+    return streams.open_stream(spec, Letters(), prefetch_batches=2 * workers, rank=rank, world=world)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_thousand_windows_after_a_resume_are_those_of_an_uninterrupted_stream(spec, workers, world):
+    if spec.source.startswith("package"):  # a token a character: nothing of a text is left after a thousand short windows
+        spec = dataclasses.replace(spec, seq_len=255)
+    whole = _open(spec)
+    for _ in range(37):
+        whole.take(3)
+    expected = torch.cat([whole.take(3).input_ids for _ in range(334)])
+    for rank in range(world):
+        interrupted = _open(spec, workers, rank, world)
+        for _ in range(37):
+            interrupted.take(3 // world)
+        state = json.loads(json.dumps(interrupted.state_dict()))
+        resumed = _open(spec, workers, rank, world)
+        resumed.take(1)
+        resumed.load_state_dict(state)
+        found = torch.cat([resumed.take(3 // world).input_ids for _ in range(334)])
+        assert torch.equal(found, expected[rank::world])
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans(), st.integers(1, 4)), min_size=1, max_size=6), st.integers(1, 40))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_ranks_workers_and_batch_sizes_share_out_the_whole_stream(folder, changes, buffer):
+    """A run that is stopped and goes on with another number of processes, thread and batch size, again and again."""
+    spec = DataSpec(source=f"files:{folder}/parquet/*", seq_len=15, shuffle_buffer=buffer, held_out_windows=1)
+    state, delivered = None, []
+    for world, worker, windows in changes:
+        ranks = [_open(spec, worker, rank, world) for rank in range(world)]
+        for stream in ranks:
+            if state:
+                stream.load_state_dict(state)
+        for _ in range(3):
+            batches = [stream.take(windows).input_ids for stream in ranks]
+            delivered.append(torch.stack(batches, dim=1).flatten(0, 1))
+        states = [json.loads(json.dumps(stream.state_dict())) for stream in ranks]
+        assert all(other == states[0] for other in states)
+        state = states[0]
+    found = torch.cat(delivered)
+    assert torch.equal(found, _open(spec).take(len(found)).input_ids)
+    assert state == json.loads(json.dumps(_state_after(spec, len(found))))
+
+
+def _state_after(spec, windows):
+    stream = _open(spec)
+    stream.take(windows)
+    return stream.state_dict()
+
+
+@given(st.lists(st.integers(1, 40), min_size=30, max_size=60), st.integers(1, 9), st.integers(1, 12))
+@settings(max_examples=25, deadline=None)
+def test_the_windows_of_a_pass_are_its_documents_nothing_lost_nothing_twice(tmp_path_factory, lengths, buffer, seq_len):
+    path = tmp_path_factory.mktemp("pass") / "a.jsonl"
+    write_rows(path, [{"identifier": f"d{i}", "tokens": [1 + i] * length} for i, length in enumerate(lengths)])
+    spec = DataSpec(source=f"files:{path}", seq_len=seq_len, shuffle_buffer=buffer, held_out_windows=1)
+    training = [document.tokens.tolist() for document in corpus.iterate_documents(spec.source, held_out=False)]
+    stream = packing.PackedStream(spec, Letters())
+    passes = 3
+    wanted = passes * sum(len(tokens) + 1 for tokens in training)
+    laid_out = stream.next_batch(wanted // (seq_len + 1) + 1).flatten().tolist()
+    documents = []
+    for token in laid_out:
+        documents = [*documents, []] if not documents or (documents[-1] and documents[-1][-1] == 0) else documents
+        documents[-1].append(token)
+    whole = [document[:-1] for document in documents if document[-1] == 0]
+    assert all(tokens in training for tokens in whole)
+    # what is still in the buffer is all that can be missing, and nothing runs ahead by more than the buffer holds
+    counts = [whole.count(tokens) for tokens in training]
+    missing = sum(max(passes - count, 0) for count in counts)
+    assert missing <= buffer + 1 and sum(max(count - passes, 0) for count in counts) <= buffer + 1
+
+
+def test_instruction_pairs_in_dense_windows_are_refused(folder):
+    spec = DataSpec(source=f"files:{folder}/parquet/*", packing="dense", sft_share=0.1)
+    with pytest.raises(ValueError, match="need packing 'segments'"):
+        _open(spec)
+
+
+def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(folder, monkeypatch):
+    spec = DataSpec(source=f"files:{folder}/parquet/*", seq_len=15, held_out_windows=1)
+    stream, plain = _open(spec, workers=1), _open(spec)
+    assert torch.equal(stream.take(2).input_ids, plain.take(2).input_ids)
+    original = packing.PackedStream.take
+
+    def broken(*_):
+        raise OSError("the disk is gone")
+
+    stream.load_state_dict(stream.state_dict())
+    monkeypatch.setattr(packing.PackedStream, "take", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        stream.take(2)
+    monkeypatch.setattr(packing.PackedStream, "take", original)
+    assert torch.equal(stream.take(2).input_ids, plain.take(2).input_ids)
+    assert stream.epoch == plain.epoch and stream.report == plain.report
