@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import io
 
 import pytest
-from test_sources import write_family_parquet, write_rows
+import torch
+from test_readers import write_family_parquet, write_rows
 
 from kl3m_nb import corpus, packing
 from kl3m_nb.document_stream import DocumentStream, held_out_documents
@@ -47,7 +48,8 @@ def test_what_the_options_leave_out_is_counted(tmp_path):
     rows = [dict(row, score=float(i % 4), mime_type="a/b" if i % 5 else "c/d") for i, row in enumerate(_rows("d", 200, 20))]
     rows[3]["tokens"], rows[7]["tokens"] = [5, 1000], [5, 6]
     write_rows(tmp_path / "a.jsonl", rows)
-    stream = DocumentStream(_spec(f"files:{tmp_path}/*.jsonl", score_max=3.0, mime_types="a/b, e/f", min_tokens=10), Letters())
+    source = f"files:{tmp_path}/*.jsonl(score_max=3, mime_types=a/b|e/f, min_tokens=10)"
+    stream = DocumentStream(_spec(source), Letters())
     kept = [stream.next() for _ in range(60)]
     report = stream.report
     assert all(len(tokens) == 20 for tokens in kept)
@@ -75,7 +77,7 @@ def test_training_documents_like_a_held_out_one_are_left_out(tmp_path):
     rows.append({"identifier": copies[1], "text": " ".join(held_out["text"].split()[:10]) + " and then" + " other words" * 30})
     write_rows(tmp_path / "a.jsonl", rows)
     spec = _spec(f"files:{tmp_path}/*.jsonl", held_out_windows=100)
-    assert held_out["text"] in {document.text for document in held_out_documents(spec)}
+    assert held_out["text"] in {document.text for _, document in held_out_documents(spec)}
     stream = DocumentStream(spec, Letters())
     while stream.epoch < 2:
         text = "".join(map(chr, stream.next()))
@@ -88,16 +90,42 @@ def test_training_documents_like_a_held_out_one_are_left_out(tmp_path):
 def test_a_stream_is_not_resumed_with_other_parts(tmp_path):
     write_rows(tmp_path / "a.jsonl", _rows("d", 30, 5))
     spec = _spec(f"files:{tmp_path}/*.jsonl")
-    state = DocumentStream(spec, Letters()).snapshot()
+    state = DocumentStream(spec, Letters()).state_dict()
     other = dataclasses.replace(spec, source=f"{spec.source} + {spec.source}")
     with pytest.raises(ValueError, match="has 1 parts"):
         DocumentStream(other, Letters()).load_state_dict(state)
 
 
-def test_the_state_is_plain_and_says_what_was_left_out(tmp_path):
+def test_rows_of_another_tokenizer_are_decoded_and_tokenized_anew(tmp_path, monkeypatch):
+    class Shifted(Letters):
+        """The tokenizer that wrote the rows: ids are 900 above the letters."""
+
+        def decode(self, tokens):
+            return "".join(chr(token - 900) for token in tokens)
+
+    monkeypatch.setattr("kl3m_nb.document_stream.read_tokenizer", {"o/shifted": Shifted()}.get)
+    write_rows(tmp_path / "a.jsonl", [{"identifier": f"d{i}", "tokens": [900 + ord("a"), 900 + ord("~")]} for i in range(300)])
+    source = f"files:{tmp_path}/*.jsonl"
+    with pytest.raises(ValueError, match="tokenizer=NAME"):
+        DocumentStream(_spec(source), Letters()).next()
+    stream = DocumentStream(_spec(f"{source}(tokenizer=o/shifted)"), Letters())
+    assert "".join(map(chr, stream.next())) == "a~"
+    windows = packing.held_out_windows(_spec(f"{source}(tokenizer=o/shifted)", seq_len=2), Letters())
+    assert set(windows.flatten().tolist()) == {ord("a"), ord("~"), 0}
+
+
+def test_the_state_survives_a_checkpoint_and_says_what_was_left_out(tmp_path):
     write_rows(tmp_path / "a.jsonl", [*_rows("d", 60, 5), {"nothing": 1}])
     stream = packing.PackedStream(_spec(f"files:{tmp_path}/*.jsonl"), Letters())
     stream.next_batch(60)
-    state = json.loads(json.dumps(stream.state_dict()))
+    state = saved_and_loaded(stream.state_dict())
     assert state["documents"]["report"]["bad_rows"] == stream.report.bad_rows >= 1
     assert state["documents"]["report"]["unknown_columns"] == ["nothing"]
+
+
+def saved_and_loaded(state):
+    """`state` as a checkpoint gives it back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kl3m_nb import sources
-from kl3m_nb.sources import RowFilter, SourceReport
+from kl3m_nb import readers, sources
+from kl3m_nb.instructions import load_pairs
+from kl3m_nb.sources import SourceReport
 
 ROWS = [
     {
@@ -19,7 +20,6 @@ ROWS = [
     }
     for i in range(150)
 ]  # fmt: skip
-WANTED = RowFilter(score_max=100.0)
 
 
 def write_family_parquet(path, rows, row_group_size=40):
@@ -63,9 +63,9 @@ def source(request, tmp_path, monkeypatch):
     return "hub:owner/name"
 
 
-def _open(source, wanted=WANTED, report=None):
-    (part,) = sources.parse_source(source)
-    return sources.open_rows(part, wanted, report or SourceReport())
+def _open(source, options="score_max=100", report=None):
+    (part,) = sources.parse_source(f"{source}({options})")
+    return readers.open_rows(part, report or SourceReport())
 
 
 def test_every_source_gives_all_rows_in_order(source):
@@ -104,11 +104,30 @@ def test_a_position_in_parquet_reads_no_row_group_before_it(tmp_path, monkeypatc
 
 def test_rows_are_chosen_by_score_and_mime_type(source):
     report = SourceReport()
-    found = list(_open(source, RowFilter(score_max=10.0, mime_types=("text/plain",)), report))
+    found = list(_open(source, "score_max=10, mime_types=text/plain|text/csv", report))
     expected = [row for row in ROWS if row["score"] <= 10 and row["mime_type"] == "text/plain"]
     assert [document.identifier for document in found] == [row["identifier"] for row in expected]
     assert report.rows == 150 and report.above_score == sum(row["score"] > 10 for row in ROWS)
     assert report.above_score + report.other_mime_type + len(expected) == 150
+
+
+def test_our_own_texts_in_the_familys_schema_come_back(tmp_path):
+    pairs = load_pairs("regulation")
+    rows = [
+        {
+            "identifier": pair.id, "dataset": pair.use, "mime_type": "text/plain", "tokens": list(pair.response.encode()),
+            "score": 1.5,
+        }
+        for pair in pairs
+    ]  # fmt: skip
+    path = tmp_path / "data" / "train-00000-of-00001.parquet"
+    write_family_parquet(path, rows)
+    assert pq.read_schema(path).to_string() == (
+        "identifier: string\ndataset: string\nmime_type: string\n"
+        "tokens: list<element: int32>\n  child 0, element: int32\nscore: float"
+    )
+    found = list(_open(f"hub:{tmp_path}"))
+    assert [bytes(document.tokens.tolist()).decode() for document in found] == [pair.response for pair in pairs]
 
 
 def test_what_cannot_be_used_is_counted_and_said(tmp_path, caplog):
@@ -124,6 +143,7 @@ def test_what_cannot_be_used_is_counted_and_said(tmp_path, caplog):
         '{"text": "half a pair \\ud800"}',
         '{"tokens": [5, 6], "score": null}',
         '{"text": "nan", "score": NaN}',
+        '{"text": "no number", "score": "good"}',
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "b.jsonl").write_text("")
@@ -131,7 +151,7 @@ def test_what_cannot_be_used_is_counted_and_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         documents = list(_open(f"files:{tmp_path}/*.jsonl", report=report))
     assert [document.identifier for document in documents] == ["a.jsonl#0", "a.jsonl#9"]
-    assert (report.rows, report.bad_rows, report.above_score, report.empty_files) == (10, 7, 1, 1)
+    assert (report.rows, report.bad_rows, report.above_score, report.empty_files) == (11, 8, 1, 1)
     assert report.unknown_columns == ["colour"]
     assert all(words in caplog.text for words in ("a.jsonl#1", "colour", "b.jsonl is empty"))
 
@@ -187,7 +207,7 @@ def test_slow_skipping_says_how_long_it_takes(tmp_path, monkeypatch, caplog):
     for _ in range(100):
         next(rows)
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr(sources.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(readers.time, "monotonic", lambda: next(clock))
     resumed = _open(f"files:{tmp_path}/*.gz")
     resumed.position = reader.position
     with caplog.at_level(logging.WARNING):
@@ -222,7 +242,7 @@ class _Flaky:
 def test_a_hub_that_fails_is_tried_again_with_growing_pauses(monkeypatch, caplog):
     flaky, pauses = _Flaky(failures=2, good=60), []
     monkeypatch.setattr(datasets, "load_dataset", flaky.load)
-    monkeypatch.setattr(sources.time, "sleep", pauses.append)
+    monkeypatch.setattr(readers.time, "sleep", pauses.append)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     report = SourceReport()
     assert [document.identifier for document in _open("hub:o/n", report=report)] == [row["identifier"] for row in ROWS]
@@ -244,10 +264,3 @@ def test_an_unreachable_hub_and_an_unknown_data_set_are_named(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", missing)
     with pytest.raises(ValueError, match="There is no data set hub:o/n"):
         list(_open("hub:o/n"))
-
-
-def test_mixtures_are_read_with_their_weights():
-    parts = sources.parse_source("0.7*hub:o/n + 0.3*files:texts/*.jsonl + package:licensedcode-data")
-    assert [(str(part), part.weight) for part in parts] == [
-        ("hub:o/n", 0.7), ("files:texts/*.jsonl", 0.3), ("package:licensedcode-data", 1.0),
-    ]  # fmt: skip

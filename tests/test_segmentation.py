@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 from conftest import small_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_document_stream import saved_and_loaded
 from test_tokenizer import TEXTS
 
 from kl3m_nb import models, packing, segmentation, streams, tokenizer, training
@@ -95,7 +95,7 @@ def test_a_batch_pads_at_random_and_masks_what_it_pads(trained):
 @pytest.mark.parametrize("loss", ["response", "all"])
 def test_cotraining_mixes_pairs_at_their_share(loss):
     trained = _module_tokenizer()
-    spec = _spec(seq_len=512, sft_share=0.3, sft_loss=loss)
+    spec = _spec(seq_len=512, p_sft=0.3, sft_loss=loss)
     batch = streams.open_stream(spec, trained).take(400)
     opening, closing = trained.convert_tokens_to_ids(["<|instruction|>", "</|instruction|>"])
     pairs = (batch.input_ids == opening).any(dim=1)
@@ -110,17 +110,17 @@ def test_cotraining_mixes_pairs_at_their_share(loss):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("world", [1, 2])
 def test_segments_resume_and_are_shared_out(workers, world):
-    trained, spec = _module_tokenizer(), _spec(seq_len=400, sft_share=0.2)
+    trained, spec = _module_tokenizer(), _spec(seq_len=400, p_sft=0.2)
     whole = streams.open_stream(spec, trained)
     whole.take(60)
-    expected = whole.take(1000)
+    expected = whole.take(200)
     for rank in range(world):
         interrupted = streams.open_stream(spec, trained, 2 * workers, rank, world)
         for _ in range(10):
             interrupted.take(6 // world)
         resumed = streams.open_stream(spec, trained, 2 * workers, rank, world)
-        resumed.load_state_dict(json.loads(json.dumps(interrupted.state_dict())))
-        found = resumed.take(1000 // world)
+        resumed.load_state_dict(saved_and_loaded(interrupted.state_dict()))
+        found = resumed.take(200 // world)
         for name in ("input_ids", "labels", "attention_mask"):
             assert torch.equal(getattr(found, name), getattr(expected, name)[rank::world])
 
@@ -162,11 +162,13 @@ def test_padding_has_no_influence_on_loss_and_gradients(experts):
 def test_a_cotraining_run_is_resumed_bit_for_bit(tmp_path):
     profile = small_profile(
         packing="segments",
-        sft_share=0.5,
-        context=512,
-        seq_len=512,
-        micro_batch=2,
+        p_sft=0.5,
+        context=300,
+        seq_len=300,
+        micro_batch=1,
         grad_accumulation=2,
+        held_out_windows=2,
+        max_steps=4,
         experts=4,
         active_experts=2,
     )

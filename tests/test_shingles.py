@@ -12,8 +12,7 @@ texts = st.lists(st.lists(st.sampled_from("ab"), min_size=0, max_size=14).map(" 
 
 def _sets(text, width):
     words = text.split()
-    width = min(width, len(words))
-    return {tuple(words[i : i + width]) for i in range(len(words) - width + 1)} if words else set()
+    return {tuple(words[i : i + width]) for i in range(len(words) - width + 1)}
 
 
 @given(texts, texts)
@@ -33,8 +32,7 @@ def test_the_leak_rate_is_that_of_sets_of_word_runs(held_out, training):
 def test_likeness_is_the_larger_of_the_shares_known_and_covered(held_out, text):
     index = shingles.ShingleIndex([shingles.word_shingles(other) for other in held_out])
     words = text.split()
-    width = min(8, len(words))
-    own = [tuple(words[i : i + width]) for i in range(len(words) - width + 1)] if words else []
+    own = [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
     sets = [_sets(other, 8) for other in held_out]
     known = sum(run in set().union(*sets) for run in own) / len(own) if own else 0.0
     covered = max((len(other & set(own)) / len(other) for other in sets if other), default=0.0)
@@ -42,8 +40,8 @@ def test_likeness_is_the_larger_of_the_shares_known_and_covered(held_out, text):
 
 
 def test_case_punctuation_and_line_breaks_do_not_count():
-    one, other = "The Licensee, shall NOT\n(sub)license it!", "the licensee shall not sub license it"
-    first, second = (shingles.word_shingles(shingles.normalized_words(text)) for text in (one, other))
+    one, other = "The Licensee, shall NOT\n(sub)license it now!", "the licensee shall not sub license it now"
+    first, second = (shingles.word_shingles(text) for text in (one, other))
     assert first.tolist() == second.tolist() and first.size == 1
 
 
