@@ -7,17 +7,20 @@ everything needed to continue with the very next token.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kl3m_nb import corpus
 from kl3m_nb.document_stream import DocumentStream, DocumentTokenizer, held_out_documents
 from kl3m_nb.profiles import DataSpec
-from kl3m_nb.sources import SourceReport
+from kl3m_nb.sources import SourceReport, parse_source
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,17 @@ def held_out_by_domain(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> di
         domains[domain].append(tokens)
     packed = {name: list(pack(domains[name], spec.seq_len + 1)) for name in sorted(domains)}
     return {name: _spread(windows, min(len(windows), spec.held_out_windows)) for name, windows in packed.items() if windows}
+
+
+def document_table(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, most: int = 2000) -> pd.DataFrame:
+    """A row per document, at most `most` of each source and side: part ("training" or "held out"), domain, tokens (a count)."""
+    rows = []
+    for name, held_out in (("training", False), ("held out", True)):
+        for part in parse_source(spec.source):
+            tokenize = DocumentTokenizer(part, tokenizer)
+            for document in itertools.islice(corpus.part_documents(part, held_out), most):
+                rows.append((name, document.dataset, tokenize(document).size))
+    return pd.DataFrame(rows, columns=["part", "domain", "tokens"])
 
 
 def _held_out_tokens(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:

@@ -24,7 +24,7 @@ FLOORS = {
     "streams models roles runtime stacking muon clamping gram objective schedule evaluation",
     3: "checkpoints metrics training",
     4: "spectra matrices generation growth estimate",
-    5: "figures plots spectral_plots live runs report html run_status runner demo cli __main__",
+    5: "figures plots data_plots spectral_plots live runs report html run_status runner demo cli __main__",
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
