@@ -58,16 +58,15 @@ def plot_token_lengths(documents: pd.DataFrame, seq_len: int) -> Figure:
     `documents` as in `plot_documents`; `seq_len` tokens are a window. Raises ValueError without documents.
     """
     _require_documents(documents)
-    lengths = np.sort(documents.tokens.to_numpy())
-    lengths = lengths[lengths > 0]
+    lengths = np.sort(documents.tokens[documents.tokens > 0].to_numpy())
     figure, axes = plt.subplots(figsize=(12, 4))
     edges = np.unique(np.geomspace(lengths[0], lengths[-1] + 1, 41).round())
     axes.hist(lengths, bins=edges, color=BLUE, edgecolor="white", label="documents")
     plain_log_axis(axes.xaxis)
     axes.set(xlabel="tokens of a document", ylabel="documents", title="Length of documents")
     share = axes.twinx()
-    share.plot(lengths, 100 * np.cumsum(lengths) / lengths.sum(), color=VERMILLION, label="share of all tokens")
-    share.set(ylim=(0, 103), ylabel="% of all tokens in documents up to this length")
+    share.plot(lengths, 100 * np.cumsum(lengths) / lengths.sum(), color=VERMILLION, label="tokens in documents up to this length")
+    share.set(ylim=(0, 103), ylabel="% of all tokens")
     share.grid(visible=False)
     share.spines.right.set_visible(True)
     median = np.median(lengths)
