@@ -107,8 +107,7 @@ def test_cotraining_mixes_pairs_at_their_share(loss):
         assert labels[first] != -100
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("workers", "world"), [(0, 1), (1, 2)])
 def test_segments_resume_and_are_shared_out(workers, world):
     trained, spec = _module_tokenizer(), _spec(seq_len=400, p_sft=0.2)
     whole = streams.open_stream(spec, trained)
