@@ -163,19 +163,37 @@ class BodyOutput:
     router_loss: torch.Tensor
 
 
-def forward_body(model: PreTrainedModel, input_ids: torch.Tensor) -> BodyOutput:
+def forward_body(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+) -> BodyOutput:
     """Runs everything below the LM head on input_ids, int64 [batch, seq_len], e.g. [8, 256].
 
-    No attention mask is passed: packed windows are causal and full, and a mask would switch off the fast causal path.
+    `attention_mask`, bool [batch, seq_len], is False on padding. Packed windows are causal and full and have none: a mask would
+    switch off the fast causal path. `position_ids`, int64 [batch, seq_len], that begin anew inside a row keep attention within
+    what they delimit, unless there is an attention mask. Raises ValueError where FlashAttention would drop that limit.
     """
+    keeps_apart = position_ids is not None and attention_mask is None
+    if keeps_apart and len(input_ids) > 1 and "flash" in model.config._attn_implementation:
+        raise ValueError("FlashAttention keeps documents apart in one row at a time only; use attention 'sdpa' or micro_batch 1.")
     residuals = []
     hook = model.model.norm.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0]))
     experts = getattr(model.config, "num_local_experts", 0)
     try:
-        output = model.model(input_ids=input_ids, use_cache=False, **({"output_router_logits": True} if experts else {}))
+        output = model.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **({"output_router_logits": True} if experts else {}),
+        )
     finally:
         hook.remove()
     router_loss = residuals[0].new_zeros(())
     if experts:
-        router_loss = load_balancing_loss_func(output.router_logits, experts, model.config.num_experts_per_tok)
+        router_loss = load_balancing_loss_func(
+            output.router_logits, experts, model.config.num_experts_per_tok, attention_mask
+        )
     return BodyOutput(output.last_hidden_state, residuals[0], router_loss)

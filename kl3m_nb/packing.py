@@ -1,26 +1,63 @@
-"""From documents to training windows: tokenize, append `<|end|>`, shuffle lightly, pack densely across documents.
+"""From documents to training windows: append `<|end|>` and pack densely across documents.
 
 A window holds seq_len + 1 tokens: inputs are its first seq_len, labels its last seq_len, so every position is trained on and
 there is no padding. Windows do not overlap: laid end to end they are the documents again. `PackedStream.state_dict()` holds
-everything needed to continue with the very next token; the shuffle buffer is ours because a library's loses examples on resume.
+everything needed to continue with the very next token.
 """
 
 from __future__ import annotations
 
-import random
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from kl3m_nb import corpus
+from kl3m_nb.document_stream import DocumentStream, DocumentTokenizer, held_out_documents
 from kl3m_nb.profiles import DataSpec
+from kl3m_nb.sources import SourceReport, parse_source
 
 
-def document_tokens(document: corpus.Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of one document, closed by `<|end|>`."""
-    tokens = list(document.tokens) or tokenizer.encode(document.text, add_special_tokens=False)
-    return [*tokens, tokenizer.eos_token_id]
+@dataclass(frozen=True)
+class Batch:
+    """What one step is trained on: input_ids and labels, int64 [windows, seq_len], e.g. [8, 256], labels −100 where none is.
+
+    `attention_mask`, bool of the same shape, is False on padding; None says that every position is real. `position_ids`, int64 of
+    the same shape, begins at 0 with every document; None says that positions count through. Given without an attention mask,
+    position_ids that begin anew keep attention inside the documents (a convention of transformers).
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+
+    @property
+    def valid_tokens(self) -> int:
+        """Labels that count."""
+        return int((self.labels != -100).sum())
+
+    def split(self, windows: int) -> Iterator[Batch]:
+        """The same windows in batches of at most `windows`."""
+        for start in range(0, len(self.labels), windows):
+            yield self._each(lambda tensor, start=start: tensor[start : start + windows])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on `device`; without waiting when this one lies in pinned memory."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """A copy in memory that a GPU can fetch by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change) -> Batch:
+        tensors = (self.input_ids, self.labels, self.attention_mask, self.position_ids)
+        return Batch(*(None if tensor is None else change(tensor) for tensor in tensors))
 
 
 def pack(token_lists: Iterable[list[int]], window: int) -> Iterator[list[int]]:
@@ -34,84 +71,70 @@ def pack(token_lists: Iterable[list[int]], window: int) -> Iterator[list[int]]:
         del rest[:full]
 
 
+def restarting_positions(input_ids: torch.Tensor, end_id: int) -> torch.Tensor:
+    """Positions that begin at 0 behind every `end_id`; both int64 [windows, seq_len], e.g. [8, 256]."""
+    places = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    begins = torch.zeros_like(input_ids, dtype=torch.bool)
+    begins[:, 1:] = input_ids[:, :-1] == end_id
+    return places - torch.where(begins, places, 0).cummax(dim=1).values
+
+
 class PackedStream:
     """Endless training windows of one source, epoch after epoch, with a state that resumes to the token.
 
-    Every process of a distributed run reads the same stream and takes its share of each batch, so the state is the same on
-    all of them and does not depend on how many there are.
+    Every process of a distributed run reads the same stream and keeps every `world`-th window, so shares are disjoint, nothing is
+    lost, and the state is the same on all of them: a run can be resumed on another number of processes.
     """
 
-    def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase):
-        self.spec = spec
-        self.tokenizer = tokenizer
-        self._random = random.Random(spec.seed)
-        self._epoch = 0
-        self._read = 0  # documents taken from the source in this epoch
-        self._buffer: list[list[int]] = []
-        self._rest: list[int] = []
-        self._documents = self._open_epoch()
+    def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, rank: int = 0, world: int = 1):
+        """Raises ValueError or FileNotFoundError when the source is malformed or missing."""
+        self.spec, self.tokenizer = spec, tokenizer
+        self._rank, self._world = rank, world
+        self._documents = DocumentStream(spec, tokenizer)
+        self._rest = np.empty(0, dtype=np.int32)
 
     @property
     def epoch(self) -> int:
         """Passes over the source that are complete."""
-        return self._epoch
+        return self._documents.epoch
+
+    @property
+    def report(self) -> SourceReport:
+        """What was read and what was left out so far."""
+        return self._documents.report
 
     def next_batch(self, windows: int) -> torch.Tensor:
-        """The next `windows` windows, int64 [windows, seq_len + 1], e.g. [8, 257]."""
+        """This process's next `windows` windows, int64 [windows, seq_len + 1], e.g. [8, 257]; world × windows are used up."""
         length = self.spec.seq_len + 1
-        while len(self._rest) < windows * length:
-            self._rest.extend(self._next_shuffled())
-        batch = torch.tensor(self._rest[: windows * length], dtype=torch.int64).view(windows, length)
-        del self._rest[: windows * length]
-        return batch
+        wanted = windows * self._world * length
+        pieces, have = [self._rest], self._rest.size
+        end = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
+        while have < wanted:
+            tokens = self._documents.next()
+            pieces += [tokens, end]
+            have += tokens.size + 1
+        everything = np.concatenate(pieces)
+        self._rest = everything[wanted:].copy()
+        return torch.from_numpy(everything[:wanted].reshape(-1, length)[self._rank :: self._world].astype(np.int64))
+
+    def take(self, windows: int) -> Batch:
+        """`next_batch` as inputs and labels, with positions and mask as the profile's `document_borders` says."""
+        tokens = self.next_batch(windows)
+        input_ids, labels = tokens[:, :-1], tokens[:, 1:]
+        if self.spec.document_borders == "ignored":
+            return Batch(input_ids, labels)
+        positions = restarting_positions(input_ids, self.tokenizer.eos_token_id)
+        everywhere = torch.ones_like(input_ids, dtype=torch.bool)
+        return Batch(input_ids, labels, everywhere if self.spec.document_borders == "positions" else None, positions)
 
     def state_dict(self) -> dict:
-        """Plain numbers and lists: position in the source, shuffle buffer, its generator, tokens not yet handed out."""
-        version, words, gauss = self._random.getstate()
-        return {
-            "epoch": self._epoch,
-            "read": self._read,
-            "buffer": [list(tokens) for tokens in self._buffer],
-            "rest": list(self._rest),
-            "random": [version, list(words), gauss],
-        }
+        """Place in the source, shuffle buffer, its generator, tokens not yet given; cheap enough for every step."""
+        return {"documents": self._documents.state_dict(), "rest": torch.from_numpy(self._rest)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues where `state` was taken; the source is re-read up to that document."""
-        self._epoch, self._read = state["epoch"], state["read"]
-        self._buffer = [list(tokens) for tokens in state["buffer"]]
-        self._rest = list(state["rest"])
-        version, words, gauss = state["random"]
-        self._random.setstate((version, tuple(words), gauss))
-        self._documents = self._open_epoch(skip=self._read)
-
-    def _open_epoch(self, skip: int = 0) -> Iterator[corpus.Document]:
-        documents = corpus.iterate_documents(self.spec.source, held_out=False)
-        if self.spec.source.startswith("package:"):  # small enough to hold: a fresh order every epoch
-            documents = list(documents)
-            random.Random(self.spec.seed * 1_000_003 + self._epoch).shuffle(documents)
-            return iter(documents[skip:])
-        for _ in range(skip):
-            next(documents)
-        return iter(documents)
-
-    def _next_tokens(self) -> list[int]:
-        document = next(self._documents, None)
-        if document is None:
-            if self._read == 0:
-                raise ValueError(f"The source {self.spec.source!r} has no training documents; choose another.")
-            self._epoch, self._read = self._epoch + 1, 0
-            self._documents = self._open_epoch()
-            return self._next_tokens()
-        self._read += 1
-        return document_tokens(document, self.tokenizer)
-
-    def _next_shuffled(self) -> list[int]:
-        while len(self._buffer) < self.spec.shuffle_buffer:
-            self._buffer.append(self._next_tokens())
-        slot = self._random.randrange(len(self._buffer))
-        tokens, self._buffer[slot] = self._buffer[slot], self._next_tokens()
-        return tokens
+        """Continues where `state` was taken, on any number of processes."""
+        self._documents.load_state_dict(state["documents"])
+        self._rest = state["rest"].numpy()
 
 
 def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -119,17 +142,48 @@ def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torc
 
     Raises ValueError when the source's held-out documents do not fill that many windows.
     """
-    most = 16 * spec.held_out_windows  # an endless source is not read further than this
-    documents = corpus.iterate_documents(spec.source, held_out=True)
-    windows = []
-    for window in pack((document_tokens(document, tokenizer) for document in documents), spec.seq_len + 1):
-        windows.append(window)
-        if len(windows) == most:
-            break
+    token_lists = (tokens for _, tokens in _held_out_tokens(spec, tokenizer))
+    windows = list(pack(token_lists, spec.seq_len + 1))
     if len(windows) < spec.held_out_windows:
         raise ValueError(
             f"The held-out documents of {spec.source!r} fill {len(windows)} windows of {spec.seq_len + 1} tokens, "
             f"{spec.held_out_windows} are asked for; lower held_out_windows or seq_len."
         )
-    chosen = torch.linspace(0, len(windows) - 1, spec.held_out_windows).round().long()
+    return _spread(windows, spec.held_out_windows)
+
+
+def held_out_by_domain(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Held-out windows of every domain (`Document.dataset`) that fills one, at most held_out_windows each, in order of the names.
+
+    Each is int64 [windows, seq_len + 1]. They hold the same documents as `held_out_windows`.
+    """
+    domains: dict[str, list[list[int]]] = defaultdict(list)
+    for domain, tokens in _held_out_tokens(spec, tokenizer):
+        domains[domain].append(tokens)
+    packed = {name: list(pack(domains[name], spec.seq_len + 1)) for name in sorted(domains)}
+    return {name: _spread(windows, min(len(windows), spec.held_out_windows)) for name, windows in packed.items() if windows}
+
+
+def document_table(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, most: int = 2000) -> pd.DataFrame:
+    """A row per document, at most `most` of each source and side: part ("training" or "held out"), domain, tokens (a count)."""
+    rows = []
+    for name, held_out in (("training", False), ("held out", True)):
+        for part in parse_source(spec.source):
+            tokenize = DocumentTokenizer(part, tokenizer)
+            for document in itertools.islice(corpus.part_documents(part, held_out), most):
+                rows.append((name, document.dataset, tokenize(document).size))
+    return pd.DataFrame(rows, columns=["part", "domain", "tokens"])
+
+
+def _held_out_tokens(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
+    """(domain, token ids closed by `<|end|>`) of every held-out document in use."""
+    tokenizers: dict = {}
+    for part, document in held_out_documents(spec):
+        if part not in tokenizers:
+            tokenizers[part] = DocumentTokenizer(part, tokenizer)
+        yield document.dataset, [*tokenizers[part](document).tolist(), tokenizer.eos_token_id]
+
+
+def _spread(windows: list[list[int]], count: int) -> torch.Tensor:
+    chosen = torch.linspace(0, len(windows) - 1, count).round().long()
     return torch.tensor(windows, dtype=torch.int64)[chosen]

@@ -109,16 +109,23 @@ class ScheduleSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Where documents come from and how they become batches (kl3m-007 card, "Batch Configuration")."""
+    """Where documents come from and how they become batches (kl3m-007 card, "Batch Configuration").
+
+    `source` is one line, options and several weighted sources included: `kl3m_nb.sources` says how.
+    """
 
     source: str = "hub:alea-institute/kl3m-data-sample-006-medium"
-    tokenizer: str = "alea-institute/kl3m-004-128k-cased"  # hub id, folder, or "corpus": trained on the source
+    tokenizer: str = "alea-institute/kl3m-004-128k-cased"  # hub id, folder, or "corpus"/"corpus-001": trained on the source
     seq_len: int = 4096
     micro_batch: int = 5
     grad_accumulation: int = 32
     shuffle_buffer: int = 32
     held_out_windows: int = 64
     seed: int = 7
+    packing: str = "dense"  # dense: windows across documents | segments: never two documents in one, padded at random
+    document_borders: str = "ignored"  # of dense windows: ignored | positions begin anew | mask: attention stays inside, too
+    p_sft: float = 0.0  # share of segments that are instruction pairs (inferred; the card says "hybrid NTP and SFT")
+    sft_loss: str = "response"  # response | all: which tokens of an instruction pair are trained on
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,7 @@ class RuntimeSpec:
     eval_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
+    prefetch_batches: int = 2  # made ahead in a thread; 0: made when they are asked for
 
 
 @dataclass(frozen=True)
@@ -244,7 +252,16 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "kl3m-002-520m",
             _KL3M_520M,
-            data=DataSpec(tokenizer="alea-institute/kl3m-001-32k", seq_len=1024, micro_batch=20, grad_accumulation=32),
+            data=DataSpec(
+                # the rows' tokens are those of another tokenizer
+                source="hub:alea-institute/kl3m-data-sample-006-medium(tokenizer=alea-institute/kl3m-004-128k-cased)",
+                tokenizer="alea-institute/kl3m-001-32k",
+                seq_len=1024,
+                micro_batch=20,
+                grad_accumulation=32,
+                packing="segments",
+                p_sft=0.1,
+            ),
         ),
     )
 }
@@ -335,12 +352,27 @@ _CHOICES = {
     "attention": ("auto", "sdpa", "flash_attention_2", "eager"),
     "compile": ("auto", "on", "off"),
     "adjust_lr": ("original", "match_rms_adamw"),
+    "packing": ("dense", "segments"),
+    "document_borders": ("ignored", "positions", "mask"),
+    "sft_loss": ("response", "all"),
     "ns_coefficients": ("keller_jordan", "polar_express"),
 }
 _AT_LEAST_ONE = (
     "layers hidden mlp heads kv_heads head_size vocabulary context seq_len micro_batch grad_accumulation shuffle_buffer "
     "held_out_windows max_steps chunk_tokens log_every eval_every checkpoint_every keep_checkpoints growth_factor source_steps"
 ).split()
+
+
+def _check_data(data: DataSpec) -> None:
+    if not 0 <= data.p_sft <= 1:
+        raise ValueError(f"The profile field 'p_sft' is {data.p_sft}; it lies between 0 and 1.")
+    if data.p_sft and data.packing == "dense":
+        raise ValueError(f"p_sft is {data.p_sft} with packing 'dense'; instruction pairs need packing 'segments'.")
+    if data.document_borders != "ignored" and data.packing == "segments":
+        raise ValueError(
+            f"document_borders is {data.document_borders!r} with packing 'segments', which never hold two documents; "
+            "use packing 'dense' or document_borders 'ignored'."
+        )
 
 
 def _check_consistent(profile: Profile) -> None:
@@ -354,6 +386,9 @@ def _check_consistent(profile: Profile) -> None:
     for key in _AT_LEAST_ONE:
         if value(key) < 1:
             raise ValueError(f"The profile field {key!r} is {value(key)}; it must be at least 1.")
+    if value("prefetch_batches") < 0:
+        raise ValueError(f"The profile field 'prefetch_batches' is {value('prefetch_batches')}; it must be at least 0.")
+    _check_data(profile.data)
     if profile.data.seq_len > profile.model.context:
         raise ValueError(
             f"seq_len {profile.data.seq_len} is longer than the context of {profile.model.context} tokens that "

@@ -1,7 +1,9 @@
 """Byte-level BPE tokenizers of the KL3M family: loading one, or training one by the family's recipe.
 
-The recipe (tokenizer generation 004): special tokens with fixed ids first, then BPE, then runs of spaces and newlines as
-added tokens; NFKC normalizer; nothing added on encode; left padding. What is saved loads with `AutoTokenizer` alone.
+The recipe: special tokens with fixed ids first, then BPE, then custom tokens (`custom_tokens`) and runs of whitespace as added
+tokens; nothing added on encode; left padding. Generation 004 (`"ordinary"`) normalizes by NFKC and leaves single spaces to the
+words they precede. Generation 001 (`"unorthodox"`) normalizes nothing, and every run of spaces or newlines is a token, the lone
+space too, so words never carry a blank. What is saved loads with `AutoTokenizer` alone.
 """
 
 from __future__ import annotations
@@ -13,32 +15,50 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kl3m_nb import corpus, paths
+from kl3m_nb import corpus, custom_tokens, paths
 
 SPECIAL_TOKENS = (
     "<|start|>", "<|end|>", "<|pad|>", "<|unk|>", "<|sep|>", "<|cls|>", "<|mask|>",
     "<|system|>", "</|system|>", "<|user|>", "</|user|>", "<|instruction|>", "</|instruction|>",
 )  # fmt: skip
 START_ID, END_ID, PAD_ID = 0, 1, 2
+WHITESPACE_MANNERS = ("ordinary", "unorthodox")
+CORPUS_NAMES = {"corpus": "ordinary", "corpus-001": "unorthodox"}
 _WHITESPACE_RUNS = [" " * n for n in (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)] + ["\n" * n for n in (2, 3, 4)] + ["\t\t"]
+_MOST_TRAINING_CHARACTERS = 200_000_000  # of an endless source: more changes little and takes minutes
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def custom_entries(vocabulary: int, whitespace: str = "ordinary") -> list[str]:
+    """The added tokens of a vocabulary: runs of whitespace always, one fragment for every 16 entries above 4,096."""
+    runs = [*_WHITESPACE_RUNS, " ", "\n"] if whitespace == "unorthodox" else _WHITESPACE_RUNS
+    return runs + custom_tokens.fragments((vocabulary - 4096) // 16)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int, whitespace: str = "ordinary") -> PreTrainedTokenizerFast:
     """A tokenizer of exactly `vocabulary` entries trained on `texts`; the same texts give the same tokenizer.
 
-    Raises ValueError when `vocabulary` has no room for the 256 bytes and the added tokens, or the texts are too few to fill it.
+    `whitespace` is "ordinary" (generation 004) or "unorthodox" (001). A merge that occurs once may enter the vocabulary; the
+    family asked for ten occurrences in generation 001, on far more text. Raises ValueError for another whitespace manner, when
+    `vocabulary` has no room for the 256 bytes and the added tokens, or when the texts are too few to fill it.
     """
-    bpe_entries = vocabulary - len(_WHITESPACE_RUNS)
-    smallest = 256 + len(SPECIAL_TOKENS) + len(_WHITESPACE_RUNS)
+    if whitespace not in WHITESPACE_MANNERS:
+        raise ValueError(f"The whitespace manner {whitespace!r} is not known; it is one of {', '.join(WHITESPACE_MANNERS)}.")
+    custom = custom_entries(vocabulary, whitespace)
+    bpe_entries = vocabulary - len(custom)
+    smallest = 256 + len(SPECIAL_TOKENS) + len(custom)
     if vocabulary < smallest:
         raise ValueError(f"A vocabulary of {vocabulary} is too small; bytes and added tokens alone need {smallest}.")
     tokenizer = Tokenizer(models.BPE(unk_token="<|unk|>"))
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
+    if whitespace == "ordinary":
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = words
+    else:  # added tokens are not matched in training: blanks are taken out by hand, or merges are learned that can never be used
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"[ \n]+"), "removed"), words])
     trainer = trainers.BpeTrainer(
         vocab_size=bpe_entries,
         min_frequency=1,
@@ -47,12 +67,19 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    # A run that BPE already learned in its byte form gets a second entry: added tokens are matched before BPE sees the text.
-    tokenizer.add_tokens([AddedToken(run, normalized=False) for run in _WHITESPACE_RUNS])
-    if tokenizer.get_vocab_size() != vocabulary:
+    tokenizer.pre_tokenizer = words
+    if tokenizer.get_vocab_size() != bpe_entries:
         raise ValueError(
-            f"The texts gave only {tokenizer.get_vocab_size()} entries of {vocabulary}; use more text or a smaller vocabulary."
+            f"The texts gave only {tokenizer.get_vocab_size() + len(custom)} entries of {vocabulary}; "
+            "use more text or a smaller vocabulary."
         )
+    # Added tokens are matched before BPE sees the text. A fragment that BPE already learned keeps its entry; a run of blanks,
+    # which it knows in another form, gets a second one.
+    tokenizer.add_tokens([custom_tokens.added(text) for text in custom])
+    for run in custom_tokens.whitespace_runs(shortest=2):  # in place of fragments that BPE had learned itself
+        if tokenizer.get_vocab_size() == vocabulary:
+            break
+        tokenizer.add_tokens([custom_tokens.added(run)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|start|>",
@@ -69,37 +96,47 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(name: str, source: str, vocabulary: int) -> PreTrainedTokenizerBase:
-    """The tokenizer `name`: a hub id, a folder, or "corpus" for one trained on the training part of `source` and cached.
+    """The tokenizer `name`: a hub id, a folder, or one trained on the training part of `source` and cached.
 
+    Trained are "corpus" with ordinary and "corpus-001" with unorthodox whitespace, on at most 200 million characters.
     Raises ValueError when it cannot be loaded or has more entries than the model's `vocabulary`.
     """
-    if name == "corpus":
-        return _corpus_tokenizer(source, vocabulary)
-    folder = paths.resolve(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The tokenizer {name!r} is no folder here and could not be loaded from the hub: {error}") from error
+    if name in CORPUS_NAMES:
+        return _corpus_tokenizer(name, source, vocabulary)
+    tokenizer = read_tokenizer(name)
     if len(tokenizer) > vocabulary:
         raise ValueError(f"The tokenizer {name!r} has {len(tokenizer)} entries, the model's vocabulary only {vocabulary}.")
     return tokenizer
 
 
-def _corpus_tokenizer(source: str, vocabulary: int) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id. Raises ValueError when it is neither."""
+    folder = paths.resolve(name)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The tokenizer {name!r} is no folder here and could not be loaded from the hub: {error}") from error
+
+
+def _corpus_tokenizer(name: str, source: str, vocabulary: int) -> PreTrainedTokenizerBase:
     digest = hashlib.sha256()
-    texts = []
+    texts, characters = [], 0
     for document in corpus.iterate_documents(source, held_out=False):
+        characters += len(document.text)
+        if characters > _MOST_TRAINING_CHARACTERS or (len(texts) == 1000 and not characters):
+            break
         texts.append(document.text)
         digest.update(document.text.encode())
     if not any(texts):
         raise ValueError(f"The source {source!r} has no training text to train a tokenizer on; name a tokenizer instead.")
     # The recipe's own text is part of the key: a change here must never meet a tokenizer made by the rule before it.
-    digest.update(Path(__file__).read_bytes())
-    folder = paths.cache_dir() / "tokenizers" / f"corpus-{vocabulary}-{digest.hexdigest()[:12]}"
+    for module in (__file__, custom_tokens.__file__):
+        digest.update(Path(module).read_bytes())
+    folder = paths.cache_dir() / "tokenizers" / f"{name}-{vocabulary}-{digest.hexdigest()[:12]}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.mkdtemp(dir=folder.parent, prefix=".training-")
-        train_tokenizer(texts, vocabulary).save_pretrained(temporary)
+        train_tokenizer(texts, vocabulary, CORPUS_NAMES[name]).save_pretrained(temporary)
         try:
             os.rename(temporary, folder)
         except OSError:  # another process was first; its tokenizer is the same

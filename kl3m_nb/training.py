@@ -24,10 +24,11 @@ from kl3m_nb.clamping import SpectralClamp
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import MetricsLog, read_metrics
 from kl3m_nb.objective import activation_penalty, chunked_objective
-from kl3m_nb.packing import PackedStream, held_out_windows
+from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
 from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.schedule import AdaptiveClip, lr_factor
+from kl3m_nb.streams import open_stream
 from kl3m_nb.tokenizer import load_tokenizer
 
 Callback = Callable[[Mapping], None]
@@ -162,7 +163,7 @@ class _Run:
         self.profile, self.run_dir, self.init, self.callbacks = profile, run_dir, init, callbacks
         self.runtime = choose_runtime(profile.runtime)
         self.tokenizer = load_tokenizer(profile.data.tokenizer, profile.data.source, profile.model.vocabulary)
-        self.stream = PackedStream(profile.data, self.tokenizer)
+        self.stream = open_stream(profile.data, self.tokenizer, profile.runtime.prefetch_batches)
         self.held_out = held_out_windows(profile.data, self.tokenizer)
         start = checkpoint or init
         if start is None:
@@ -224,19 +225,18 @@ class _Run:
         """One optimizer step over all its micro-batches. False when a stop was requested before they were through."""
         began = time.perf_counter()
         data, step = self.profile.data, self.counters["step"]
-        windows = self.stream.next_batch(data.micro_batch * data.grad_accumulation)
-        inputs, labels = windows[:, :-1], windows[:, 1:]
+        batch = self.stream.take(data.micro_batch * data.grad_accumulation)
         # All micro-batches are divided by the labels of the whole step: a mean of means would weigh short ones too high.
-        valid_tokens = int((labels != -100).sum())
+        valid_tokens = batch.valid_tokens
         factor = lr_factor(step, self.profile.schedule)
         for group in (*self.muon.param_groups, *self.aux.param_groups):
             group["lr"] = group["peak_lr"] * factor
         terms: dict[str, torch.Tensor] = {}
-        for micro_inputs, micro_labels in zip(inputs.split(data.micro_batch), labels.split(data.micro_batch), strict=True):
+        for micro_batch in batch.split(data.micro_batch):
             if stop.requested:
                 self._zero_gradients()
                 return False
-            for name, value in self._forward_backward(micro_inputs, micro_labels, valid_tokens).items():
+            for name, value in self._forward_backward(micro_batch, valid_tokens).items():
                 terms[name] = terms[name] + value if name in terms else value
         values = {name: value.item() for name, value in terms.items()}
         clipped = self.clip.clip_(self.parameters)
@@ -251,7 +251,7 @@ class _Run:
         seconds = time.perf_counter() - began
         counters = self.counters
         counters["step"] += 1
-        counters["tokens"] += labels.numel()
+        counters["tokens"] += batch.labels.numel()
         counters["valid_tokens"] += valid_tokens
         counters["seconds"] += seconds
         counters["skipped"] += not usable
@@ -262,7 +262,7 @@ class _Run:
                     "kind": "train", **self._progress(), "valid_tokens": counters["valid_tokens"], **values,
                     "lr_muon": self.profile.muon_lr * factor, "lr_aux": self.profile.optimizer.aux_lr * factor,
                     "grad_norm": clipped.norm, "clip_threshold": clipped.threshold, "clipped": clipped.clipped,
-                    "skipped": not usable, "tokens_per_second": labels.numel() / seconds, "epoch": self.stream.epoch,
+                    "skipped": not usable, "tokens_per_second": batch.labels.numel() / seconds, "epoch": self.stream.epoch,
                 }
             )  # fmt: skip
         if counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
@@ -273,13 +273,13 @@ class _Run:
             )
         return True
 
-    def _forward_backward(self, inputs: torch.Tensor, labels: torch.Tensor, valid_tokens: int) -> dict[str, torch.Tensor]:
-        """inputs, labels int64 [micro_batch, seq_len], e.g. [8, 256]. Adds to the gradients, returns the terms of the loss."""
+    def _forward_backward(self, batch: Batch, valid_tokens: int) -> dict[str, torch.Tensor]:
+        """Adds the gradients of one micro-batch, returns its terms of the loss."""
         spec = self.profile.objective
-        inputs = inputs.to(self.runtime.device, non_blocking=True)
-        labels = labels.to(self.runtime.device, non_blocking=True)
+        batch = batch.to(self.runtime.device)
+        labels = batch.labels
         with self.runtime.autocast():
-            body = models.forward_body(self.model, inputs)
+            body = models.forward_body(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)
             head = self.model.get_output_embeddings().weight
             terms = chunked_objective(body.hidden, head, labels, spec, num_valid=valid_tokens)
             activation = activation_penalty(body.residual, labels, spec.activation_norm, valid_tokens)

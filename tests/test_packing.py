@@ -1,23 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+import torch
+from conftest import small_profile
 from hypothesis import given
 from hypothesis import strategies as st
+from test_document_stream import Letters, saved_and_loaded
 
-from kl3m_nb import corpus, packing
+from kl3m_nb import corpus, models, packing
 from kl3m_nb.profiles import DataSpec
-
-
-class _Letters:
-    """A tokenizer of one token per character; 0 ends a document."""
-
-    eos_token_id = 0
-
-    def encode(self, text, add_special_tokens):
-        assert not add_special_tokens
-        return [ord(letter) for letter in text]
 
 
 @given(st.lists(st.lists(st.integers(2, 99), max_size=30), max_size=30), st.integers(1, 12))
@@ -38,7 +32,7 @@ def spec(tmp_path):
 
 
 def test_every_document_comes_once_an_epoch_and_ends_with_eos(spec):
-    stream = packing.PackedStream(spec, _Letters())
+    stream = packing.PackedStream(spec, Letters())
     documents = corpus.preview(spec.source, held_out=False)
     total = sum(len(document.text) + 1 for document in documents)
     laid_out = stream.next_batch(3 * total // 10 + 1).flatten().tolist()
@@ -50,12 +44,12 @@ def test_every_document_comes_once_an_epoch_and_ends_with_eos(spec):
 
 
 def test_a_resumed_stream_continues_with_the_next_token(spec):
-    whole, interrupted = packing.PackedStream(spec, _Letters()), packing.PackedStream(spec, _Letters())
+    whole, interrupted = packing.PackedStream(spec, Letters()), packing.PackedStream(spec, Letters())
     expected = [whole.next_batch(3) for _ in range(60)]
     for batch in expected[:23]:
         assert (interrupted.next_batch(3) == batch).all()
-    state = json.loads(json.dumps(interrupted.state_dict()))
-    resumed = packing.PackedStream(spec, _Letters())
+    state = saved_and_loaded(interrupted.state_dict())
+    resumed = packing.PackedStream(spec, Letters())
     resumed.load_state_dict(state)
     for batch in expected[23:]:
         assert (resumed.next_batch(3) == batch).all()
@@ -64,21 +58,69 @@ def test_a_resumed_stream_continues_with_the_next_token(spec):
 
 def test_the_package_comes_in_another_order_every_epoch_and_seed():
     source = "package:licensedcode-data"
-    streams = [packing.PackedStream(DataSpec(source=source, seq_len=32, seed=seed), _Letters()) for seed in (1, 1, 2)]
+    streams = [packing.PackedStream(DataSpec(source=source, seq_len=32, seed=seed), Letters()) for seed in (1, 1, 2)]
     first, same, other = (stream.next_batch(20) for stream in streams)
     assert (first == same).all() and not (first == other).all()
 
 
 def test_held_out_windows_are_fixed_and_hold_no_training_text(spec):
     letters = {letter for document in corpus.preview(spec.source, held_out=False) for letter in document.text}
-    windows = packing.held_out_windows(spec, _Letters())
-    assert (windows == packing.held_out_windows(spec, _Letters())).all()
+    windows = packing.held_out_windows(spec, Letters())
+    assert (windows == packing.held_out_windows(spec, Letters())).all()
     assert not letters & set(map(chr, windows.flatten().tolist()))
+
+
+def test_held_out_windows_by_domain_hold_the_documents_of_their_domain(tmp_path):
+    rows = [{"identifier": f"d{i}", "dataset": "ab"[i % 2], "text": "ab"[i % 2] * (5 + i % 7)} for i in range(400)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = DataSpec(source=f"files:{tmp_path}/*.jsonl", seq_len=9, held_out_windows=6)
+    found = packing.held_out_by_domain(spec, Letters())
+    assert list(found) == ["a", "b"] and all(windows.shape[1] == 10 for windows in found.values())
+    for domain, windows in found.items():
+        assert 1 <= len(windows) <= 6 and set(windows.flatten().tolist()) == {0, ord(domain)}
+
+
+def test_positions_begin_anew_behind_every_end():
+    tokens = torch.tensor([[5, 6, 1, 7, 1, 1, 8, 9], [1, 5, 6, 7, 8, 9, 5, 6]])
+    assert packing.restarting_positions(tokens, 1).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_document_mask_hides_the_documents_before_and_positions_alone_do_not(spec, experts):
+    """A document in a window against the same document alone."""
+    torch.manual_seed(0)
+    model = models.build_model(small_profile(experts=experts, active_experts=experts // 2, sliding_window=4 if experts else 0))
+    batches = {
+        borders: packing.PackedStream(dataclasses.replace(spec, seq_len=31, document_borders=borders), Letters()).take(2)
+        for borders in ("ignored", "positions", "mask")
+    }
+    first, *others = (batch.input_ids for batch in batches.values())
+    assert all(torch.equal(first, other) for other in others)
+    outputs = {}
+    for borders, batch in batches.items():
+        body = models.forward_body(model, batch.input_ids % 500, batch.attention_mask, batch.position_ids)
+        outputs[borders] = body.hidden
+    for row in range(2):
+        ends = (first[row] == 0).nonzero().flatten().tolist()
+        begin, end = ends[-2] + 1, ends[-1] + 1
+        alone = models.forward_body(model, first[row : row + 1, begin:end] % 500).hidden[0]
+        assert torch.allclose(outputs["mask"][row, begin:end], alone, atol=1e-5)
+        assert not torch.allclose(outputs["ignored"][row, begin:end], alone, atol=1e-3)
+        assert not torch.allclose(outputs["positions"][row, begin:end], alone, atol=1e-3)
+    assert not torch.allclose(outputs["ignored"], outputs["positions"], atol=1e-4)
+
+
+def test_flash_attention_is_refused_where_it_would_mix_documents(spec):
+    model = models.build_model(small_profile())
+    model.config._attn_implementation = "flash_attention_2"
+    batch = packing.PackedStream(dataclasses.replace(spec, document_borders="mask"), Letters()).take(2)
+    with pytest.raises(ValueError, match="micro_batch 1"):
+        models.forward_body(model, batch.input_ids, batch.attention_mask, batch.position_ids)
 
 
 def test_too_few_held_out_documents_and_an_empty_source_are_refused(spec, tmp_path):
     with pytest.raises(ValueError, match="lower held_out_windows"):
-        packing.held_out_windows(DataSpec(source=spec.source, seq_len=9, held_out_windows=500), _Letters())
+        packing.held_out_windows(DataSpec(source=spec.source, seq_len=9, held_out_windows=500), Letters())
     (tmp_path / "texts.jsonl").write_text("")
     with pytest.raises(ValueError, match="empty"):
-        packing.PackedStream(spec, _Letters()).next_batch(1)
+        packing.PackedStream(spec, Letters()).next_batch(1)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kl3m_nb import corpus, tokenizer
+from kl3m_nb import corpus, custom_tokens, tokenizer
 
 TEXTS = [document.text for document in corpus.preview("package:licensedcode-data", held_out=False)[:200]]
 
@@ -57,6 +59,50 @@ def test_the_corpus_tokenizer_is_trained_once(tmp_path, monkeypatch):
     assert first.get_vocab() == again.get_vocab()
 
 
+@given(st.text(max_size=120))
+@settings(max_examples=80, deadline=None)
+def test_any_text_comes_back(text):
+    """Generation 004 gives it back up to its normalization, 001 character by character."""
+    ordinary, unorthodox = _large_tokenizers()
+    assert unorthodox.decode(unorthodox.encode(text)) == text
+    found = ordinary.decode(ordinary.encode(text))
+    assert unicodedata.normalize("NFKC", found) == unicodedata.normalize("NFKC", text)
+
+
+def test_unorthodox_words_never_carry_a_blank():
+    _, unorthodox = _large_tokenizers()
+    ids = unorthodox.encode(TEXTS[3])
+    texts = [unorthodox.decode([token]) for token in ids]
+    blank = [text for text in texts if text.strip(" \n") != text]
+    assert all(not text.strip() for text in blank)
+    assert 0.3 < sum(text == " " for text in texts) / len(texts) < 0.5
+    learned = [token for token in unorthodox.get_vocab() if "Ġ" in token or "Ċ" in token]
+    assert sorted(learned) == ["Ċ", "Ġ"]
+
+
+def test_custom_tokens_are_scaled_to_the_vocabulary():
+    assert tokenizer.custom_entries(4096) == tokenizer.custom_entries(512)
+    sizes = [len(tokenizer.custom_entries(size)) for size in (4096, 8192, 32_768, 131_072)]
+    assert sizes == sorted(sizes) and sizes[1] == sizes[0] + 256 and sizes[-1] == sizes[0] + len(custom_tokens.FRAGMENTS)
+    assert all(text.isascii() for text in custom_tokens.FRAGMENTS)
+    assert len(set(custom_tokens.FRAGMENTS)) == len(custom_tokens.FRAGMENTS)
+    assert [custom_tokens.roman(number) for number in (4, 9, 14, 40, 99)] == ["iv", "ix", "xiv", "xl", "xcix"]
+
+
+def test_fragments_are_one_token_and_leave_words_alone():
+    ordinary, _ = _large_tokenizers()
+    fragments = custom_tokens.fragments(256)
+    assert {"(a)", "(z)", "(12)", "```", "1776"} <= set(fragments)
+    assert all(len(ordinary.encode(fragment)) == 1 for fragment in fragments)
+    assert "1776" in ordinary.tokenize("of 1776, and")
+    assert "1776" not in ordinary.tokenize("a217765b")
+
+
+def test_sizes_are_exact_when_fragments_were_learned_already():
+    texts = ["(a) (b) (c) 1999 2000 " * 50 + " ".join(f"word{i}" for i in range(9000))]
+    assert len(tokenizer.train_tokenizer(texts, 8192)) == 8192
+
+
 def test_impossible_sizes_and_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="too small"):
         tokenizer.train_tokenizer(TEXTS, 100)
@@ -64,6 +110,8 @@ def test_impossible_sizes_and_names_are_refused(tmp_path):
         tokenizer.train_tokenizer(["one text"], 2000)
     with pytest.raises(ValueError, match="could not be loaded"):
         tokenizer.load_tokenizer(str(tmp_path / "nowhere"), "package:licensedcode-data", 4096)
+    with pytest.raises(ValueError, match="ordinary, unorthodox"):
+        tokenizer.train_tokenizer(TEXTS, 600, "none")
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(trained, tmp_path):
@@ -72,7 +120,14 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(trained, tmp_path):
         tokenizer.load_tokenizer(str(tmp_path), "package:licensedcode-data", 512)
 
 
-_CACHE = []
+_CACHE, _LARGE = [], []
+
+
+def _large_tokenizers():
+    """One of each whitespace manner, with room for custom tokens."""
+    if not _LARGE:
+        _LARGE.extend([tokenizer.train_tokenizer(TEXTS, 8192), tokenizer.train_tokenizer(TEXTS * 10, 6000, "unorthodox")])
+    return _LARGE
 
 
 def _module_tokenizer():

@@ -1,0 +1,196 @@
+"""Training documents without end: parts of a mixture pass after pass, filtered, tokenized, lightly shuffled, resumable.
+
+With several parts, the one whose tokens are furthest below its share gives the next document: shares of tokens are exact to
+within a document, and nothing is left to chance. The shuffle buffer is ours because a library's loses examples on resume: it and
+its generator are part of the state. The state shares its arrays with the stream, so one can be taken for every batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kl3m_nb import corpus
+from kl3m_nb.profiles import DataSpec
+from kl3m_nb.readers import ListReader, open_rows
+from kl3m_nb.shingles import ShingleIndex
+from kl3m_nb.sources import Document, Part, SourceReport, parse_source
+from kl3m_nb.tokenizer import read_tokenizer
+
+_CHARACTERS_PER_TOKEN = 3  # at least so many in English text, to judge how much text fills a number of windows
+_BAD_DOCUMENTS_IN_A_ROW = 100
+
+
+def held_out_documents(spec: DataSpec) -> list[tuple[Part, Document]]:
+    """The held-out documents in use: all of a package, of other parts the first that fill twice the held-out windows."""
+    parts = parse_source(spec.source)
+    wanted_tokens = 2 * spec.held_out_windows * (spec.seq_len + 1) / sum(part.weight for part in parts)
+    found = []
+    for part in parts:
+        room = wanted_tokens * part.weight
+        for document in corpus.part_documents(part, held_out=True):
+            found.append((part, document))
+            room -= document.tokens.size or len(document.text) / _CHARACTERS_PER_TOKEN
+            if room <= 0 and part.kind != "package":
+                break
+    return found
+
+
+class DocumentTokenizer:
+    """Turns the documents of one part into token ids of the run's tokenizer."""
+
+    def __init__(self, part: Part, tokenizer: PreTrainedTokenizerBase):
+        """Raises ValueError when the tokenizer that the part's rows were made with cannot be loaded."""
+        self._tokenizer = tokenizer
+        self._size = len(tokenizer)
+        self._stored = read_tokenizer(part.options.tokenizer) if part.options.tokenizer else None
+
+    def __call__(self, document: Document) -> np.ndarray:
+        """Token ids of one document, int32 [length], nothing added: those it stores, else those of its text.
+
+        Raises ValueError when it stores ids that the tokenizer does not have.
+        """
+        tokens, text = document.tokens, document.text
+        if tokens.size and self._stored:
+            tokens, text = (), self._stored.decode(tokens)
+        if not len(tokens):
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+        if tokens.max() >= self._size:
+            raise ValueError(
+                f"{document.identifier} holds the token {tokens.max()}, the tokenizer ends at {self._size - 1}; use the "
+                "tokenizer the rows were made with, or name it behind the source, (tokenizer=NAME), to have them tokenized anew"
+            )
+        return tokens.astype(np.int32)  # a copy of its own: what was read belongs to a larger array
+
+
+class DocumentStream:
+    """The tokens of one training document after another. `report` counts what was read and what was left out."""
+
+    def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase):
+        """Raises ValueError or FileNotFoundError when the source is malformed or missing."""
+        self.spec, self.tokenizer = spec, tokenizer
+        self.report = SourceReport()
+        self._random = random.Random(spec.seed)
+        self._buffer: list[np.ndarray] = []
+        self._parts = [_Passes(part, self) for part in parse_source(spec.source)]
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the source that are complete; of a mixture, over the part that is furthest behind."""
+        return min(part.epoch for part in self._parts)
+
+    @property
+    def tokens_by_part(self) -> dict[str, int]:
+        """Tokens read of each part so far."""
+        return {str(passes.part): passes.tokens for passes in self._parts}
+
+    @cached_property
+    def held_out_index(self) -> ShingleIndex:
+        """The shingles of the held-out documents in use; read when the first row comes that could be like one of them."""
+        return ShingleIndex([corpus.shingles_of(document) for _, document in held_out_documents(self.spec)])
+
+    def next(self) -> np.ndarray:
+        """Token ids of the next document, int32 [length], without anything added."""
+        while len(self._buffer) < self.spec.shuffle_buffer:
+            self._buffer.append(self._read())
+        slot = self._random.randrange(len(self._buffer))
+        tokens, self._buffer[slot] = self._buffer[slot], self._read()
+        return tokens
+
+    def state_dict(self) -> dict:
+        """Everything needed to continue: numbers, names and int32 tensors that share their memory with the stream."""
+        return {
+            "parts": [part.state_dict() for part in self._parts],
+            "buffer": [torch.from_numpy(tokens) for tokens in self._buffer],
+            "random": self._random.getstate(),
+            "report": self.report.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues where `state` was taken. Raises ValueError when it belongs to a source of other parts."""
+        if len(state["parts"]) != len(self._parts):
+            raise ValueError(
+                f"The saved stream has {len(state['parts'])} parts, the source {self.spec.source!r} has {len(self._parts)}; "
+                "resume with the source the run was started with."
+            )
+        self.report.load_state_dict(state["report"])
+        for part, part_state in zip(self._parts, state["parts"], strict=True):
+            part.load_state_dict(part_state)
+        self._buffer = [tokens.numpy() for tokens in state["buffer"]]
+        self._random.setstate(state["random"])
+
+    def _read(self) -> np.ndarray:
+        bad_in_a_row = 0
+        while True:
+            passes = min(self._parts, key=lambda passes: passes.tokens / passes.part.weight)
+            document = passes.next()
+            try:
+                tokens = passes.tokenize(document)
+            except ValueError as error:
+                bad_in_a_row += 1
+                if bad_in_a_row == _BAD_DOCUMENTS_IN_A_ROW:
+                    raise
+                self.report.note("bad_rows", str(error))
+                continue
+            if tokens.size < passes.part.options.min_tokens:
+                self.report.note("too_short")
+                continue
+            passes.tokens += tokens.size + 1
+            return tokens
+
+
+class _Passes:
+    """One part of the source, pass after pass, training documents only."""
+
+    def __init__(self, part: Part, stream: DocumentStream):
+        self.part, self._stream = part, stream
+        self.tokenize = DocumentTokenizer(part, stream.tokenizer)
+        self.epoch = 0
+        self.tokens = 0  # given over all passes: what decides whose turn it is
+        self._given = 0  # documents given in this pass
+        self._open(None)
+
+    def next(self) -> Document:
+        report = self._stream.report
+        while True:
+            for document in self._documents:
+                if self.part.kind != "package":
+                    if corpus.is_held_out(document):
+                        report.note("held_out")
+                        continue
+                    if self._stream.held_out_index.likeness(corpus.shingles_of(document)) > corpus.MOST_SHARED:
+                        report.note("near_held_out")
+                        continue
+                self._given += 1
+                return document
+            if not self._given:
+                raise ValueError(
+                    f"The source {str(self.part)!r} has no training documents ({report.rows} rows read, {report.bad_rows} bad, "
+                    f"{report.above_score} above the score, {report.other_mime_type} of other mime types, {report.held_out} held "
+                    "out); choose another or wider options."
+                )
+            self.epoch, self._given = self.epoch + 1, 0
+            self._open(None)
+
+    def state_dict(self) -> dict:
+        return {"epoch": self.epoch, "tokens": self.tokens, "given": self._given, "position": self._reader.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch, self.tokens, self._given = state["epoch"], state["tokens"], state["given"]
+        self._open(state["position"])
+
+    def _open(self, position: dict | None) -> None:
+        if self.part.kind == "package":  # small enough to hold: a fresh order every pass
+            documents = list(corpus.part_documents(self.part, held_out=False))
+            random.Random(self._stream.spec.seed * 1_000_003 + self.epoch).shuffle(documents)
+            self._reader = ListReader(documents, self._stream.report)
+        else:
+            self._reader = open_rows(self.part, self._stream.report)
+        if position is not None:
+            self._reader.position = position
+        self._documents: Iterator[Document] = iter(self._reader)

@@ -1,0 +1,89 @@
+"""The stream a profile asks for, and batches made ahead of time in a thread.
+
+Making batches ahead changes neither what is delivered nor the state: the state is the one behind the batch that was given last.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kl3m_nb.packing import Batch, PackedStream
+from kl3m_nb.profiles import DataSpec
+from kl3m_nb.segmentation import SegmentedStream
+from kl3m_nb.sources import SourceReport
+
+
+class PrefetchedStream:
+    """`stream` with up to `batches` batches made ahead by one thread, in pinned memory where there is a GPU.
+
+    From then on `stream` belongs to the thread; ask this object for its state.
+    """
+
+    def __init__(self, stream: PackedStream | SegmentedStream, batches: int):
+        self._stream, self._batches = stream, batches
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._ahead: deque[Future] = deque()
+        self._windows = 0  # size of the batches being made
+        self._delivered = stream.state_dict()
+        self._epoch = stream.epoch
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the source that are complete, as of the batch given last."""
+        return self._epoch
+
+    @property
+    def report(self) -> SourceReport:
+        """What was read and what was left out, as of the batch given last."""
+        report = SourceReport()
+        report.load_state_dict(self._delivered["documents"]["report"])
+        return report
+
+    def take(self, windows: int) -> Batch:
+        """The next batch. Whatever goes wrong while it is made is raised here; the stream then stands behind the last one."""
+        if windows != self._windows:
+            self.load_state_dict(self._delivered)
+            self._windows = windows
+        while len(self._ahead) < self._batches:
+            self._ahead.append(self._thread.submit(self._make, windows))
+        if error := self._ahead[0].exception():
+            self.load_state_dict(self._delivered)
+            raise error
+        batch, self._delivered, self._epoch = self._ahead.popleft().result()
+        self._ahead.append(self._thread.submit(self._make, windows))
+        return batch
+
+    def state_dict(self) -> dict:
+        """The state behind the batch given last."""
+        return self._delivered
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continues where `state` was taken; what was made ahead is forgotten."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        self._thread.submit(self._stream.load_state_dict, state).result()
+        self._delivered, self._epoch, self._windows = state, self._stream.epoch, 0
+
+    def _make(self, windows: int) -> tuple[Batch, dict, int]:
+        batch = self._stream.take(windows)
+        if torch.cuda.is_available():
+            batch = batch.pin_memory()
+        return batch, self._stream.state_dict(), self._stream.epoch
+
+
+def open_stream(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, prefetch_batches: int = 0, rank: int = 0, world: int = 1
+) -> PackedStream | SegmentedStream | PrefetchedStream:
+    """The training stream of `spec`: dense windows or segments, with `prefetch_batches` made ahead (0: none).
+
+    Of every world × windows samples the process `rank` gets its own. Raises ValueError or FileNotFoundError for a source that
+    cannot be opened.
+    """
+    kind = PackedStream if spec.packing == "dense" else SegmentedStream
+    stream = kind(spec, tokenizer, rank, world)
+    return PrefetchedStream(stream, prefetch_batches) if prefetch_batches else stream

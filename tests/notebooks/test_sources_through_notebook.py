@@ -1,0 +1,95 @@
+"""Notebook 00 trains from files and from a data set's mirror, is stopped in the middle, and continues with the very next token.
+
+The package's turn is in test_headless, there as a job of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import nbformat
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kl3m_nb import checkpoints, live, paths, plots, runs
+from kl3m_nb.instructions import load_pairs
+from kl3m_nb.metrics import read_metrics
+from kl3m_nb.tokenizer import load_tokenizer
+
+STEPS, STOP_AFTER = 6, 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Our own texts as a user's jsonl files, as a mirror in the family's schema, and a tokenizer for both."""
+    folder = tmp_path_factory.mktemp("sources")
+    tokenizer = load_tokenizer("corpus", "package:licensedcode-data", 1024)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    rows = [
+        {"identifier": pair.id, "dataset": pair.use, "mime_type": "text/plain", "score": 2.0, "text": pair.response}
+        for pair in load_pairs()
+    ]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        row["tokens"] = tokenizer.encode(row.pop("text"))
+    strings = {name: pa.string() for name in ("identifier", "dataset", "mime_type")}
+    schema = pa.schema({**strings, "tokens": pa.list_(pa.int32()), "score": pa.float32()})
+    (folder / "mirror" / "data").mkdir(parents=True)
+    path = folder / "mirror" / "data" / "train-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=32)
+    return folder
+
+
+@pytest.fixture(params=["files", "hub"])
+def parameters(request, folder):
+    source = {
+        "files": f"0.5*files:{folder}/*.jsonl(min_tokens=4) + 0.5*files:{folder}/mirror/data/*.parquet",
+        "hub": f"hub:{folder}/mirror(score_max=8, mime_types=text/plain)",
+    }[request.param]
+    return {
+        "run": f"from-{request.param}", "source": source, "tokenizer": str(folder / "tokenizer"), "max_steps": STEPS,
+        "micro_batch": 2, "seq_len": 48,
+    }  # fmt: skip
+
+
+def _execute(parameters: dict) -> dict:
+    """Runs the notebook's cells in this process, with `parameters` in place of their defaults."""
+    namespace = {"display": lambda *_: None}
+    for cell in nbformat.read(paths.notebooks_dir() / "00_source_model.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, namespace)
+            if "parameters" in cell.metadata.get("tags", ()):
+                assert parameters.keys() <= namespace.keys()
+                namespace.update(parameters)
+    return namespace
+
+
+class _Stop:
+    """A live view that presses the notebook's stop button."""
+
+    def __init__(self, run_dir):
+        self.after = STOP_AFTER
+
+    def __call__(self, row):
+        if row["kind"] == "train" and row["step"] == self.after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_from_each_source_is_stopped_and_continues_with_the_next_token(parameters, monkeypatch):
+    monkeypatch.setattr(plots, "save_figure", lambda *_: None)
+    monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
+    whole = _execute({**parameters, "run": parameters["run"] + "-whole"})
+    monkeypatch.setattr(live, "LiveView", _Stop)
+    with pytest.raises(KeyboardInterrupt):
+        _execute(parameters)
+    run_dir = runs.run_path("tiny", "source", parameters["run"])
+    assert checkpoints.checkpoint_step(checkpoints.latest_checkpoint(run_dir)) == STOP_AFTER
+    monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
+    namespace = _execute(parameters)
+    assert namespace["settings"].data.source == parameters["source"]
+    expected, found = (read_metrics(path, "train") for path in (whole["run_dir"], run_dir))
+    assert list(found.step) == list(range(1, STEPS + 1))
+    assert list(found.loss) == list(expected.loss)

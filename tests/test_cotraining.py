@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+from test_tokenizer import TEXTS
+
+from kl3m_nb import cotraining, tokenizer
+from kl3m_nb.instructions import load_pairs
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return tokenizer.train_tokenizer(TEXTS, 800)
+
+
+def test_the_template_marks_the_instruction_and_trains_on_the_response(trained):
+    pair = load_pairs()[0]
+    sample = cotraining.pair_sample(pair, trained, "response")
+    text = trained.decode(sample.tokens)
+    assert text == f"<|start|><|instruction|>{pair.instruction}</|instruction|>{pair.response}<|end|>"
+    assert trained.decode(sample.tokens[sample.trained_from :]) == f"{pair.response}<|end|>"
+    assert cotraining.pair_sample(pair, trained, "all").trained_from == 0
+
+
+def test_a_tokenizer_without_instruction_tokens_gets_a_separator(trained, monkeypatch):
+    vocabulary = {token: i for token, i in trained.get_vocab().items() if "instruction" not in token}
+    monkeypatch.setattr(trained, "get_vocab", lambda: vocabulary)
+    pair = load_pairs()[0]
+    sample = cotraining.pair_sample(pair, trained, "response")
+    assert trained.decode(sample.tokens) == f"<|start|>{pair.instruction}<|sep|>{pair.response}<|end|>"
+
+
+def test_pairs_come_once_a_pass_in_changing_order_and_long_ones_are_counted(trained):
+    pairs = load_pairs()
+    samples = cotraining.PairSamples(pairs, trained, 400, "response", seed=3)
+    usable = len(pairs) - samples.left_out
+    assert 0 < samples.left_out < len(pairs)
+    passes = [[tuple(samples.next().tokens.tolist()) for _ in range(usable)] for _ in range(2)]
+    assert len(set(passes[0])) == usable and set(passes[0]) == set(passes[1]) and passes[0] != passes[1]
+    assert max(map(len, passes[0])) <= 400
+    with pytest.raises(ValueError, match="raise seq_len"):
+        cotraining.PairSamples(pairs, trained, 10, "response", seed=3)
