@@ -37,8 +37,8 @@ def pack(token_lists: Iterable[list[int]], window: int) -> Iterator[list[int]]:
 class PackedStream:
     """Endless training windows of one source, epoch after epoch, with a state that resumes to the token.
 
-    Every process of a distributed run reads the same stream and takes its share of each batch, so the state is the same on
-    all of them and does not depend on how many there are.
+    Every process of a distributed run reads the same stream and takes its `rank_share` of each batch, so the state is the same
+    on all of them and does not depend on how many there are.
     """
 
     def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase):
@@ -112,6 +112,28 @@ class PackedStream:
         slot = self._random.randrange(len(self._buffer))
         tokens, self._buffer[slot] = self._buffer[slot], self._next_tokens()
         return tokens
+
+
+def rank_share(windows: torch.Tensor, micro_batch: int, rank: int, ranks: int) -> list[torch.Tensor]:
+    """The micro-batches of one rank, out of the `windows` [n, seq_len + 1] of one step; the shares of all ranks are the step.
+
+    Micro-batches are dealt out one by one where they come out even, so that they are the same for any number of ranks; else
+    their windows are. Raises ValueError when not even the windows can be shared evenly.
+    """
+    micro_batches = windows.split(micro_batch)
+    if len(micro_batches) % ranks == 0:
+        return list(micro_batches[rank::ranks])
+    check_shares(len(windows), ranks)
+    return list(windows[rank::ranks].split(micro_batch))
+
+
+def check_shares(windows: int, ranks: int) -> None:
+    """Raises ValueError when the `windows` of a step cannot be shared evenly by `ranks`."""
+    if windows % ranks:
+        raise ValueError(
+            f"A step of {windows} windows cannot be shared evenly by {ranks} processes; use a number of processes that divides it, "
+            "or change micro_batch or grad_accumulation."
+        )
 
 
 def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
