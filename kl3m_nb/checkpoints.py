@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,26 +37,27 @@ class CheckpointFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy in host memory of all that a checkpoint holds; what training does meanwhile does not reach it."""
+    """A copy in host memory of all that a checkpoint holds; what training does meanwhile does not reach it.
+
+    `bytes`: what its tensors take in memory, and about as much on the disk.
+    """
 
     step: int
     weights: dict[str, Tensor]
     state: dict
-
-    @property
-    def bytes(self) -> int:
-        """Room that it takes in memory, and about that on the disk."""
-        return sum({tensor.data_ptr(): tensor.nbytes for tensor in _tensors([self.weights, self.state])}.values())
+    bytes: int
 
 
-def take_snapshot(step: int, model: torch.nn.Module, state: Mapping) -> Snapshot | None:
-    """Copies the weights of `model` and `state` (numbers, strings, lists, dicts, tensors) to host memory.
+def take_snapshot(step: int, model: torch.nn.Module, state: dict) -> Snapshot | None:
+    """Copies the weights of `model` and `state` (numbers, strings, tensors, dicts, lists of one kind) to host memory.
 
     In a distributed run all ranks call it, because shards are gathered; only rank 0 keeps a copy, the others get None.
     """
     copied: dict[tuple, Tensor] = {}  # tied weights share memory in the copy too
-    snapshot = Snapshot(step, _host_copy(model.state_dict(), copied), _host_copy(dict(state), copied))
-    return snapshot if distributed.world().is_first else None
+    weights, state = _host_copy(dict(model.state_dict()), copied), _host_copy(state, copied)
+    if not distributed.world().is_first:
+        return None
+    return Snapshot(step, weights, state, sum(tensor.nbytes for tensor in copied.values()))
 
 
 def write_checkpoint(
@@ -233,11 +234,11 @@ def _write_files(folder: Path, snapshot: Snapshot, model: PreTrainedModel, token
 
 def _host_copy(value, copied: dict[tuple, Tensor]):
     """`value` with a copy of each tensor on the CPU; on ranks other than the first they are gathered and dropped."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _host_copy(entry, copied) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and any(isinstance(entry, (Tensor, dict, list, tuple)) for entry in value[:1]):
         return type(value)(_host_copy(entry, copied) for entry in value)
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor):  # a list of tokens too: it is a copy already, and long
         return value
     shard = distributed.local(value)
     place = shard.data_ptr(), value.shape
@@ -245,13 +246,6 @@ def _host_copy(value, copied: dict[tuple, Tensor]):
         gathered = distributed.whole(value.detach())
         copied[place] = gathered.to("cpu", copy=True) if distributed.world().is_first else gathered.new_empty(0)
     return copied[place]
-
-
-def _tensors(value) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    children = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for child in children for tensor in _tensors(child)]
 
 
 def _remove(folder: Path) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -48,7 +50,10 @@ def world() -> World:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[World]:
-    """Joins the ranks that torchrun has started; does nothing elsewhere, or when they are joined already."""
+    """Joins the ranks that torchrun has started; does nothing elsewhere, or when they are joined already.
+
+    What DDP or FSDP2 holds has to be out of scope at the end of the with block.
+    """
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         yield world()
         return
@@ -56,8 +61,9 @@ def process_group() -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    yield world()
-    dist.destroy_process_group()  # not after an error: with a dead peer it could wait for ever
+    yield world()  # after an error nothing more is asked of the peers, which may be dead
+    gc.collect()  # a DDP reducer that outlives the group frees it while it holds the GIL, and gloo's threads then wait for ever
+    dist.destroy_process_group()
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
@@ -79,7 +85,7 @@ def gather(value: T) -> list[T]:
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, where alone it runs. A ValueError, OSError or RuntimeError it raises is raised on every rank."""
+    """What `work` returns on rank 0, where alone it runs. ValueErrors, OSErrors and RuntimeErrors are raised on every rank."""
     if world().size == 1:
         return work()
     outcome: list = [None, None]
@@ -108,7 +114,7 @@ def shared_out(function: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch
     if len(mine):
         padded[: len(mine)] = function(mine)
     whole = padded.new_empty(part * ranks.size, *batch.shape[1:])
-    dist.all_gather_into_tensor(whole, padded)
+    dist.all_gather(list(whole.chunk(ranks.size)), padded)
     return whole[: len(batch)]
 
 
@@ -173,8 +179,7 @@ class _Forward(nn.Module):
 class ParallelModel:
     """`model` held by all ranks: whole on each (`ddp`) or in shards (`fsdp`, FSDP2 by blocks). One rank alone holds it as it is.
 
-    Gradients are summed over the ranks, not averaged: losses are divided by the labels of the whole step already. FSDP2 replaces
-    the parameters, so optimizers are built afterwards.
+    FSDP2 replaces the parameters, so optimizers are built afterwards.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], mode: str):
@@ -183,13 +188,11 @@ class ParallelModel:
         if self._is_sharded:
             for module in (*blocks, self._root):
                 fully_shard(module)
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
         elif world().size > 1:
             on_gpu = next(model.parameters()).is_cuda
             devices = [torch.cuda.current_device()] if on_gpu else None
-            self._root = DistributedDataParallel(self._root, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
-            self._root.register_comm_hook(None, _sum_gradients)
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the newer name is not in all versions we take
+                self._root = DistributedDataParallel(self._root, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def __call__(self, work: Callable[..., T], *arguments) -> T:
         """`work(*arguments)`, which may use the whole model."""
@@ -204,8 +207,8 @@ class ParallelModel:
         return result
 
     @contextlib.contextmanager
-    def summing_gradients(self, now: bool) -> Iterator[None]:
-        """Forward and backward inside sum the gradients over the ranks when `now`, or only add to this rank's own."""
+    def averaging_gradients(self, now: bool) -> Iterator[None]:
+        """Forward and backward inside average the gradients over the ranks when `now`, or only add to this rank's own."""
         if self._is_sharded:
             self._root.set_requires_gradient_sync(now)
             yield
@@ -214,10 +217,6 @@ class ParallelModel:
                 yield
         else:
             yield
-
-
-def _sum_gradients(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], norm_of: Callable[[list[Tensor]], Tensor]) -> float:

@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object a line, the record every figure is drawn from.
 
 Rows have a `kind`: `train` (a step), `held_out` (an evaluation), `clamp` (one event, its matrices as parallel lists),
-`checkpoint` (one that was written, and how long training waited for it). A resumed run cuts the file back to where its checkpoint was written, so no step stands twice.
+`checkpoint` (one that was written, and how long training waited for it). A resumed run cuts the file back to where its
+checkpoint was written, so no step stands twice.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class MetricsLog:
         path.touch()
         kept = path.read_bytes()[:position]
         if len(kept) < position:
-            warnings.warn(f"{path} has lost its end: {len(kept)} bytes instead of {position}; it goes on from there.", stacklevel=2)
+            warnings.warn(f"{path} has lost its end, {len(kept)} bytes are left of {position}; it goes on there.", stacklevel=2)
         self.position = kept.rfind(b"\n") + 1  # bytes, those that wait for room counted in; for the training state
         os.truncate(path, self.position)
         self._file = open(path, "ab", buffering=0)

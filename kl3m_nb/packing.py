@@ -131,7 +131,7 @@ def check_shares(windows: int, ranks: int) -> None:
     """Raises ValueError when the `windows` of a step cannot be shared evenly by `ranks`."""
     if windows % ranks:
         raise ValueError(
-            f"A step of {windows} windows cannot be shared evenly by {ranks} processes; use a number of processes that divides it, "
+            f"A step of {windows} windows cannot be shared evenly by {ranks} processes; start a number of them that divides it, "
             "or change micro_batch or grad_accumulation."
         )
 

@@ -79,13 +79,11 @@ def train(
         checkpoint = distributed.on_first_rank(lambda: _find_checkpoint(run_dir, profile, init, resume, lock))
         if checkpoint and checkpoints.checkpoint_step(checkpoint) >= profile.schedule.max_steps:
             return _finished_result(run_dir, checkpoint)
-        run = _Run(profile, run_dir, init, checkpoint, list(callbacks), lock)
-        with StopRequest() as stop:
-            return run.to_the_end(stop)
+        return _Run(profile, run_dir, init, checkpoint, list(callbacks), lock).to_the_end()
 
 
 def _find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, resume: str, lock: RunLock) -> Path | None:
-    """The checkpoint to go on from. An existing folder is locked, unless the run is complete; damaged checkpoints are set aside."""
+    """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set aside."""
     run_folder.check_run_folder(run_dir, profile, init)
     newest = checkpoints.latest_checkpoint(run_dir)
     if newest and resume == "never":
@@ -154,7 +152,11 @@ class _Run:
         self.identity = distributed.on_first_rank(lambda: self._open_folder(lock, init))
         self.log = MetricsLog(run_dir, state["metrics_position"] if state else 0) if self.world.is_first else None
 
-    def to_the_end(self, stop: StopRequest) -> TrainResult:
+    def to_the_end(self) -> TrainResult:
+        with StopRequest() as stop:
+            return self._to_the_end(stop)
+
+    def _to_the_end(self, stop: StopRequest) -> TrainResult:
         runtime, schedule = self.profile.runtime, self.profile.schedule
         self._tell({"kind": "start", "step": self.counters["step"], "max_steps": schedule.max_steps, "run": self.run_dir.name,
                     "runtime": self._described()})  # fmt: skip
@@ -191,7 +193,7 @@ class _Run:
         return TrainResult(self.run_dir, checkpoint, self.counters["step"], self.last_held_out, self.counters["seconds"])
 
     def _parallel_model(self) -> distributed.ParallelModel:
-        """The model on its device, held as the profile says: FSDP2 shards it before it is moved, as no device may hold all of it."""
+        """The model, held as the profile says. FSDP2 shards it before it is moved, as it may be too large for one device."""
         runtime, blocks = self.profile.runtime, self.model.model.layers
         sharded = distributed.ParallelModel(self.model, blocks, "fsdp") if runtime.parallel == "fsdp" else None
         prepare_model(self.model, self.runtime, runtime.gradient_checkpointing)
@@ -218,12 +220,12 @@ class _Run:
         return bool(stopping), bool(saving)
 
     def _read_share(self) -> tuple[list[torch.Tensor], int]:
-        """This rank's micro-batches of the next step, int64 [micro_batch, seq_len + 1] each, and the valid labels of all ranks."""
+        """This rank's micro-batches of the next step, int64 [micro_batch, seq_len + 1], and the valid labels of all ranks."""
         data, failure, share = self.profile.data, None, []
         try:
             windows = self.stream.next_batch(data.micro_batch * data.grad_accumulation)
             share = packing.rank_share(windows, data.micro_batch, self.world.rank, self.world.size)
-        except Exception as error:  # whatever hub, files and their libraries raise: it ends the run after a checkpoint, for all ranks
+        except Exception as error:  # whatever hub, files and their libraries raise ends the run, on all ranks, with a checkpoint
             failure = error
         valid_tokens = sum(int((windows[:, 1:] != -100).sum()) for windows in share)
         valid_tokens, broken = distributed.sum_over_ranks([valid_tokens, failure is not None])
@@ -246,7 +248,7 @@ class _Run:
             if stop.requested and self.world.size == 1:  # several ranks have to agree first, which they do between steps
                 self._zero_gradients()
                 return False
-            with self.parallel.summing_gradients(now=windows is micro_batches[-1]):
+            with self.parallel.averaging_gradients(now=windows is micro_batches[-1]):
                 values = self._forward_backward(windows[:, :-1], windows[:, 1:], valid_tokens)
             for name, value in values.items():
                 terms[name] = terms[name] + value if name in terms else value
@@ -275,12 +277,13 @@ class _Run:
                     "kind": "train", **self._progress(), "valid_tokens": counters["valid_tokens"], **values,
                     "lr_muon": self.profile.muon_lr * factor, "lr_aux": self.profile.optimizer.aux_lr * factor,
                     "grad_norm": clipped.norm, "clip_threshold": clipped.threshold, "clipped": clipped.clipped,
-                    "skipped": not usable, "tokens_per_second": self.profile.tokens_per_step / seconds, "epoch": self.stream.epoch,
+                    "skipped": not usable, "tokens_per_second": self.profile.tokens_per_step / seconds,
+                    "epoch": self.stream.epoch,
                 }
             )  # fmt: skip
         if counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
             raise self._stopped(
-                f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {bad}: lower the learning rate or look at their data"
+                f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {bad}; lower the learning rate or see their data"
             )
         return True
 
@@ -297,7 +300,7 @@ class _Run:
         labels = labels.to(self.runtime.device, non_blocking=True)
         with self.runtime.autocast():
             total, values = self.parallel(self._losses, inputs, labels, valid_tokens)
-        total.backward()
+        (total * self.world.size).backward()  # the mean over the ranks is then the sum of their parts
         return values
 
     def _losses(self, inputs: torch.Tensor, labels: torch.Tensor, valid_tokens: int) -> tuple[torch.Tensor, dict]:
@@ -358,7 +361,7 @@ class _Run:
         )  # fmt: skip
 
     def _save(self, stream_state: dict | None = None) -> None:
-        """Copies everything to host memory and has it written meanwhile; waits for the checkpoint before, if it is not through."""
+        """Copies everything to host memory and has it written in the background, once the checkpoint before is through."""
         began = time.perf_counter()
         if self.world.is_first:
             self._collect(waiting=True)
