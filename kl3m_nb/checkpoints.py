@@ -1,7 +1,8 @@
 """Checkpoints: ordinary Hugging Face folders plus `training_state/`, written so that a half-written one is never found.
 
-A checkpoint is built under a temporary name, synced, and renamed; its manifest lists every file with its size and SHA-256.
-Nothing in it can run code: weights are safetensors, the state is read with `weights_only=True`.
+A checkpoint is built under a temporary name, synced, and renamed; its manifest names the run, and every file with its size and
+SHA-256. Nothing in it can run code: weights are safetensors, the state is read with `weights_only=True`. Training waits only
+for a `Snapshot` in host memory; `BackgroundWriter` puts it on the disk meanwhile.
 """
 
 from __future__ import annotations
@@ -11,69 +12,188 @@ import json
 import os
 import re
 import shutil
-import tempfile
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kl3m_nb import distributed
 
 _NAME = re.compile(r"step-(\d{6,})")
 _STATE = Path("training_state") / "state.pt"
 _MANIFEST = Path("training_state") / "manifest.json"
+_TEMPORARY = re.compile(r"\.(saving|removing)-step-\d+-(\d+)")
 
 
-def save_checkpoint(
-    run_dir: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict, keep: int
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written. Those before it are as they were."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy in host memory of all that a checkpoint holds; what training does meanwhile does not reach it.
+
+    `bytes`: what its tensors take in memory, and about as much on the disk.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    state: dict
+    bytes: int
+
+
+def take_snapshot(step: int, model: torch.nn.Module, state: dict) -> Snapshot | None:
+    """Copies the weights of `model` and `state` (numbers, strings, tensors, dicts, lists of one kind) to host memory.
+
+    In a distributed run all ranks call it, because shards are gathered; only rank 0 keeps a copy, the others get None.
+    """
+    copied: dict[tuple, Tensor] = {}  # tied weights share memory in the copy too
+    weights, state = _host_copy(dict(model.state_dict()), copied), _host_copy(state, copied)
+    if not distributed.world().is_first:
+        return None
+    return Snapshot(step, weights, state, sum(tensor.nbytes for tensor in copied.values()))
+
+
+def write_checkpoint(
+    run_dir: Path,
+    snapshot: Snapshot,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    identity: str,
+    keep: int,
+    keep_every: int = 0,
 ) -> Path:
-    """Writes `run_dir/checkpoints/step-NNNNNN`, keeps the `keep` newest, returns the folder. Weights are stored as float32.
+    """Writes `snapshot` to `run_dir/checkpoints/step-NNNNNN` and returns the folder. Weights are stored as float32.
 
-    `state` may hold numbers, strings, lists, dicts and tensors. Raises OSError when the disk is full or read-only; earlier
+    `model` gives its configuration only. `identity` names the run. The `keep` newest checkpoints stay, and those whose step is
+    a multiple of `keep_every` (0: no others). Raises CheckpointFailed when the disk is full or the folder read-only; earlier
     checkpoints are untouched then.
     """
     folder = Path(run_dir) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{step:06d}"
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".saving-"))
+    name = f"step-{snapshot.step:06d}"
+    target, temporary = folder / name, folder / f".saving-{name}-{os.getpid()}"
     try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        (temporary / _STATE.parent).mkdir()
-        torch.save(state, temporary / _STATE)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest = {str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        (temporary / _MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=1) + "\n")
-        for path in [*files, temporary / _MANIFEST, temporary / _STATE.parent, temporary]:
-            _sync(path)
-        if target.exists():  # the same step saved before: the run was resumed from an earlier one
+        temporary.mkdir(parents=True)
+        free = shutil.disk_usage(folder).free
+        if free < snapshot.bytes:
+            raise OSError(f"it needs {_gigabytes(snapshot.bytes)} and {_gigabytes(free)} are free")
+        _write_files(temporary, snapshot, model, tokenizer, identity)
+        if target.exists():
             _remove(target)
         os.rename(temporary, target)
         _sync(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
+        raise CheckpointFailed(f"The checkpoint {target} could not be written: {error}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in whole_checkpoints(run_dir)[:-keep]:
-        _remove(old)
+        if not keep_every or checkpoint_step(old) % keep_every:
+            _remove(old)
     return target
 
 
+class BackgroundWriter:
+    """One checkpoint at a time, written by a thread."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._job: Future[Path] | None = None
+
+    def start(self, write: Callable[..., Path], *arguments) -> None:
+        """Calls `write(*arguments)` in the thread. The one before has to be collected first."""
+        if self._job is not None:
+            raise RuntimeError("A checkpoint is still being written; collect it before the next is started.")
+        self._job = self._pool.submit(write, *arguments)
+
+    def collect(self, waiting: bool) -> Path | None:
+        """The checkpoint that was written since the last call, or None. Raises CheckpointFailed when writing failed."""
+        if self._job is None or not (waiting or self._job.done()):
+            return None
+        wait([self._job])
+        job, self._job = self._job, None
+        return job.result()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._pool.shutdown()
+
+
 def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first; anything cut off or foreign is passed over."""
-    folder = Path(run_dir) / "checkpoints"
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and _has_all_files(path)]
-    return sorted(found, key=checkpoint_step)
+    """The complete checkpoints of a run, oldest first; anything cut off or foreign is passed over. Contents are not read."""
+    return [path for path in _candidates(run_dir) if _has_all_files(path)]
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run; None when it has none."""
+    """The newest complete checkpoint of a run; None when it has none. Contents are not read."""
     checkpoints = whole_checkpoints(run_dir)
     return checkpoints[-1] if checkpoints else None
 
 
 def require_checkpoint(run_dir: Path) -> Path:
-    """Like `latest_checkpoint`, for those who cannot go on without one. Raises ValueError that says what to run."""
-    checkpoint = latest_checkpoint(run_dir)
+    """The newest checkpoint whose every byte is as it was written. A damaged one is passed over with a warning that names it.
+
+    Raises ValueError that says what to run when there is none.
+    """
+    checkpoint, flaws = newest_sound_checkpoint(run_dir)
+    for flaw in flaws.values():
+        warnings.warn(f"{flaw}; it is passed over.", stacklevel=2)
     if checkpoint is None:
         raise ValueError(f"The run {run_dir} has no whole checkpoint; train it first (notebooks 00 and 02), or name another run.")
     return checkpoint
+
+
+def newest_sound_checkpoint(run_dir: Path, identity: str | None = None) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint without a flaw, and the flaws of those that are newer. None when none is sound."""
+    flaws = {}
+    for path in reversed(_candidates(run_dir)):
+        flaw = flaw_of(path, identity)
+        if flaw is None:
+            return path, flaws
+        flaws[path] = flaw
+    return None, flaws
+
+
+def flaw_of(checkpoint: Path, identity: str | None = None) -> str | None:
+    """What keeps `checkpoint` from being loaded, in one sentence; None when each file is as it was written.
+
+    `identity`: the run it has to belong to.
+    """
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        files, run = manifest["files"], manifest["run"]
+        for name, entry in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+            if _sha256(path) != entry["sha256"]:
+                return f"{path} is damaged: it is not what was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{checkpoint} is no whole checkpoint: it has no readable {_MANIFEST}"
+    return f"{checkpoint} belongs to another run" if identity not in (None, run) else None
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint, so that it neither counts as one of those to keep nor is in the way of a new one."""
+    number = 0
+    while (aside := checkpoint.with_name(f"{checkpoint.name}.damaged{number or ''}")).exists():
+        number += 1
+    return checkpoint.rename(aside)
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Removes what killed processes have left half written. To be called by the one process that trains there."""
+    for path in (Path(run_dir) / "checkpoints").glob(".*"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match and int(match[2]) != os.getpid():
+            shutil.rmtree(path)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -82,23 +202,50 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def load_state(checkpoint: Path) -> dict:
-    """The training state saved with `checkpoint`, after every file was compared with the manifest.
-
-    Raises ValueError naming the first file whose content changed since it was written.
-    """
-    manifest = json.loads((checkpoint / _MANIFEST).read_text())["files"]
-    for name, entry in manifest.items():
-        if _sha256(checkpoint / name) != entry["sha256"]:
-            raise ValueError(f"{checkpoint / name} is damaged; remove the folder {checkpoint} to resume from the one before.")
+    """The training state saved with `checkpoint`, which `newest_sound_checkpoint` has looked through."""
     return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
+
+
+def _candidates(run_dir: Path) -> list[Path]:
+    found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step)
 
 
 def _has_all_files(checkpoint: Path) -> bool:
     try:
         files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
         return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def _write_files(folder: Path, snapshot: Snapshot, model: PreTrainedModel, tokenizer, identity: str) -> None:
+    model.save_pretrained(folder, state_dict=dict(snapshot.weights))
+    tokenizer.save_pretrained(folder)
+    (folder / _STATE.parent).mkdir()
+    torch.save(snapshot.state, folder / _STATE)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    described = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    manifest = {"step": snapshot.step, "run": identity, "files": described}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*files, folder / _MANIFEST, folder / _STATE.parent, folder]:
+        _sync(path)
+
+
+def _host_copy(value, copied: dict[tuple, Tensor]):
+    """`value` with a copy of each tensor on the CPU; on ranks other than the first they are gathered and dropped."""
+    if isinstance(value, dict):
+        return {key: _host_copy(entry, copied) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)) and any(isinstance(entry, (Tensor, dict, list, tuple)) for entry in value[:1]):
+        return type(value)(_host_copy(entry, copied) for entry in value)
+    if not isinstance(value, Tensor):  # a list of tokens too: it is a copy already, and long
+        return value
+    shard = distributed.local(value)
+    place = shard.data_ptr(), value.shape
+    if place not in copied or shard.numel() == 0:
+        gathered = distributed.whole(value.detach())
+        copied[place] = gathered.to("cpu", copy=True) if distributed.world().is_first else gathered.new_empty(0)
+    return copied[place]
 
 
 def _remove(folder: Path) -> None:
@@ -106,6 +253,10 @@ def _remove(folder: Path) -> None:
     doomed = folder.with_name(f".removing-{folder.name}-{os.getpid()}")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
 
 
 def _sha256(path: Path) -> str:

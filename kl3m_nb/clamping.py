@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kl3m_nb import distributed
 from kl3m_nb.gram import PIECE, Proof, gram_matrix, prove_healthy, useful_precisions
 
 ROUTES = ("certified", "tested", "decomposed", "repaired", "zero", "not_finite")
@@ -98,9 +99,12 @@ class ClampTarget:
             raise ValueError(f"{self.name} {shape} has fused = {self.fused}; use 1, or 2 where the number of rows is even.")
         _check(self.name, self.parameter, self.max_condition, self.sigma_floor)
 
-    def matrices(self) -> list[tuple[str, Tensor]]:
-        """Names and views of the matrices: `name`, or `name[expert]`, with `.gate` or `.up` added when fused."""
-        weight = self.parameter.detach()
+    def matrices(self, weight: Tensor | None = None) -> list[tuple[str, Tensor]]:
+        """Names and views of the matrices: `name`, or `name[expert]`, with `.gate` or `.up` added when fused.
+
+        `weight`, of the parameter's shape, stands for the parameter: the whole of one that is held in shards.
+        """
+        weight = self.parameter.detach() if weight is None else weight
         experts = (
             [(f"{self.name}[{i}]", matrix) for i, matrix in enumerate(weight)] if weight.dim() == 3 else [(self.name, weight)]
         )
@@ -142,7 +146,8 @@ class SpectralClamp:
             raise ValueError(f"threads is {threads}; it must be at least 1.")
         self._threads = threads
         self._decompose_on_device = decompose_on == "device"
-        self._names = {target.name: [name for name, _ in target.matrices()] for target in self.targets}
+        shapes = {target.name: torch.empty(target.parameter.shape, device="meta") for target in self.targets}
+        self._names = {target.name: [name for name, _ in target.matrices(shapes[target.name])] for target in self.targets}
         if len(self._names) < len(self.targets) or len({id(target.parameter) for target in self.targets}) < len(self.targets):
             raise ValueError("Two clamp targets share a name or a parameter; list every parameter once.")
         self._intervals: dict[str, tuple[float, float]] = {}  # matrix -> bounds of all its singular values, now
@@ -175,21 +180,35 @@ class SpectralClamp:
 
     @torch.no_grad()
     def clamp(self) -> list[ClampEvent]:
-        """Clamp every matrix and return an event for each, in the order of the targets. The optimizer's state is not touched."""
+        """Clamp every matrix and return an event for each, in the order of the targets. The optimizer's state is not touched.
+
+        Under torch.distributed all ranks call it with equal weights; each works on a part of the targets, all get the result.
+        """
         events: dict[str, ClampEvent | None] = {}
-        groups: dict[tuple, list[_Job]] = defaultdict(list)
         for target in self.targets:
-            for name, matrix in target.matrices():
-                job = _Job(name, matrix, target.max_condition, target.sigma_floor)
-                events[name] = self._certified(job)
-                if events[name] is None:
-                    groups[job.kind].append(job)
-        for result in self._clamp_groups(list(groups.values())):
+            for name in self._names[target.name]:
+                events[name] = self._certified(name, target)
+        uncertain = [target for target in self.targets if any(events[name] is None for name in self._names[target.name])]
+        owners = distributed.balanced_owners([_cost(target.parameter.shape) for target in uncertain])
+        weights: dict[str, Tensor] = {}
+        groups: dict[tuple, list[_Job]] = defaultdict(list)
+        for target, owner in zip(uncertain, owners, strict=True):
+            weight = distributed.whole(target.parameter.detach())
+            if owner == distributed.world().rank:
+                weights[target.name] = weight
+                for name, matrix in target.matrices(weight):
+                    if events[name] is None:
+                        job = _Job(name, matrix, target.max_condition, target.sigma_floor)
+                        groups[job.kind].append(job)
+        for result in itertools.chain(*distributed.gather(self._clamp_groups(list(groups.values())))):
             name = result.event.name
             events[name] = result.event
             self._intervals.pop(name, None)
             if result.interval is not None:
                 self._intervals[name] = result.interval
+        for target, owner in zip(uncertain, owners, strict=True):
+            if any(events[name].raised for name in self._names[target.name]):
+                _hand_over(target.parameter.detach(), weights.get(target.name), owner)
         return list(events.values())
 
     def state_dict(self) -> dict[str, dict[str, tuple[float, float]]]:
@@ -206,10 +225,10 @@ class SpectralClamp:
             )
         self._intervals = {name: (float(lower), float(upper)) for name, (lower, upper) in state["intervals"].items()}
 
-    def _certified(self, job: _Job) -> ClampEvent | None:
-        lower, upper = self._intervals.get(job.name, (0.0, math.inf))
-        tau = max(job.sigma_floor, upper / job.max_condition)
-        return ClampEvent(job.name, upper, lower, tau, 0, "certified") if lower >= tau else None
+    def _certified(self, name: str, target: ClampTarget) -> ClampEvent | None:
+        lower, upper = self._intervals.get(name, (0.0, math.inf))
+        tau = max(target.sigma_floor, upper / target.max_condition)
+        return ClampEvent(name, upper, lower, tau, 0, "certified") if lower >= tau else None
 
     def _clamp_groups(self, groups: list[list[_Job]]) -> list[_Result]:
         """Test and repair. The jobs of a group differ in nothing but their names and values."""
@@ -237,6 +256,23 @@ class SpectralClamp:
                         precisions = precisions[-1:]
                     results += [first.result(), *workers.map(_clamp_on_cpu, jobs[1:], itertools.repeat(precisions))]
         return results
+
+
+def _cost(shape: torch.Size) -> int:
+    """Proportional to the work of the Gram matrices of a weight [..., rows, cols]."""
+    return shape.numel() * min(shape[-2:])
+
+
+def _hand_over(parameter: Tensor, clamped: Tensor | None, owner: int) -> None:
+    """Give every rank the weight that its `owner` has clamped; None on the ranks that do not have it."""
+    if distributed.world().size == 1:
+        return
+    if clamped is None:
+        clamped = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    distributed.broadcast_(clamped, owner)
+    shard = distributed.local(parameter)
+    if shard.data_ptr() != clamped.data_ptr():
+        shard.copy_(distributed.shard_of(clamped, parameter))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object a line, the record every figure is drawn from.
 
 Rows have a `kind`: `train` (a step), `held_out` (an evaluation), `clamp` (one event, its matrices as parallel lists),
-`checkpoint`, `skipped`. A resumed run cuts the file back to where its checkpoint was written, so no step stands twice.
+`checkpoint` (one that was written, and how long training waited for it). A resumed run cuts the file back to where its
+checkpoint was written, so no step stands twice.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,28 +20,55 @@ FILE_NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends rows to a run's metrics.jsonl, each line written at once."""
+    """Appends rows to a run's metrics.jsonl, each line written at once.
+
+    While the disk is full, rows wait in memory: training goes on, and they are written as soon as there is room.
+    """
 
     def __init__(self, run_dir: Path, position: int = 0):
-        """Opens the file and drops what stands behind `position`, in bytes: what was logged after the checkpoint."""
+        """Opens the file and drops what stands behind `position`, in bytes: what was logged after the checkpoint.
+
+        Warns when the file is shorter than that; a last line that was cut off is dropped.
+        """
         path = Path(run_dir) / FILE_NAME
         path.touch()
-        if path.stat().st_size > position:
-            os.truncate(path, position)
-        self._file = open(path, "a", encoding="utf-8")
-
-    @property
-    def position(self) -> int:
-        """Bytes written so far, for the training state."""
-        return self._file.tell()
+        kept = path.read_bytes()[:position]
+        if len(kept) < position:
+            warnings.warn(f"{path} has lost its end, {len(kept)} bytes are left of {position}; it goes on there.", stacklevel=2)
+        self.position = kept.rfind(b"\n") + 1  # bytes, those that wait for room counted in; for the training state
+        os.truncate(path, self.position)
+        self._file = open(path, "ab", buffering=0)
+        self._waiting = b""
 
     def append(self, row: Mapping) -> None:
         """Writes one row; NaN and infinities become null, which every JSON reader takes."""
-        self._file.write(json.dumps({key: _finite(value) for key, value in row.items()}) + "\n")
-        self._file.flush()
+        line = (json.dumps({key: _finite(value) for key, value in row.items()}) + "\n").encode()
+        self.position += len(line)
+        had_room = not self._waiting
+        self._waiting += line
+        try:
+            self._write()
+        except OSError as error:
+            if had_room:
+                warnings.warn(f"{self._file.name} cannot be written: {error.strerror}; rows wait in memory.", stacklevel=2)
 
     def close(self) -> None:
+        """Puts everything on the disk and closes the file. Warns when rows are lost because there is no room."""
+        try:
+            self._write()
+            self.sync()
+        except OSError as error:
+            rows = self._waiting.count(b"\n")
+            warnings.warn(f"The last {rows} rows of {self._file.name} are lost: {error.strerror}.", stacklevel=2)
         self._file.close()
+
+    def sync(self) -> None:
+        """Waits until what was written is on the disk; before a checkpoint counts on it. Raises OSError."""
+        os.fsync(self._file.fileno())
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def _finite(value):
@@ -49,17 +78,17 @@ def _finite(value):
 def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
     """The rows of one kind as a table; for `clamp` a row per matrix and event. Empty when there are none.
 
-    A last line that was cut off by a crash is passed over.
+    Lines that a crash has cut off, or that are not the log's, are passed over.
     """
     path = Path(run_dir) / FILE_NAME
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
-            if row.pop("kind") == kind:
+            if isinstance(row, dict) and row.pop("kind", None) == kind:
                 rows.append(row)
     frame = pd.DataFrame(rows)
     if kind == "clamp" and rows:

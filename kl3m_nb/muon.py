@@ -5,6 +5,8 @@ singular vectors and singular values near 1, found with a few Newton-Schulz step
 time; here all matrices of one shape, over all parameter groups, go through the same few batched products. The small square
 factor of the iteration stands left of a wide matrix and right of a tall one, so nothing is ever transposed.
 
+Under torch.distributed every rank takes the same steps and orthogonalises its share of each batch.
+
 The polynomial of the iteration bounds every singular value an update can have, so `Muon.movement_bounds` tells how far each
 weight can have moved in spectral norm without looking at it. The spectral clamp skips matrices on that ground.
 """
@@ -18,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from kl3m_nb import distributed
 
 KELLER_JORDAN = (3.4445, -4.7750, 2.0315)
 
@@ -216,8 +220,9 @@ class Muon(torch.optim.Optimizer):
             for parameter in parameters:
                 if "momentum_buffer" not in self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-            torch._foreach_lerp_(buffers, [parameter.grad for parameter in parameters], 1.0 - group["momentum"])
+            buffers = [distributed.local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+            gradients = [distributed.local(parameter.grad) for parameter in parameters]
+            torch._foreach_lerp_(buffers, gradients, 1.0 - group["momentum"])
 
             lr = float(group["lr"])
             iteration = polynomials(group["ns_steps"], group["coefficients"])
@@ -233,7 +238,7 @@ class Muon(torch.optim.Optimizer):
                 self._movement[parameter] = (rate * bound * (1.0 + rounding), shrink + rounding)
 
         for key, members in batches.items():
-            limit = _BATCH_ELEMENTS.get(key.device.type, _BATCH_ELEMENTS["cpu"])
+            limit = _BATCH_ELEMENTS.get(key.device.type, _BATCH_ELEMENTS["cpu"]) * distributed.world().size
             batch: list[_Member] = []
             elements = 0
             for member in members:
@@ -248,19 +253,25 @@ class Muon(torch.optim.Optimizer):
     def _update(key: _BatchKey, members: list[_Member]) -> None:
         parameters = [member.parameter for member in members]
         updates = torch._foreach_lerp(
-            [parameter.grad for parameter in parameters], [member.momentum_buffer for member in members], key.buffer_weight
+            [distributed.local(parameter.grad) for parameter in parameters],
+            [member.momentum_buffer for member in members],
+            key.buffer_weight,
         )
+        updates = [distributed.whole_of(update, parameter) for update, parameter in zip(updates, parameters, strict=True)]
         # A contiguous [..., fused·rows, cols] is a [count, rows, cols] in the same memory.
         batch = torch.cat([update.reshape(-1, key.rows, key.cols) for update in updates])
         del updates
-        batch = _newton_schulz(_normalized(batch, _iteration_dtype(batch)), key.iteration)
+        dtype = _iteration_dtype(batch)
+        batch = distributed.shared_out(lambda part: _newton_schulz(_normalized(part, dtype), key.iteration), batch, dtype)
         batch = batch.to(torch.promote_types(key.dtype, torch.float32))
 
         counts = [parameter.numel() // (key.rows * key.cols) for parameter in parameters]
         updates = [piece.view(parameter.shape) for piece, parameter in zip(batch.split(counts), parameters, strict=True)]
+        updates = [distributed.shard_of(update, parameter) for update, parameter in zip(updates, parameters, strict=True)]
+        weights = [distributed.local(parameter) for parameter in parameters]
         torch._foreach_mul_(updates, [-member.rate for member in members])
-        torch._foreach_mul_(parameters, [member.decay for member in members])
-        torch._foreach_add_(parameters, updates)
+        torch._foreach_mul_(weights, [member.decay for member in members])
+        torch._foreach_add_(weights, updates)
 
 
 def _shape_factor(rows: int, cols: int, adjust_lr: str) -> float:

@@ -47,6 +47,10 @@ class Batch:
         for start in range(0, len(self.labels), windows):
             yield self._each(lambda tensor, start=start: tensor[start : start + windows])
 
+    def every(self, ranks: int, rank: int) -> Batch:
+        """The windows `rank`, `rank + ranks`, `rank + 2·ranks` …"""
+        return self._each(lambda tensor: tensor[rank::ranks])
+
     def to(self, device: torch.device | str) -> Batch:
         """A copy on `device`; without waiting when this one lies in pinned memory."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -82,8 +86,8 @@ def restarting_positions(input_ids: torch.Tensor, end_id: int) -> torch.Tensor:
 class PackedStream:
     """Endless training windows of one source, epoch after epoch, with a state that resumes to the token.
 
-    Every process of a distributed run reads the same stream and keeps every `world`-th window, so shares are disjoint, nothing is
-    lost, and the state is the same on all of them: a run can be resumed on another number of processes.
+    Every process of a distributed run reads the same stream and takes its `rank_share` of each batch, so the state is the same
+    on all of them and does not depend on how many there are.
     """
 
     def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, rank: int = 0, world: int = 1):
@@ -135,6 +139,28 @@ class PackedStream:
         """Continues where `state` was taken, on any number of processes."""
         self._documents.load_state_dict(state["documents"])
         self._rest = state["rest"].numpy()
+
+
+def rank_share(batch: Batch, micro_batch: int, rank: int, ranks: int) -> list[Batch]:
+    """The micro-batches of one rank, out of the whole `batch` of one step; the shares of all ranks together are the step.
+
+    Micro-batches are dealt out one by one where they come out even, so that they are the same for any number of ranks; else
+    their windows are. Raises ValueError when not even the windows can be shared evenly.
+    """
+    micro_batches = list(batch.split(micro_batch))
+    if len(micro_batches) % ranks == 0:
+        return micro_batches[rank::ranks]
+    check_shares(len(batch.labels), ranks)
+    return list(batch.every(ranks, rank).split(micro_batch))
+
+
+def check_shares(windows: int, ranks: int) -> None:
+    """Raises ValueError when the `windows` of a step cannot be shared evenly by `ranks`."""
+    if windows % ranks:
+        raise ValueError(
+            f"A step of {windows} windows cannot be shared evenly by {ranks} processes; start a number of them that divides it, "
+            "or change micro_batch or grad_accumulation."
+        )
 
 
 def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

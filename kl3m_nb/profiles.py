@@ -118,7 +118,7 @@ class DataSpec:
     tokenizer: str = "alea-institute/kl3m-004-128k-cased"  # hub id, folder, or "corpus"/"corpus-001": trained on the source
     seq_len: int = 4096
     micro_batch: int = 5
-    grad_accumulation: int = 32
+    grad_accumulation: int = 32  # micro-batches of an optimizer step, those of all processes together
     shuffle_buffer: int = 32
     held_out_windows: int = 64
     seed: int = 7
@@ -139,8 +139,10 @@ class RuntimeSpec:
     log_every: int = 1
     eval_every: int = 500
     checkpoint_every: int = 500
-    keep_checkpoints: int = 3
+    keep_checkpoints: int = 3  # the newest
+    keep_every: int = 0  # and those whose step is a multiple of this; 0: no others
     prefetch_batches: int = 2  # made ahead in a thread; 0: made when they are asked for
+    parallel: str = "ddp"  # ddp | fsdp: how several processes hold the model, whole on each or in shards
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Profile:
 
     @property
     def tokens_per_step(self) -> int:
-        """Labels of one optimizer step on one device when packing is dense."""
+        """Labels of one optimizer step, all processes together, when packing is dense."""
         return self.data.micro_batch * self.data.grad_accumulation * self.data.seq_len
 
     def _repr_html_(self) -> str:
@@ -351,6 +353,7 @@ _CHOICES = {
     "precision": ("auto", "float32", "bfloat16"),
     "attention": ("auto", "sdpa", "flash_attention_2", "eager"),
     "compile": ("auto", "on", "off"),
+    "parallel": ("ddp", "fsdp"),
     "adjust_lr": ("original", "match_rms_adamw"),
     "packing": ("dense", "segments"),
     "document_borders": ("ignored", "positions", "mask"),

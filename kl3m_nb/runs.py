@@ -9,7 +9,7 @@ import pandas as pd
 
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.metrics import read_metrics
-from kl3m_nb.training import RUN_FILE
+from kl3m_nb.run_folder import RUN_FILE
 
 # What each notebook writes; the laptop profile's runs are the demonstration.
 NOTEBOOK_STAGES = {

@@ -2,16 +2,15 @@
 
 `train` is what notebooks and the shell call. It knows no plot and no widget: callbacks get the same rows that go to
 metrics.jsonl. An interrupt (Ctrl-C, the notebook's stop button, SIGTERM) ends the current micro-batch, saves a checkpoint of
-the last whole step and then raises KeyboardInterrupt; calling `train` again continues with the very next token.
+the last whole step and then raises KeyboardInterrupt; calling `train` again continues with the very next token. Under torchrun
+all ranks call it alike: rank 0 logs and saves, and what one rank is asked for is agreed on between two steps.
 """
 
 from __future__ import annotations
 
-import json
 import random
-import signal
-import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,25 +18,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kl3m_nb import checkpoints, evaluation, models, paths, profiles, roles
+from kl3m_nb import checkpoints, distributed, evaluation, models, packing, paths, roles, run_folder
+from kl3m_nb.checkpoints import CheckpointFailed
 from kl3m_nb.clamping import SpectralClamp
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import MetricsLog, read_metrics
 from kl3m_nb.objective import activation_penalty, chunked_objective
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
+from kl3m_nb.run_folder import RunLock, read_run_profile
 from kl3m_nb.runtime import choose_runtime, prepare_model
-from kl3m_nb.schedule import AdaptiveClip, lr_factor
+from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
+from kl3m_nb.stopping import StopRequest
 from kl3m_nb.streams import open_stream
 from kl3m_nb.tokenizer import load_tokenizer
 
+__all__ = ["TrainResult", "TrainingStopped", "read_run_profile", "train"]
+
 Callback = Callable[[Mapping], None]
 MOST_SKIPS_IN_A_ROW = 10
-RUN_FILE = "run.json"
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on: too many steps in a row were not finite. The last good state is saved."""
+    """Training cannot go on: too many steps in a row were not finite, or the data broke off. The last good state is saved."""
+
+
+class _SourceBroke(RuntimeError):
+    """A rank could not read the data of the next step."""
 
 
 @dataclass(frozen=True)
@@ -62,116 +69,69 @@ def train(
 
     `init` names a checkpoint to start from with fresh optimizers; without it the weights are random. With `resume="auto"` a run
     folder that holds a checkpoint is continued (at once finished when it is complete); `resume="never"` refuses such a folder.
-    Raises ValueError before anything is written when the pieces do not fit, TrainingStopped after ten non-finite steps in a row,
+    Raises ValueError before anything is written when the pieces do not fit or another process trains there, TrainingStopped
+    when steps are not finite or the data breaks off, CheckpointFailed when the last checkpoint cannot be written,
     KeyboardInterrupt after the checkpoint of an interrupted run is saved.
     """
     run_dir = paths.resolve(run_dir)
     if resume not in ("auto", "never"):
         raise ValueError(f"resume is {resume!r}; it accepts auto and never.")
-    _check_run_folder(run_dir, profile, init)
-    checkpoint = checkpoints.latest_checkpoint(run_dir)
-    if checkpoint and resume == "never":
-        raise ValueError(f"The run folder {run_dir} already holds {checkpoint.name}; use resume='auto' or another folder.")
-    if checkpoint and checkpoints.checkpoint_step(checkpoint) >= profile.schedule.max_steps:
-        return _finished_result(run_dir, checkpoint)
-    run = _Run(profile, run_dir, init, checkpoint, list(callbacks))
-    with _StopRequest() as stop:
-        return run.to_the_end(stop)
+    with distributed.process_group(), RunLock(run_dir) as lock:
+        checkpoint = distributed.on_first_rank(lambda: _find_checkpoint(run_dir, profile, init, resume, lock))
+        if checkpoint and checkpoints.checkpoint_step(checkpoint) >= profile.schedule.max_steps:
+            return _finished_result(run_dir, checkpoint)
+        return _Run(profile, run_dir, init, checkpoint, list(callbacks), lock).to_the_end()
 
 
-def read_run_profile(run_dir: str | Path) -> Profile:
-    """The profile a run folder was trained with. Raises ValueError when it is no run folder."""
-    path = paths.resolve(run_dir) / RUN_FILE
-    if not path.is_file():
-        raise ValueError(f"{path.parent} is no run folder, it holds no {RUN_FILE}; train it first, or name another run.")
-    return profiles.profile_from_dict(json.loads(path.read_text())["profile"])
-
-
-def _check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -> None:
-    path = run_dir / RUN_FILE
-    if not path.is_file():
-        return
-    record = json.loads(path.read_text())
-    stored, given = record["profile"], profile.to_dict()
-    for section, values in given.items():
-        if section == "runtime" or values == stored[section]:
-            continue
-        if isinstance(values, dict):
-            key = next(key for key in values if values[key] != stored[section].get(key))
-            was, now = stored[section].get(key), values[key]
-        else:
-            key, was, now = section, stored[section], values
+def _find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, resume: str, lock: RunLock) -> Path | None:
+    """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set aside."""
+    run_folder.check_run_folder(run_dir, profile, init)
+    newest = checkpoints.latest_checkpoint(run_dir)
+    if newest and resume == "never":
+        raise ValueError(f"The run folder {run_dir} already holds {newest.name}; use resume='auto' or another folder.")
+    if newest and checkpoints.checkpoint_step(newest) >= profile.schedule.max_steps and not checkpoints.flaw_of(newest):
+        return newest
+    if not run_dir.exists():
+        return None  # made, and locked, once the pieces are known to fit
+    lock.acquire()
+    checkpoints.remove_leftovers(run_dir)
+    checkpoint, flaws = checkpoints.newest_sound_checkpoint(run_dir, run_folder.run_identity(run_dir))
+    if flaws and checkpoint is None:
         raise ValueError(
-            f"The run folder {run_dir} belongs to the profile {stored['name']} with {key} = {was!r}, now it is {now!r}; "
-            "use the same settings or another run folder."
+            f"No checkpoint of {run_dir} can be loaded ({'; '.join(flaws.values())}); "
+            "put a whole one there, or move these away to start over."
         )
-    if record["init"] != _init_name(init):
-        raise ValueError(
-            f"The run folder {run_dir} was started from {record['init']}, now from {_init_name(init)}; use another run folder."
-        )
-
-
-def _init_name(init: str | Path | None) -> str:
-    if init is None:
-        return "random weights"
-    path = paths.resolve(init)
-    return str(path.relative_to(paths.project_root())) if path.is_relative_to(paths.project_root()) else str(init)
+    for path, flaw in flaws.items():
+        warnings.warn(f"{flaw}; it is passed over and kept as {checkpoints.set_aside(path).name}.", stacklevel=2)
+    return checkpoint
 
 
 def _finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:
-    last = read_metrics(run_dir, "held_out").iloc[-1]
-    return TrainResult(
-        run_dir, checkpoint, checkpoints.checkpoint_step(checkpoint), float(last.held_out_loss), float(last.seconds)
-    )
-
-
-class _StopRequest:
-    """Turns SIGINT and SIGTERM into a request that the loop honours between micro-batches; a later one interrupts at once.
-
-    A supervisor may signal the whole group of processes, and a runner then passes its own signal on: what arrives within a few
-    seconds of the first is the same request.
-    """
-
-    _SAME_REQUEST_SECONDS = 5.0
-
-    def __init__(self):
-        self.requested = False
-        self._requested_at = 0.0
-        self._previous = {}
-
-    def __enter__(self) -> _StopRequest:
-        if threading.current_thread() is threading.main_thread():  # only there Python lets anyone catch signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame) -> None:
-        if not self.requested:
-            self.requested, self._requested_at = True, time.monotonic()
-        elif time.monotonic() - self._requested_at > self._SAME_REQUEST_SECONDS:
-            raise KeyboardInterrupt
+    rows = read_metrics(run_dir, "held_out")
+    loss, seconds = (rows.held_out_loss.iloc[-1], rows.seconds.iloc[-1]) if len(rows) else (float("nan"), float("nan"))
+    return TrainResult(run_dir, checkpoint, checkpoints.checkpoint_step(checkpoint), float(loss), float(seconds))
 
 
 class _Run:
     """Everything one run holds between its steps."""
 
-    def __init__(self, profile: Profile, run_dir: Path, init, checkpoint: Path | None, callbacks: list[Callback]):
-        self.profile, self.run_dir, self.init, self.callbacks = profile, run_dir, init, callbacks
+    def __init__(
+        self, profile: Profile, run_dir: Path, init, checkpoint: Path | None, callbacks: list[Callback], lock: RunLock
+    ):
+        self.profile, self.run_dir, self.callbacks = profile, run_dir, callbacks
+        self.world = distributed.world()
+        packing.check_shares(profile.data.micro_batch * profile.data.grad_accumulation, self.world.size)
         self.runtime = choose_runtime(profile.runtime)
         self.tokenizer = load_tokenizer(profile.data.tokenizer, profile.data.source, profile.model.vocabulary)
         self.stream = open_stream(profile.data, self.tokenizer, profile.runtime.prefetch_batches)
         self.held_out = held_out_windows(profile.data, self.tokenizer)
         start = checkpoint or init
         if start is None:
-            model = models.build_model(profile, attention=self.runtime.attention)
+            self.model = models.build_model(profile, attention=self.runtime.attention)
         else:
-            model = models.load_model(start, attention=self.runtime.attention)
-            models.check_fits(model.config.to_dict(), profile, start)
-        self.model = prepare_model(model, self.runtime, profile.runtime.gradient_checkpointing)
+            self.model = models.load_model(start, attention=self.runtime.attention)
+            models.check_fits(self.model.config.to_dict(), profile, start)
+        self.parallel = self._parallel_model()
         self.parameters = list(self.model.parameters())
         rules = roles.role_table(self.model, profile)
         self.muon, self.aux = roles.build_optimizers(self.model, rules, profile)
@@ -182,64 +142,120 @@ class _Run:
         self.flops_per_token = flops_per_token(profile.model, profile.data.seq_len)
         self.counters = {"step": 0, "tokens": 0, "valid_tokens": 0, "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0}
         self.last_held_out = float("nan")
-        self._started = time.monotonic()
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
             self._load_state(state)
-        self._write_run_file()
-        self.log = MetricsLog(run_dir, state["metrics_position"] if state else 0)
+        self._begins = state is None or state["metrics_position"] == 0
+        self._saved, self._saved_step = checkpoint, self.counters["step"] if checkpoint else None
+        self._retry_at: int | None = None
+        self._waited = 0.0
+        self._writer = checkpoints.BackgroundWriter()
+        self.identity = distributed.on_first_rank(lambda: self._open_folder(lock, init))
+        self.log = MetricsLog(run_dir, state["metrics_position"] if state else 0) if self.world.is_first else None
 
-    def to_the_end(self, stop: _StopRequest) -> TrainResult:
+    def to_the_end(self) -> TrainResult:
+        with StopRequest() as stop:
+            return self._to_the_end(stop)
+
+    def _to_the_end(self, stop: StopRequest) -> TrainResult:
         runtime, schedule = self.profile.runtime, self.profile.schedule
         self._tell({"kind": "start", "step": self.counters["step"], "max_steps": schedule.max_steps, "run": self.run_dir.name,
-                    "runtime": self.runtime.describe()})  # fmt: skip
+                    "runtime": self._described()})  # fmt: skip
         try:
-            if self.counters["step"] == 0 and self.log.position == 0:
+            if self.counters["step"] == 0 and self._begins:
                 self._evaluate()
-            saved_at = self.counters["step"]
             while self.counters["step"] < schedule.max_steps:
-                before = self.stream.state_dict()
-                if not self._step(stop):
-                    self.stream.load_state_dict(before)
+                stopping, saving = self._requests(stop)
+                if saving:
                     self._save()
+                before = self.stream.state_dict()
+                try:
+                    whole_step = not stopping and self._step(stop)
+                except _SourceBroke as broken:
+                    raise self._stopped(str(broken), before) from broken.__cause__
+                if not whole_step:
+                    self._save_and_wait(before)
                     raise KeyboardInterrupt
                 step, is_last = self.counters["step"], self.counters["step"] == schedule.max_steps
                 if self.profile.clamp.clamp_every and step % self.profile.clamp.clamp_every == 0:
                     self._clamp()
                 if step % runtime.eval_every == 0 or is_last:
                     self._evaluate()
-                if step % runtime.checkpoint_every == 0 or is_last:
+                if step % runtime.checkpoint_every == 0 and not is_last:
                     self._save()
-                    saved_at = step
-                if stop.requested:
-                    if saved_at != step:
-                        self._save()
-                    raise KeyboardInterrupt
+            checkpoint = self._save_and_wait()
+            if any(self._requests(stop)[:1]):
+                raise KeyboardInterrupt
         finally:
-            self.log.close()
+            self._writer.close()
+            if self.log is not None:
+                self.log.close()
             self._tell({"kind": "end", "step": self.counters["step"], "max_steps": schedule.max_steps})
-        checkpoint = checkpoints.require_checkpoint(self.run_dir)
         return TrainResult(self.run_dir, checkpoint, self.counters["step"], self.last_held_out, self.counters["seconds"])
 
-    def _step(self, stop: _StopRequest) -> bool:
+    def _parallel_model(self) -> distributed.ParallelModel:
+        """The model, held as the profile says. FSDP2 shards it before it is moved, as it may be too large for one device."""
+        runtime, blocks = self.profile.runtime, self.model.model.layers
+        sharded = distributed.ParallelModel(self.model, blocks, "fsdp") if runtime.parallel == "fsdp" else None
+        prepare_model(self.model, self.runtime, runtime.gradient_checkpointing)
+        return sharded or distributed.ParallelModel(self.model, blocks, "ddp")
+
+    def _open_folder(self, lock: RunLock, init: str | Path | None) -> str:
+        if not lock.held:
+            lock.acquire()
+        return run_folder.write_run_file(self.run_dir, self.profile, init, self._described())
+
+    def _described(self) -> str:
+        ranks = f" · {self.world.size} processes, {self.profile.runtime.parallel}" if self.world.size > 1 else ""
+        return self.runtime.describe() + ranks
+
+    def _requests(self, stop: StopRequest) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save now: what any rank was asked for by a signal, and rank 0 through the folder."""
+        saving = False
+        if self.world.is_first:
+            self._collect(waiting=False)
+            asked = run_folder.take_save_request(self.run_dir)
+            retrying = self._retry_at is not None and self.counters["step"] >= self._retry_at
+            saving = (asked or retrying) and self._saved_step != self.counters["step"]
+        stopping, saving = distributed.sum_over_ranks([stop.requested, saving])
+        return bool(stopping), bool(saving)
+
+    def _read_share(self) -> tuple[list[Batch], int]:
+        """This rank's micro-batches of the next step, and the valid labels of all ranks."""
+        data, failure, share = self.profile.data, None, []
+        try:
+            batch = self.stream.take(data.micro_batch * data.grad_accumulation)
+            share = packing.rank_share(batch, data.micro_batch, self.world.rank, self.world.size)
+        except (OSError, ValueError, RuntimeError) as error:  # ends the run on all ranks, with a checkpoint
+            failure = error
+        valid_tokens = sum(micro_batch.valid_tokens for micro_batch in share)
+        valid_tokens, broken = distributed.sum_over_ranks([valid_tokens, failure is not None])
+        if broken:
+            reason = f"{type(failure).__name__}: {failure}" if failure else "another process could not read it"
+            raise _SourceBroke(f"the data of step {self.counters['step'] + 1} could not be read ({reason})") from failure
+        return share, int(valid_tokens)
+
+    def _step(self, stop: StopRequest) -> bool:
         """One optimizer step over all its micro-batches. False when a stop was requested before they were through."""
         began = time.perf_counter()
-        data, step = self.profile.data, self.counters["step"]
-        batch = self.stream.take(data.micro_batch * data.grad_accumulation)
         # All micro-batches are divided by the labels of the whole step: a mean of means would weigh short ones too high.
-        valid_tokens = batch.valid_tokens
+        micro_batches, valid_tokens = self._read_share()
+        step = self.counters["step"]
         factor = lr_factor(step, self.profile.schedule)
         for group in (*self.muon.param_groups, *self.aux.param_groups):
             group["lr"] = group["peak_lr"] * factor
         terms: dict[str, torch.Tensor] = {}
-        for micro_batch in batch.split(data.micro_batch):
-            if stop.requested:
+        for batch in micro_batches:
+            if stop.requested and self.world.size == 1:  # several ranks have to agree first, which they do between steps
                 self._zero_gradients()
                 return False
-            for name, value in self._forward_backward(micro_batch, valid_tokens).items():
+            with self.parallel.averaging_gradients(now=batch is micro_batches[-1]):
+                values = self._forward_backward(batch, valid_tokens)
+            for name, value in values.items():
                 terms[name] = terms[name] + value if name in terms else value
-        values = {name: value.item() for name, value in terms.items()}
-        clipped = self.clip.clip_(self.parameters)
+        sums = distributed.sum_over_ranks([value.item() for value in terms.values()])
+        values = dict(zip(terms, sums, strict=True))
+        clipped = self.clip.clip_(self.parameters, distributed.gradient_norm(self.parameters, global_norm))
         usable = clipped.finite and np.isfinite(values["loss"])
         if usable:
             self.muon.step()
@@ -251,7 +267,7 @@ class _Run:
         seconds = time.perf_counter() - began
         counters = self.counters
         counters["step"] += 1
-        counters["tokens"] += batch.labels.numel()
+        counters["tokens"] += self.profile.tokens_per_step
         counters["valid_tokens"] += valid_tokens
         counters["seconds"] += seconds
         counters["skipped"] += not usable
@@ -262,31 +278,40 @@ class _Run:
                     "kind": "train", **self._progress(), "valid_tokens": counters["valid_tokens"], **values,
                     "lr_muon": self.profile.muon_lr * factor, "lr_aux": self.profile.optimizer.aux_lr * factor,
                     "grad_norm": clipped.norm, "clip_threshold": clipped.threshold, "clipped": clipped.clipped,
-                    "skipped": not usable, "tokens_per_second": batch.labels.numel() / seconds, "epoch": self.stream.epoch,
+                    "skipped": not usable, "tokens_per_second": self.profile.tokens_per_step / seconds,
+                    "epoch": self.stream.epoch,
                 }
             )  # fmt: skip
         if counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
-            checkpoint = self._save()
-            raise TrainingStopped(
-                f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {bad}; "
-                f"the last good weights are in {checkpoint}: lower the learning rate or look at the data of these steps."
+            raise self._stopped(
+                f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {bad}; lower the learning rate or see their data"
             )
         return True
 
+    def _stopped(self, reason: str, stream_state: dict | None = None) -> TrainingStopped:
+        """The error to end with, once the last whole step is saved."""
+        checkpoint = self._save_and_wait(stream_state)
+        return TrainingStopped(
+            f"Training has stopped: {reason}. The last good state is in {checkpoint}; training again continues there."
+        )
+
     def _forward_backward(self, batch: Batch, valid_tokens: int) -> dict[str, torch.Tensor]:
         """Adds the gradients of one micro-batch, returns its terms of the loss."""
-        spec = self.profile.objective
-        batch = batch.to(self.runtime.device)
-        labels = batch.labels
         with self.runtime.autocast():
-            body = models.forward_body(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)
-            head = self.model.get_output_embeddings().weight
-            terms = chunked_objective(body.hidden, head, labels, spec, num_valid=valid_tokens)
-            activation = activation_penalty(body.residual, labels, spec.activation_norm, valid_tokens)
-            # the router's loss is a mean over its tokens: weighted by their share, micro-batches add up to the mean
-            router = self.profile.model.router_aux_loss * body.router_loss * ((labels != -100).sum() / valid_tokens)
-            total = terms.total + activation + router
-        total.backward()
+            total, values = self.parallel(self._losses, batch.to(self.runtime.device), valid_tokens)
+        (total * self.world.size).backward()  # the mean over the ranks is then the sum of their parts
+        return values
+
+    def _losses(self, batch: Batch, valid_tokens: int) -> tuple[torch.Tensor, dict]:
+        """The loss to go backward from, and its terms."""
+        spec, labels = self.profile.objective, batch.labels
+        body = models.forward_body(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)
+        head = self.model.get_output_embeddings().weight
+        terms = chunked_objective(body.hidden, head, labels, spec, num_valid=valid_tokens)
+        activation = activation_penalty(body.residual, labels, spec.activation_norm, valid_tokens)
+        # the router's loss is a mean over its tokens: weighted by their share, micro-batches add up to the mean
+        router = self.profile.model.router_aux_loss * body.router_loss * ((labels != -100).sum() / valid_tokens)
+        total = terms.total + activation + router
         values = {
             "loss": total.detach(),
             "cross_entropy": terms.cross_entropy,
@@ -296,7 +321,7 @@ class _Run:
             "entropy_target": terms.entropy_target,
             "activation_norm": activation.detach(),
         }
-        return {**values, "router_loss": router.detach()} if self.profile.model.experts else values
+        return total, {**values, "router_loss": router.detach()} if self.profile.model.experts else values
 
     def _zero_gradients(self) -> None:
         self.muon.zero_grad(set_to_none=True)
@@ -304,9 +329,9 @@ class _Run:
 
     def _first_bad_tensor(self) -> str:
         for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
+            if not torch.isfinite(distributed.whole(parameter.detach())).all():
                 return f"the weight {name}"
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            if parameter.grad is not None and not torch.isfinite(distributed.whole(parameter.grad)).all():
                 return f"the gradient of {name}"
         return "the loss"
 
@@ -325,7 +350,7 @@ class _Run:
 
     def _evaluate(self) -> None:
         precision = torch.bfloat16 if self.runtime.precision == "bfloat16" else None
-        held_out = evaluation.held_out_loss(self.model, self.held_out, autocast=precision)
+        held_out = self.parallel.evaluate(evaluation.held_out_loss, self.model, self.held_out, 8, precision)
         self.last_held_out = held_out.loss
         self._record(
             {
@@ -334,7 +359,11 @@ class _Run:
             }
         )  # fmt: skip
 
-    def _save(self) -> Path:
+    def _save(self, stream_state: dict | None = None) -> None:
+        """Copies everything to host memory and has it written in the background, once the checkpoint before is through."""
+        began = time.perf_counter()
+        if self.world.is_first:
+            self._collect(waiting=True)
         state = {
             "counters": dict(self.counters),
             "last_held_out": self.last_held_out,
@@ -342,43 +371,77 @@ class _Run:
             "aux": self.aux.state_dict(),
             "clip": self.clip.state_dict(),
             "clamp": self.clamp.state_dict(),
-            "stream": self.stream.state_dict(),
+            "stream": stream_state or self.stream.state_dict(),
             "rng": _rng_state(),
-            "metrics_position": self.log.position,
+            "metrics_position": self.log.position if self.log else 0,
         }
-        checkpoint = checkpoints.save_checkpoint(
-            self.run_dir, self.counters["step"], self.model, self.tokenizer, state, self.profile.runtime.keep_checkpoints
-        )
-        self._tell({"kind": "checkpoint", "step": self.counters["step"], "path": str(checkpoint)})
-        return checkpoint
+        snapshot = checkpoints.take_snapshot(self.counters["step"], self.model, state)
+        if snapshot is not None:
+            self._writer.start(self._write, snapshot)
+            self._saved_step, self._retry_at = snapshot.step, None
+        self._waited = time.perf_counter() - began
+
+    def _write(self, snapshot: checkpoints.Snapshot) -> Path:
+        """Runs in the writer's thread."""
+        runtime = self.profile.runtime
+        keep = runtime.keep_checkpoints, runtime.keep_every
+        return checkpoints.write_checkpoint(self.run_dir, snapshot, self.model, self.tokenizer, self.identity, *keep)
+
+    def _collect(self, waiting: bool) -> None:
+        """Takes note of a checkpoint that has been written. When it failed, training goes on and tries again before long."""
+        try:
+            written = self._writer.collect(waiting)
+        except CheckpointFailed as error:
+            self._saved_step = None
+            self._retry_at = self.counters["step"] + max(1, self.profile.runtime.checkpoint_every // 10)
+            warnings.warn(f"{error} Training goes on; the next try is at step {self._retry_at}.", stacklevel=2)
+        else:
+            self._note_written(written)
+
+    def _note_written(self, written: Path | None) -> None:
+        if written is not None:
+            self._saved = written
+            step = checkpoints.checkpoint_step(written)
+            self._record({"kind": "checkpoint", **self._progress(), "step": step, "waited_seconds": self._waited})
+
+    def _save_and_wait(self, stream_state: dict | None = None) -> Path:
+        """A checkpoint of this step that is on the disk when it returns; CheckpointFailed, on all ranks, when it cannot be."""
+        if distributed.on_first_rank(lambda: self._collect(waiting=True) or self._saved_step != self.counters["step"]):
+            self._save(stream_state)
+        return distributed.on_first_rank(self._written)
+
+    def _written(self) -> Path:
+        self._note_written(self._writer.collect(waiting=True))
+        return self._saved
 
     def _load_state(self, state: dict) -> None:
         self.counters = dict(state["counters"])
         self.last_held_out = state["last_held_out"]
-        self.muon.load_state_dict(state["muon"])
-        self.aux.load_state_dict(state["aux"])
+        for optimizer, saved in ((self.muon, state["muon"]), (self.aux, state["aux"])):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for index, values in saved["state"].items():
+                saved["state"][index] = {name: _laid_out(value, parameters[index]) for name, value in values.items()}
+            optimizer.load_state_dict(saved)
         self.clip.load_state_dict(state["clip"])
         self.clamp.load_state_dict(state["clamp"])
         self.stream.load_state_dict(state["stream"])
         _set_rng_state(state["rng"])
 
-    def _write_run_file(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        record = {"profile": self.profile.to_dict(), "init": _init_name(self.init), "runtime": self.runtime.describe()}
-        temporary = self.run_dir / f".{RUN_FILE}"
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(self.run_dir / RUN_FILE)
-
     def _progress(self) -> dict:
         return {key: self.counters[key] for key in ("step", "tokens", "seconds")}
 
     def _record(self, row: dict) -> None:
-        self.log.append(row)
+        if self.log is not None:
+            self.log.append(row)
         self._tell(row)
 
     def _tell(self, row: Mapping) -> None:
-        for callback in self.callbacks:
+        for callback in self.callbacks if self.world.is_first else ():
             callback(row)
+
+
+def _laid_out(value, parameter: torch.nn.Parameter):
+    return distributed.laid_out(value, parameter) if isinstance(value, torch.Tensor) else value
 
 
 def _layer(name: str) -> int:

@@ -12,6 +12,8 @@ _RUNS = tempfile.TemporaryDirectory(prefix="kl3m-nb-runs-")
 os.environ["KL3M_NB_RUNS"] = _RUNS.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from warm_processes import WarmProcesses  # noqa: E402
+
 from kl3m_nb import profiles, training  # noqa: E402
 
 
@@ -29,3 +31,11 @@ def trained_run(tmp_path_factory):
     """(run folder, TrainResult) of `small_profile` trained to its end."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     return run_dir, training.train(small_profile(), run_dir)
+
+
+@pytest.fixture(scope="session")
+def warm_processes():
+    """Processes that start in milliseconds."""
+    processes = WarmProcesses()
+    yield processes
+    processes.close()

@@ -1,0 +1,197 @@
+"""The folder of a run: run.json says what is trained there, run.lock who is training, `save-now` asks for a checkpoint.
+
+The lock is the operating system's (flock): it ends with the process that holds it, however that ends. What a killed process
+leaves behind is only the file with its name in it, which the next one takes over. No clock is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+import warnings
+from pathlib import Path
+
+from kl3m_nb import paths, profiles
+from kl3m_nb.profiles import Profile
+from kl3m_nb.progress import replace_text
+
+RUN_FILE, LOCK_FILE, SAVE_REQUEST = "run.json", "run.lock", "save-now"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class RunIsBusy(ValueError):
+    """Another process is training in the run folder."""
+
+
+class RunLock:
+    """Held by the one process that may write to a run folder. Not reentrant: a second lock in the same process is refused too."""
+
+    def __init__(self, run_dir: Path):
+        self.path = run_dir / LOCK_FILE
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    @property
+    def held(self) -> bool:
+        """True from `acquire` to the end of the with block."""
+        return self._descriptor is not None
+
+    def acquire(self) -> None:
+        """Makes the folder if need be and takes the lock, or raises RunIsBusy naming the process that has it.
+
+        Warns when a killed process had it before. Raises ValueError for a folder that cannot be written to.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise ValueError(f"{self.path.parent} cannot be written to ({error.strerror}); choose another run folder.") from error
+        holder = os.read(descriptor, 4096).decode(errors="replace").strip()
+        try:
+            _lock_exclusively(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise RunIsBusy(_busy(self.path.parent, holder)) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(f"The file system of {self.path} has no locks; see to it that one process trains there.", stacklevel=2)
+        if not _is_same_file(descriptor, self.path):  # its holder has just ended and removed it
+            os.close(descriptor)
+            self.acquire()
+            return
+        if holder:
+            warnings.warn(f"{holder} trained in {self.path.parent} and was killed; its lock is taken over.", stacklevel=2)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        self._descriptor = descriptor
+
+
+def running_process(run_dir: Path) -> str | None:
+    """Who trains in `run_dir` at this moment, such as "process 4711 on node3"; None when nobody does."""
+    try:
+        descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        holder = os.read(descriptor, 4096).decode(errors="replace").strip()
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return holder or "a process"
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def request_checkpoint(run_dir: str | Path) -> None:
+    """Asks whoever trains in `run_dir` to save a checkpoint after the present step; `touch runs/NAME/save-now` does the same."""
+    folder = paths.resolve(run_dir)
+    if not (folder / RUN_FILE).is_file():
+        raise ValueError(f"{folder} is no run folder, it holds no {RUN_FILE}; name another run.")
+    (folder / SAVE_REQUEST).touch()
+
+
+def take_save_request(run_dir: Path) -> bool:
+    """True when a checkpoint was asked for since the last call."""
+    try:
+        (run_dir / SAVE_REQUEST).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read_run_profile(run_dir: str | Path) -> Profile:
+    """The profile a run folder was trained with. Raises ValueError when it is no run folder."""
+    return profiles.profile_from_dict(_record(run_dir)["profile"])
+
+
+def read_run_init(run_dir: str | Path) -> str | None:
+    """What a run was started from: a checkpoint's path or hub id; None for random weights."""
+    init = _record(run_dir)["init"]
+    return None if init == init_name(None) else init
+
+
+def run_identity(run_dir: Path) -> str | None:
+    """The random name that run.json and the run's checkpoints share; None before the run has begun."""
+    return _record(run_dir)["identity"] if (run_dir / RUN_FILE).is_file() else None
+
+
+def init_name(init: str | Path | None) -> str:
+    """How run.json names what a run was started from."""
+    if init is None:
+        return "random weights"
+    path = paths.resolve(init)
+    return str(path.relative_to(paths.project_root())) if path.is_relative_to(paths.project_root()) else str(init)
+
+
+def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -> None:
+    """Raises ValueError when `run_dir` belongs to a run with other settings; how it is carried out may differ."""
+    if not (run_dir / RUN_FILE).is_file():
+        return
+    record = _record(run_dir)
+    stored, given = record["profile"], profile.to_dict()
+    for section, values in given.items():
+        if section == "runtime" or values == stored[section]:
+            continue
+        if isinstance(values, dict):
+            key = next(key for key in values if values[key] != stored[section].get(key))
+            was, now = stored[section].get(key), values[key]
+        else:
+            key, was, now = section, stored[section], values
+        raise ValueError(
+            f"The run folder {run_dir} belongs to the profile {stored['name']} with {key} = {was!r}, now it is {now!r}; "
+            "use the same settings or another run folder."
+        )
+    if record["init"] != init_name(init):
+        raise ValueError(
+            f"The run folder {run_dir} was started from {record['init']}, now from {init_name(init)}; use another run folder."
+        )
+
+
+def write_run_file(run_dir: Path, profile: Profile, init: str | Path | None, runtime: str) -> str:
+    """Writes run.json and returns the run's identity, which stays what it was."""
+    identity = run_identity(run_dir) or uuid.uuid4().hex
+    record = {"profile": profile.to_dict(), "init": init_name(init), "runtime": runtime, "identity": identity}
+    replace_text(run_dir / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    return identity
+
+
+def _record(run_dir: str | Path) -> dict:
+    path = paths.resolve(run_dir) / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is no run folder, it holds no {RUN_FILE}; train it first, or name another run.")
+    return json.loads(path.read_text())
+
+
+def _lock_exclusively(descriptor: int) -> None:
+    """Tried for half a second, because `running_process` takes the lock for a moment."""
+    for _ in range(9):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _busy(run_dir: Path, holder: str) -> str:
+    return f"The run folder {run_dir} is in use by {holder or 'another process'}; wait for it, stop it, or use another folder."
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

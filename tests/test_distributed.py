@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import small_profile
+from safetensors.torch import load_file
+
+from kl3m_nb import checkpoints, distributed, training
+from kl3m_nb.metrics import read_metrics
+
+# Ceilings so low that the clamp has something to repair on every rank.
+CLAMPED = {"attention_max_condition": 3.0, "mlp_max_condition": 2.0, "lm_head_max_condition": 4.0}
+DENSE = {"max_steps": 6, **CLAMPED}  # one micro-batch a step: its windows are dealt out
+MIXTURE = {"max_steps": 6, "micro_batch": 2, "grad_accumulation": 4, "experts": 4, "active_experts": 2, "router_aux_loss": 0.05}
+
+
+def _losses(run_dir) -> list[float]:
+    return list(read_metrics(run_dir, "train").loss)
+
+
+def _weights(run_dir) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints.require_checkpoint(run_dir) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Run folders of the profiles above, trained by one process."""
+    folders = {name: tmp_path_factory.mktemp("alone") / name for name in ("dense", "mixture")}
+    training.train(small_profile(**DENSE), folders["dense"])
+    training.train(small_profile(**MIXTURE), folders["mixture"])
+    return folders
+
+
+def _assert_same_run(run_dir, other):
+    assert _losses(run_dir) == pytest.approx(_losses(other), rel=2e-5)
+    assert list(read_metrics(run_dir, "train").valid_tokens) == list(read_metrics(other, "train").valid_tokens)
+    ours, theirs = _weights(run_dir), _weights(other)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-4) for name in theirs)
+
+
+@pytest.mark.parametrize(("ranks", "name", "profile"), [(2, "dense", DENSE), (4, "mixture", MIXTURE)])
+def test_several_processes_train_what_one_does(warm_processes, tmp_path, alone, ranks, name, profile):
+    assert warm_processes.train(ranks, tmp_path / "run", profile) == [0] * ranks, (tmp_path / "run.log").read_text()
+    _assert_same_run(tmp_path / "run", alone[name])
+    if name == "dense":
+        assert read_metrics(tmp_path / "run", "clamp").raised.sum() == read_metrics(alone[name], "clamp").raised.sum() > 0
+
+
+def test_gradients_are_reduced_once_a_step_whatever_is_accumulated(warm_processes, tmp_path):
+    counts = {}
+    for accumulation in (2, 6):
+        profile = {"max_steps": 3, "micro_batch": 1, "grad_accumulation": accumulation, "clamp_every": 0}
+        assert warm_processes.train(2, tmp_path / f"run{accumulation}", profile, count_reductions=True) == [0, 0]
+        counts[accumulation] = len((tmp_path / f"run{accumulation}.reductions-1").read_text().splitlines())
+    assert counts[2] == counts[6] > 0 and counts[2] % 3 == 0
+
+
+def test_a_run_of_four_goes_on_with_two_and_with_one(warm_processes, tmp_path, alone):
+    stopping = {"rank": 3, "call": 2, "kind": "stop"}
+    assert warm_processes.train(4, tmp_path / "run", DENSE, stopping) == [130] * 4, (tmp_path / "run.log").read_text()
+    assert _losses(tmp_path / "run") == pytest.approx(_losses(alone["dense"])[:2], rel=2e-5)
+    assert warm_processes.train(2, tmp_path / "run", DENSE, {"rank": 0, "call": 2, "kind": "stop"}) == [130] * 2
+    assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004"
+    training.train(small_profile(**DENSE), tmp_path / "run")
+    _assert_same_run(tmp_path / "run", alone["dense"])
+
+
+def test_shards_train_what_whole_models_do_and_their_checkpoints_are_the_same(warm_processes, tmp_path, alone):
+    stopping = {"rank": 1, "call": 3, "kind": "stop"}
+    assert warm_processes.train(2, tmp_path / "run", {**DENSE, "parallel": "fsdp"}, stopping) == [130] * 2, (
+        tmp_path / "run.log"
+    ).read_text()
+    assert warm_processes.train(2, tmp_path / "run", {**DENSE, "parallel": "fsdp"}, {**stopping, "call": 2}) == [130] * 2
+    assert len(_losses(tmp_path / "run")) == 5
+    training.train(small_profile(**DENSE), tmp_path / "run")
+    _assert_same_run(tmp_path / "run", alone["dense"])
+
+
+def test_sharded_experts_train_what_whole_ones_do(warm_processes, tmp_path, alone):
+    assert warm_processes.train(2, tmp_path / "run", {**MIXTURE, "parallel": "fsdp"}) == [0, 0], (tmp_path / "run.log").read_text()
+    _assert_same_run(tmp_path / "run", alone["mixture"])
+
+
+@pytest.mark.parametrize(("kind", "code"), [("kill", -9), ("error", 1)])
+def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(warm_processes, tmp_path, alone, kind, code):
+    codes = warm_processes.train(2, tmp_path / "run", DENSE, {"rank": 1, "call": 5, "kind": kind})
+    assert codes[1] == code and codes[0] not in (0, 999), "the surviving rank has to end by itself, with an error"
+    log = (tmp_path / "run.log").read_text()
+    assert "no memory for the activations" in log if kind == "error" else "closed by peer" in log or "Connection reset" in log
+    assert warm_processes.train(2, tmp_path / "run", DENSE) == [0, 0]
+    _assert_same_run(tmp_path / "run", alone["dense"])
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(warm_processes, tmp_path):
+    fault = {"rank": 1, "call": 2, "kind": "nan"}
+    assert warm_processes.train(2, tmp_path / "run", {"max_steps": 4, "clamp_every": 0}, fault) == [0, 0]
+    assert list(read_metrics(tmp_path / "run", "train").skipped) == [False, True, False, False]
+    assert all(torch.isfinite(weight).all() for weight in _weights(tmp_path / "run").values())
+
+
+def test_windows_that_cannot_be_shared_are_refused_by_all_ranks(warm_processes, tmp_path):
+    assert warm_processes.train(3, tmp_path / "run", DENSE) == [1, 1, 1]
+    assert "A step of 4 windows cannot be shared evenly by 3 processes" in (tmp_path / "run.log").read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_is_its_own_world(monkeypatch):
+    assert distributed.world() == distributed.World(0, 1) and distributed.world().is_first
+    assert distributed.sum_over_ranks([1, 2.5]) == [1, 2.5] and distributed.gather("a") == ["a"]
+    with pytest.raises(ValueError, match="no"):
+        distributed.on_first_rank(lambda: int("no"))
+    weight = torch.randn(4, 3)
+    assert distributed.local(weight) is distributed.whole(weight) is weight
+
+
+def test_owners_share_the_cost(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, 3))
+    costs = [9.0, 1.0, 5.0, 4.0, 3.0, 5.0]
+    owners = distributed.balanced_owners(costs)
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)]
+    best = min(
+        max(sum(cost for cost, owner in zip(costs, dealt, strict=True) if owner == rank) for rank in range(3))
+        for dealt in itertools.product(range(3), repeat=len(costs))
+    )
+    assert sum(loads) == sum(costs) and max(loads) <= 4 / 3 * best  # Graham's bound for this rule

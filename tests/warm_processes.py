@@ -1,0 +1,182 @@
+"""A warm interpreter that forks processes for the tests: torch imported anew in each would take most of their time.
+
+`WarmProcesses` starts this file as a script and sends it one job a line. The server itself computes nothing, so that what it
+forks finds no threads of a matrix library half dead.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 60  # within which a job has ended, also one that lost a rank
+
+
+class WarmProcesses:
+    """Runs jobs of this file in forked processes."""
+
+    def __init__(self):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def call(self, job: str, **arguments):
+        """What the function `job` returned in the server."""
+        print(json.dumps([job, arguments]), file=self._server.stdin, flush=True)
+        return json.loads(self._server.stdout.readline())
+
+    def train(self, ranks: int, run_dir: Path, profile: dict, fault: dict | None = None, **options) -> list[int]:
+        """Exit codes of `ranks` processes that train `small_profile(**profile)` in `run_dir`; negative for a signal."""
+        arguments = dict(run_dir=str(run_dir), profile=profile, fault=fault, **options)
+        return self.call("run_ranks", ranks=ranks, work="train", arguments=arguments)
+
+    def close(self) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+
+def run_ranks(ranks: int, work: str, arguments: dict) -> list[int]:
+    """Forks `ranks` processes with the environment that torchrun gives, and waits for them; what they print goes to ranks.log."""
+    port = _free_port()
+    common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    log = Path(arguments["run_dir"]).with_suffix(".log")
+    children = [_fork(work, arguments, {**common, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}, log) for rank in range(ranks)]
+    deadline = time.monotonic() + SECONDS
+    codes: dict[int, int] = {}
+    while len(codes) < ranks and time.monotonic() < deadline:
+        for child in set(children) - codes.keys():
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for child in set(children) - codes.keys():
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        codes[child] = 999  # it did not end by itself
+    return [codes[child] for child in children]
+
+
+def kill_at_random(kills: int, seed: int, run_dir: str, profile: dict) -> dict:
+    """Trains in one process after another, killed at random moments `kills` times and then left alone; steps reached by each."""
+    from kl3m_nb.metrics import read_metrics
+
+    rng, reached = random.Random(seed), []
+    for _ in range(kills):
+        child = _fork("train", dict(run_dir=run_dir, profile=profile), {}, Path(run_dir).with_suffix(".log"))
+        time.sleep(rng.uniform(0.02, 0.6))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+            return {"reached": reached, "code": os.waitstatus_to_exitcode(status)}
+        rows = read_metrics(run_dir, "train")
+        reached.append(int(rows.step.max()) if len(rows) else 0)
+    return {"reached": reached, "code": run_ranks(1, "train", dict(run_dir=run_dir, profile=profile))[0]}
+
+
+def train(run_dir: str, profile: dict, fault: dict | None = None, count_reductions: bool = False) -> None:
+    """Trains; `fault` has the `rank`, the micro-batch `call` of that rank and the `kind`: kill, stop, nan or error."""
+    from conftest import small_profile
+
+    from kl3m_nb import distributed, training
+
+    if fault and int(os.environ.get("RANK", 0)) == fault["rank"]:
+        _plant(fault["call"], fault["kind"], training)
+    if count_reductions:
+        _count_reductions(Path(run_dir), distributed)
+    training.train(small_profile(**profile), run_dir)
+
+
+def _plant(call: int, kind: str, training) -> None:
+    original, calls = training.activation_penalty, []
+
+    def faulty(residual, *rest):
+        calls.append(1)
+        penalty = original(residual, *rest)
+        if len(calls) != call:
+            return penalty
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "stop":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if kind == "error":
+            raise MemoryError("no memory for the activations")
+        return penalty * math.nan if kind == "nan" else penalty
+
+    training.activation_penalty = faulty
+
+
+def _count_reductions(run_dir: Path, distributed) -> None:
+    """A line in RUN.reductions-RANK for every bucket of gradients that DDP reduces."""
+    import torch
+    import torch.distributed as dist
+
+    def averaged(rank, bucket):
+        with open(run_dir.with_suffix(f".reductions-{rank}"), "a") as file:
+            file.write("1\n")
+        dist.all_reduce(bucket.buffer().div_(dist.get_world_size()))
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    class Counted(distributed.DistributedDataParallel):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            self.register_comm_hook(dist.get_rank(), averaged)
+
+    distributed.DistributedDataParallel = Counted
+
+
+def _fork(work: str, arguments: dict, environment: dict, log: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        sys.stderr.flush()
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        faulthandler.dump_traceback_later(SECONDS - 10)  # where it hangs, if it does
+        os.environ.update({key: str(value) for key, value in environment.items()})
+        globals()[work](**arguments)
+        code = 0
+    except KeyboardInterrupt:
+        code = 130
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def serve() -> None:
+    """Imports and reads what every job needs, then takes jobs until standard input ends."""
+    from kl3m_nb import corpus, training
+
+    assert training.train
+    corpus.preview("package:licensedcode-data", held_out=False)
+    for line in sys.stdin:
+        job, arguments = json.loads(line)
+        print(json.dumps(globals()[job](**arguments)), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
