@@ -145,6 +145,14 @@ def test_bad_input_writes_nothing(tmp_path, trained_run):
     assert not (tmp_path / "run").exists()
 
 
+def _same(left, right) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
 def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch):
     profile = small_profile(max_steps=3, clamp_every=0, checkpoint_every=1, keep_checkpoints=3)
     original, calls = training.activation_penalty, []
@@ -164,8 +172,9 @@ def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch)
     assert seen == {1: False, 2: True, 3: False}
     first, second, third = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     before, after = checkpoints.load_state(first), checkpoints.load_state(second)
-    for part in ("muon", "aux", "clip", "clamp"):
-        torch.testing.assert_close(after[part], before[part], rtol=0, atol=0)
+    for part in ("muon", "aux"):
+        assert _same(after[part]["state"], before[part]["state"])
+    assert _same([after["clip"], after["clamp"]], [before["clip"], before["clamp"]])
     assert after["counters"]["skipped"] == before["counters"]["skipped"] + 1
     assert all(torch.equal(weight, _weights(first)[name]) for name, weight in _weights(second).items())
     assert any(not torch.equal(weight, _weights(first)[name]) for name, weight in _weights(third).items())
