@@ -78,10 +78,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, whitespace: str = "or
         raise ValueError(
             f"The texts gave only {vocabulary - missing} entries of {vocabulary}; use more text or a smaller vocabulary."
         )
-    for text in itertools.chain(custom_tokens.FRAGMENTS, custom_tokens.whitespace_runs(shortest=2)):
-        if tokenizer.get_vocab_size() == vocabulary:
-            break
-        tokenizer.add_tokens([custom_tokens.added(text)])
+    further = itertools.chain(custom_tokens.FRAGMENTS, custom_tokens.whitespace_runs(shortest=2))
+    new = (custom_tokens.added(text) for text in further if tokenizer.token_to_id(text) is None)
+    tokenizer.add_tokens(list(itertools.islice(new, missing)))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|start|>",
