@@ -6,6 +6,7 @@ tokens, there `<|sep|>` stands between instruction and response (inferred: the c
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kl3m_nb.instructions import InstructionPair
+
+log = logging.getLogger(__name__)
 
 OPENING, CLOSING, SEPARATOR = "<|instruction|>", "</|instruction|>", "<|sep|>"
 
@@ -46,12 +49,14 @@ class PairSamples:
     def __init__(
         self, pairs: Sequence[InstructionPair], tokenizer: PreTrainedTokenizerBase, most_tokens: int, loss: str, seed: int
     ):
-        """Pairs of more than `most_tokens` tokens cannot be used; `left_out` says how many. Raises ValueError when none fits."""
+        """Pairs of more than `most_tokens` tokens cannot be used; how many is logged. Raises ValueError when none fits."""
         samples = [pair_sample(pair, tokenizer, loss) for pair in pairs]
         self._samples = [sample for sample in samples if sample.tokens.size <= most_tokens]
         self.left_out = len(samples) - len(self._samples)
         if not self._samples:
             raise ValueError(f"None of {len(pairs)} instruction pairs fits into {most_tokens} tokens; raise seq_len.")
+        if self.left_out:
+            log.warning("%s of %s instruction pairs are longer than %s tokens: not used", self.left_out, len(pairs), most_tokens)
         self._seed = seed
         self.given = 0  # over all passes: the whole state
         self._order: tuple[int, list[int]] = (-1, [])

@@ -42,10 +42,15 @@ class Batch:
         """Labels that count."""
         return int((self.labels != -100).sum())
 
-    def split(self, windows: int) -> Iterator[Batch]:
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, windows: slice) -> Batch:
+        return self._each(lambda tensor: tensor[windows])
+
+    def split(self, windows: int) -> list[Batch]:
         """The same windows in batches of at most `windows`."""
-        for start in range(0, len(self.labels), windows):
-            yield self._each(lambda tensor, start=start: tensor[start : start + windows])
+        return [self[start : start + windows] for start in range(0, len(self), windows)]
 
     def every(self, ranks: int, rank: int) -> Batch:
         """The windows `rank`, `rank + ranks`, `rank + 2·ranks` …"""

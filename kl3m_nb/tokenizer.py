@@ -9,6 +9,7 @@ space too, so words never carry a blank. What is saved loads with `AutoTokenizer
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -28,6 +29,7 @@ START_ID, END_ID, PAD_ID = 0, 1, 2
 WHITESPACE_MANNERS = ("ordinary", "unorthodox")
 CORPUS_NAMES = {"corpus": "ordinary", "corpus-001": "unorthodox"}
 _WHITESPACE_RUNS = [" " * n for n in (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)] + ["\n" * n for n in (2, 3, 4)] + ["\t\t"]
+_MOST_FILLED_UP = 8  # at most an eighth of the entries may be added for want of text
 _MOST_TRAINING_CHARACTERS = 200_000_000  # of an endless source: more changes little and takes minutes
 
 
@@ -68,18 +70,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, whitespace: str = "or
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.pre_tokenizer = words
-    if tokenizer.get_vocab_size() != bpe_entries:
-        raise ValueError(
-            f"The texts gave only {tokenizer.get_vocab_size() + len(custom)} entries of {vocabulary}; "
-            "use more text or a smaller vocabulary."
-        )
     # Added tokens are matched before BPE sees the text. A fragment that BPE already learned keeps its entry; a run of blanks,
-    # which it knows in another form, gets a second one.
+    # which it knows in another form, gets a second one. What is still free then goes to further fragments and longer runs.
     tokenizer.add_tokens([custom_tokens.added(text) for text in custom])
-    for run in custom_tokens.whitespace_runs(shortest=2):  # in place of fragments that BPE had learned itself
-        if tokenizer.get_vocab_size() == vocabulary:
-            break
-        tokenizer.add_tokens([custom_tokens.added(run)])
+    missing = vocabulary - tokenizer.get_vocab_size()
+    if missing > vocabulary // _MOST_FILLED_UP:
+        raise ValueError(
+            f"The texts gave only {vocabulary - missing} entries of {vocabulary}; use more text or a smaller vocabulary."
+        )
+    further = itertools.chain(custom_tokens.FRAGMENTS, custom_tokens.whitespace_runs(shortest=2))
+    new = (custom_tokens.added(text) for text in further if tokenizer.token_to_id(text) is None)
+    tokenizer.add_tokens(list(itertools.islice(new, missing)))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|start|>",

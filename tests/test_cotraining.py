@@ -29,11 +29,11 @@ def test_a_tokenizer_without_instruction_tokens_gets_a_separator(trained, monkey
     assert trained.decode(sample.tokens) == f"<|start|>{pair.instruction}<|sep|>{pair.response}<|end|>"
 
 
-def test_pairs_come_once_a_pass_in_changing_order_and_long_ones_are_counted(trained):
+def test_pairs_come_once_a_pass_in_changing_order_and_long_ones_are_said(trained, caplog):
     pairs = load_pairs()
     samples = cotraining.PairSamples(pairs, trained, 400, "response", seed=3)
     usable = len(pairs) - samples.left_out
-    assert 0 < samples.left_out < len(pairs)
+    assert 0 < samples.left_out < len(pairs) and f"{samples.left_out} of {len(pairs)} instruction pairs" in caplog.text
     passes = [[tuple(samples.next().tokens.tolist()) for _ in range(usable)] for _ in range(2)]
     assert len(set(passes[0])) == usable and set(passes[0]) == set(passes[1]) and passes[0] != passes[1]
     assert max(map(len, passes[0])) <= 400

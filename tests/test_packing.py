@@ -80,6 +80,15 @@ def test_held_out_windows_by_domain_hold_the_documents_of_their_domain(tmp_path)
         assert 1 <= len(windows) <= 6 and set(windows.flatten().tolist()) == {0, ord(domain)}
 
 
+def test_the_table_of_documents_has_every_one_with_its_part_domain_and_length(spec):
+    table = packing.document_table(spec, Letters())
+    assert len(table) == 300 and set(table.domain) == {spec.source}
+    for name, held_out in (("training", False), ("held out", True)):
+        lengths = [len(document.text) for document in corpus.iterate_documents(spec.source, held_out)]
+        assert list(table.tokens[table.part == name]) == lengths
+    assert (packing.document_table(spec, Letters(), most=5).part == "training").sum() == 5
+
+
 def test_positions_begin_anew_behind_every_end():
     tokens = torch.tensor([[5, 6, 1, 7, 1, 1, 8, 9], [1, 5, 6, 7, 8, 9, 5, 6]])
     assert packing.restarting_positions(tokens, 1).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]

@@ -32,7 +32,8 @@ def test_one_keyword_changes_one_field_wherever_it_stands():
     for key, section in profiles.FIELD_SECTIONS.items():
         owner = base if section == "profile" else getattr(base, section)
         value = getattr(owner, key)
-        if key in ("heads", "kv_heads", "layers", "growth_factor", "seq_len", "context", "p_sft") or isinstance(value, (str, bool)):
+        bound = ("heads", "kv_heads", "layers", "growth_factor", "seq_len", "context", "p_sft")
+        if key in bound or isinstance(value, (str, bool)):
             continue
         changed = override_profile(base, **{key: value + 1})
         differing = [
@@ -70,6 +71,10 @@ def test_the_source_of_a_profile_is_shallower_and_nothing_else():
         ("tiny", {"clip_mode": "soft"}, "adaptive"),
         ("tiny", {"micro_batch": 0}, "at least 1"),
         ("tiny", {"kv_heads": 3}, "kv_heads"),
+        ("tiny", {"p_sft": 0.1}, "segments"),
+        ("tiny", {"p_sft": 1.5, "packing": "segments"}, "between 0 and 1"),
+        ("tiny", {"document_borders": "mask", "packing": "segments"}, "never hold two documents"),
+        ("tiny", {"prefetch_batches": -1}, "at least 0"),
     ],
 )
 def test_bad_values_get_one_sentence_that_names_what_is_accepted(name, overrides, words):
