@@ -22,8 +22,9 @@ FLOORS = {
     1: "display paths profiles progress flops parameters",
     2: "instructions tokenizer corpus packing models roles runtime stacking muon clamping gram objective schedule evaluation",
     3: "checkpoints metrics training",
-    4: "spectra matrices generation growth estimate",
-    5: "figures plots spectral_plots live runs report html run_status runner demo cli __main__",
+    4: "spectra spectral_cache spectral_summary matrices copies history block_function known_spectra generation growth estimate",
+    5: "figures plots live runs report html run_status runner demo cli __main__ "
+    "spectral_plots matrix_plots spectral_explorer spectral_report spectral_subject progress_bar",
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
