@@ -15,9 +15,7 @@ import pandas as pd
 import torch
 
 from kl3m_nb.matrices import HEAD_LAYER, Checkpoint, Matrix, check_source_layers, find_matrices, layer_count
-from kl3m_nb.spectra import Progress, model_singular_values, on_every_core
-
-SingularValues = Mapping[tuple[int, str], np.ndarray]  # keys from `spectra.spectrum_key`; each array float64, descending
+from kl3m_nb.spectra import Progress, SingularValues, model_singular_values, on_every_core
 
 
 def copy_divergence(

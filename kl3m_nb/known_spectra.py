@@ -3,12 +3,13 @@
 The analysis is checked against them, at the size of a test and at the size of the real model. A matrix is U·diag(s)·Vᵀ on the
 side of its shorter dimension n, with a geometric spectrum s. Training is imitated by two changes that can be undone on paper: in
 copy c the spectrum is raised to the power 1 + 0.01·c, and every left direction i of the upper half is turned towards direction
-i + n/2 by 0.05·c radians.
+i + n/2 by 0.05·c radians, forward in odd copies and backward in even ones.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -23,8 +24,8 @@ from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER
 from kl3m_nb.profiles import ATTENTION_ROLES, ModelSpec
 from kl3m_nb.stacking import stack_checkpoint
 
-ANGLE = 0.05  # radians by which copy c = 1 is turned; copy c by c times as much
-POWER = 0.01  # its spectrum is raised to the power 1 + POWER
+ANGLE = 0.05  # radians by which copy 1 is turned
+POWER = 0.01  # the spectrum of copy 1 is raised to the power 1 + POWER
 HEAD_CONDITION = 500.0
 SIGMA_MAX = 20.0
 _BASES = 4  # pairs of orthonormal bases of each shape; blocks take them in turn
@@ -50,13 +51,14 @@ class KnownStack:
 def write_known_stack(folder: str | Path, spec: ModelSpec, copies: int) -> KnownStack:
     """Writes source, stack and trained model of `spec` (a dense Llama with tied embeddings) into `folder`.
 
-    `spec.layers` is the depth of the stack, `copies` how often each source block is in it. Weights are float32, so what is read
-    differs from what was put in by their rounding: about 1e-7·σ₁ in a singular value.
+    `spec.layers` is the depth of the stack, `copies` how often each source block is in it. What an earlier call with the same
+    arguments wrote is left as it is. Weights are float32, so what is read differs from what was put in by their rounding: about
+    1e-8·σ₁ in a singular value.
     """
     folder, source_layers = Path(folder), spec.layers // copies
     bases = _Bases(spec)
     source = folder / "source"
-    _write(source, spec, source_layers, lambda layer, role: bases.matrix(layer, role, 0), bases.head)
+    _write(source, spec, source_layers, lambda layer, role: bases.matrix(layer, role, 0), bases)
     stack = folder / "stack"
     stack_checkpoint(source, stack, copies)
 
@@ -64,7 +66,7 @@ def write_known_stack(folder: str | Path, spec: ModelSpec, copies: int) -> Known
         return bases.matrix(layer % source_layers, role, layer // source_layers)
 
     trained = folder / "trained"
-    _write(trained, spec, spec.layers, trained_matrix, bases.head)
+    _write(trained, spec, spec.layers, trained_matrix, bases)
     keys = [(layer, role) for layer in range(spec.layers) for role in BLOCK_ROLES]
     spectra = {(layer, role): bases.spectrum(layer % source_layers, role, layer // source_layers) for layer, role in keys}
     rmse = {
@@ -83,7 +85,7 @@ def write_known_stack(folder: str | Path, spec: ModelSpec, copies: int) -> Known
 def _expected_row(bases: _Bases, block: int, role: str, a: int, b: int) -> dict:
     start, first, second = (bases.spectrum(block, role, copy) for copy in (0, a, b))
     # Column i of two copies meets at the difference of their angles, and different columns never meet.
-    inner = {pair: np.cos(ANGLE * (pair[0] - pair[1])) for pair in ((a, b), (a, 0), (b, 0))}
+    inner = {pair: np.cos(_angle(pair[0]) - _angle(pair[1])) for pair in ((a, b), (a, 0), (b, 0))}
     distance = np.sqrt(np.sum(first**2 + second**2 - 2 * first * second * inner[a, b]))
     lengths = [
         np.sqrt(np.sum(moved**2 + start**2 - 2 * moved * start * inner[copy, 0])) for copy, moved in ((a, first), (b, second))
@@ -116,10 +118,15 @@ class _Bases:
             sides: [tuple(self._orthonormal(side, sides[0]) for side in sides) for _ in range(_BASES)]
             for sides in {(min(shape), max(shape)) for shape in self.shapes.values()}
         }
-        short, long = sorted((spec.vocabulary, spec.hidden))
-        head = self._orthonormal(long, short) * torch.from_numpy(_geometric(HEAD_CONDITION, short))
-        head = (head @ self._orthonormal(short, short).T).float()
-        self.head = head if spec.vocabulary >= spec.hidden else head.T.contiguous()
+        self._head_shape = (spec.vocabulary, spec.hidden)
+
+    def head(self) -> torch.Tensor:
+        """The embedding, float32; the same at every call."""
+        self._random.manual_seed(1)
+        short, long = sorted(self._head_shape)
+        tall = self._orthonormal(long, short) * torch.from_numpy(_geometric(HEAD_CONDITION, short))
+        tall = (tall @ self._orthonormal(short, short).T).float()
+        return tall if self._head_shape == (long, short) else tall.T.contiguous()
 
     def _orthonormal(self, rows: int, cols: int) -> torch.Tensor:
         return torch.linalg.qr(torch.randn(rows, cols, generator=self._random, dtype=torch.float64)).Q
@@ -135,10 +142,14 @@ class _Bases:
         rows, cols = self.shapes[role]
         left, right = self._pairs[min(rows, cols), max(rows, cols)][(block + BLOCK_ROLES.index(role)) % _BASES]
         upper, lower = left.chunk(2, dim=1)
-        cosine, sine = np.cos(ANGLE * copy), np.sin(ANGLE * copy)
+        cosine, sine = np.cos(_angle(copy)), np.sin(_angle(copy))
         turned = torch.cat([cosine * upper + sine * lower, cosine * lower - sine * upper], dim=1)
         weight = (turned * torch.from_numpy(self.spectrum(block, role, copy))) @ right.T
         return (weight if rows <= cols else weight.T).float().contiguous()
+
+
+def _angle(copy: int) -> float:
+    return ANGLE * copy * (1 if copy % 2 else -1)
 
 
 def _geometric(condition: float, count: int) -> np.ndarray:
@@ -149,15 +160,18 @@ def _root_mean_square(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
-def _write(folder: Path, spec: ModelSpec, layers: int, matrix, head: torch.Tensor) -> None:
-    """A checkpoint folder in shards of at most 30 layers, so that no whole model is in memory."""
-    folder.mkdir(parents=True)
+def _write(folder: Path, spec: ModelSpec, layers: int, matrix: Callable[[int, str], torch.Tensor], bases: _Bases) -> None:
+    """A checkpoint folder in shards of at most 30 layers, so that no whole model is in memory. A whole one is left as it is."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     config = models.model_config(replace(spec, layers=layers))
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     places = {}
     for first in range(0, layers, 30):
-        tensors = {"model.embed_tokens.weight": head, "model.norm.weight": torch.ones(spec.hidden)} if first == 0 else {}
+        tensors = {"model.embed_tokens.weight": bases.head(), "model.norm.weight": torch.ones(spec.hidden)} if first == 0 else {}
         for layer in range(first, min(first + 30, layers)):
             for role in BLOCK_ROLES:
                 part = "self_attn" if role in ATTENTION_ROLES else "mlp"
@@ -167,4 +181,4 @@ def _write(folder: Path, spec: ModelSpec, layers: int, matrix, head: torch.Tenso
         name = f"model-{first // 30 + 1:05}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))

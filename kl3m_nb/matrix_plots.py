@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -38,7 +38,7 @@ def plot_matrix_page(
     """A page on one matrix: its spectrum with its bounds, the tail of its eigenvalues, its place among its role, its numbers.
 
     `table` and `singular_values` are those of `spectra.analyse_model`, `row` a row of `table` or of
-    `spectral_summary.ill_matrices` (whose `reason` is then the subtitle), `ceiling` its max_condition (0: not clamped),
+    `spectral_summary.ill_matrices` (whose `reason` then stands in the title), `ceiling` its max_condition (0: not clamped),
     `source_values` the spectrum of the source's matrix when there is one. A matrix that is not finite has no spectrum, and its
     page says so.
     """
@@ -95,22 +95,23 @@ def _draw_tail(axes: Axes, values: np.ndarray, row: pd.Series) -> None:
 
 def _draw_place(axes: Axes, table: pd.DataFrame, row: pd.Series) -> None:
     of_role = table[(table["role"] == row["role"]) & (table["expert"] == row["expert"])].sort_values("layer")
-    known = of_role[np.isfinite(of_role["condition"])]
-    axes.plot(known["layer"], known["condition"], ".-", color=GREY, linewidth=0.8, markersize=5)
-    if np.isfinite(row["condition"]):
-        axes.plot(row["layer"], row["condition"], "D", color=VERMILLION, markeredgecolor=BLACK, markersize=8)
+    metric = row.get("metric", "condition")
+    known = of_role[np.isfinite(of_role[metric])]
+    axes.plot(known["layer"], known[metric], ".-", color=GREY, linewidth=0.8, markersize=5)
+    if np.isfinite(row[metric]):
+        axes.plot(row["layer"], row[metric], "D", color=VERMILLION, markeredgecolor=BLACK, markersize=8)
     else:
         axes.axvline(row["layer"], color=VERMILLION)
     plain_log_axis(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     axes.set_xlabel("layer")
-    axes.set_ylabel("condition")
+    axes.set_ylabel(_SHOWN_METRICS[metric])
     axes.set_title(f"Among all {row['role']}")
 
 
 def _write_numbers(axes: Axes, table: pd.DataFrame, row: pd.Series) -> None:
     of_role = table[table["role"] == row["role"]]
-    lines = [("", "this", "median of its role")]
+    lines = [("", "this", "role's median")]
     for column, name in _SHOWN_METRICS.items():
         if column in row:
             lines.append((name, f"{row[column]:,.4g}", f"{of_role[column].median():,.4g}"))
@@ -133,6 +134,7 @@ def plot_clamp_map(history: pd.DataFrame) -> Figure:
     blocks = history[history["layer"] != HEAD_LAYER]
     roles = [role for role in ROLES if role in set(blocks["role"])]
     most = max(float(blocks["raised"].max()), 2.0)
+    shades = ListedColormap(plt.get_cmap("cividis_r")(np.linspace(0.3, 1.0, 256)))  # one that is raised is no shade of white
     figure, axes = plt.subplots(1, len(roles), figsize=(1.75 * len(roles) + 1.2, 5.2), sharey=True, squeeze=False)
     steps = np.sort(blocks["step"].unique())
     half = 0.5 * np.diff(steps).min(initial=max(1, steps[-1] - steps[0]))
@@ -141,7 +143,7 @@ def plot_clamp_map(history: pd.DataFrame) -> Figure:
         grid = of_role.pivot_table(index="layer", columns="step", values="raised", aggfunc="max")
         edges = (grid.columns[0] - half, grid.columns[-1] + half, grid.index[-1] + 0.5, grid.index[0] - 0.5)
         image = panel.imshow(
-            grid.where(grid > 0), aspect="auto", extent=edges, norm=LogNorm(1, most), interpolation="nearest", cmap="cividis_r"
+            grid.where(grid > 0), aspect="auto", extent=edges, norm=LogNorm(1, most), interpolation="nearest", cmap=shades
         )
         panel.grid(visible=False)
         panel.set_title(f"{role}\n{int(of_role['raised'].sum()):,} raised", fontsize=10.5)
@@ -150,7 +152,8 @@ def plot_clamp_map(history: pd.DataFrame) -> Figure:
         panel.set_xlabel("step")
     axes[0, 0].yaxis.set_major_locator(MaxNLocator(13, integer=True))
     axes[0, 0].set_ylabel("layer")
-    figure.colorbar(image, ax=axes, pad=0.01, label="singular values raised (white: none)")
+    bar = figure.colorbar(image, ax=axes, pad=0.01, label="singular values raised (white: none)")
+    plain_log_axis(bar.ax.yaxis)
     return figure
 
 
@@ -158,8 +161,8 @@ def plot_clamp_map(history: pd.DataFrame) -> Figure:
 def plot_block_function(similarity: pd.DataFrame, swaps: pd.DataFrame) -> Figure:
     """Do the copies still compute the same: CKA of what pairs of copies add, and the loss when they change places.
 
-    `similarity` is what `block_function.block_similarity` returns, `swaps` what `block_function.swap_loss` returns. Dots are pairs
-    of copies, the line is their mean over a source block; dashes mark what unrelated positions give, bars the 95% interval.
+    `similarity` is what `block_function.block_similarity` returns, `swaps` what `block_function.swap_loss` returns. Dots are
+    pairs of copies, the line is their mean over a source block; dashes mark what unrelated positions give, bars the 95% interval.
     """
     figure, panels = plt.subplots(1, 3, figsize=(12.5, 4.4))
     for axes, kind, title in ((panels[0], "output", "Residual stream behind"), (panels[1], "update", "What the block adds")):

@@ -8,7 +8,7 @@ checkpoint of any size needs the memory of its largest matrix, and what was deco
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
@@ -29,6 +29,7 @@ from kl3m_nb.matrices import (
 )
 from kl3m_nb.spectral_cache import SpectrumCache
 
+SingularValues = Mapping[tuple[int, str], np.ndarray]  # keys from `spectrum_key`; each array float64, descending
 Progress = Callable[[int, int], None]  # (matrices done, matrices in all)
 
 _CHUNK_ROWS = 16_384
@@ -240,3 +241,15 @@ def model_spectra(
 def model_singular_values(model_or_checkpoint: Checkpoint, progress: Progress | None = None) -> dict[tuple[int, str], np.ndarray]:
     """The spectrum of every finite matrix, by `spectrum_key`; each a float64 array, descending."""
     return analyse_model(model_or_checkpoint, progress=progress)[1]
+
+
+def spectra_frame(singular_values: SingularValues, role: str) -> pd.DataFrame:
+    """The spectra of `role` in every layer as a table to be saved: layer, index (from 1), sigma."""
+    return pd.DataFrame(
+        [
+            (layer, index, sigma)
+            for (layer, name), values in sorted(singular_values.items())
+            for index, sigma in enumerate(values if name == role else (), start=1)
+        ],
+        columns=["layer", "index", "sigma"],
+    )

@@ -6,6 +6,7 @@ the choice that was made in code.
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping
 
@@ -24,7 +25,7 @@ METRICS = (
 
 
 class SpectrumExplorer:
-    """The controls and the picture. `checkpoint`, `role`, `layer`, `copy` and `metric` are ipywidgets whose `value` can be set."""
+    """The controls and the picture: `checkpoint`, `role`, `layer`, `copy` and `metric` are widgets with a `value` to set."""
 
     def __init__(
         self,
@@ -69,7 +70,8 @@ class SpectrumExplorer:
 
     def _repr_mimebundle_(self, **options) -> dict:
         """The widget for a page with a kernel behind it, and the picture for every other."""
-        return {**self.widget._repr_mimebundle_(**options), "image/png": self.image.value}
+        picture = base64.b64encode(self.image.value).decode("ascii")
+        return {**self.widget._repr_mimebundle_(**options), "image/png": picture}
 
     def _changed(self, _) -> None:
         if not self._updating:

@@ -113,7 +113,7 @@ def _add_model(page: _Page, table: pd.DataFrame, values: dict, ceilings: dict, s
     for role in sorted(present - {"lm_head"}, key=lambda role: BLOCK_ROLES.index(role.partition("[")[0])):
         if not any(values[layer, name][0] > 0 for layer, name in values if name == role):
             continue
-        data = spectra_frame(values, role)
+        data = spectra.spectra_frame(values, role)
         page.figure(spectral_plots.plot_ridgeline(values, role), f"ridgeline_{role}", f"{role}: density of ln σ, by layer.", data)
 
 
@@ -139,7 +139,8 @@ def _add_copies(
     if (block, role) in values:
         caption = f"The copies of source block {block}, whose {role} has diverged most, beside their mean."
         figure = spectral_plots.plot_copies(values, role, block, subject.source_layers)
-        page.figure(figure, f"copies_{role}_{block}", caption, spectra_frame(values, role, block, subject.source_layers))
+        data = spectra.spectra_frame(values, role)
+        page.figure(figure, f"copies_{role}_{block}", caption, data[data["layer"] % subject.source_layers == block])
 
 
 def _most_diverged(divergence: pd.DataFrame) -> tuple[str, int]:
@@ -198,18 +199,6 @@ def _add_ill(page: _Page, ill: pd.DataFrame, table: pd.DataFrame, values: dict, 
         data = pd.DataFrame({"sigma": values.get((layer, role), [])})
         name = f"matrix_{'head' if layer == HEAD_LAYER else layer}_{role}"
         page.figure(figure, name, f"{spectral_summary.matrix_name(row)} {row['reason']}.", data)
-
-
-def spectra_frame(values: dict, role: str, block: int | None = None, source_layers: int = 1) -> pd.DataFrame:
-    """The singular values of `role` as a table (layer, index, sigma), of all layers or of the copies of one source block."""
-    layers = sorted(layer for layer, name in values if name == role and (block is None or layer % source_layers == block))
-    return pd.concat(
-        [
-            pd.DataFrame({"layer": layer, "index": np.arange(1, len(sigma) + 1), "sigma": sigma})
-            for layer, sigma in ((layer, values[layer, role]) for layer in layers)
-        ],
-        ignore_index=True,
-    )
 
 
 def _name(subject: Subject) -> str:

@@ -16,41 +16,44 @@ from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
 
 GROUPS = {"attention": ATTENTION_ROLES, "MLP": MLP_ROLES}
 _OUTLIER_SPREADS = 6.0  # deviations, in units of the role's own, from which a matrix stands out
-_OUTLIER_FACTOR = 2.0  # and by so much at least: 120 equal layers have no spread to speak of
+_OUTLIER_FACTOR = 4.0  # and by so much at least: 120 equal layers have no spread to speak of
 
 
 def ill_matrices(table: pd.DataFrame, ceilings: Mapping[str, float]) -> pd.DataFrame:
-    """The rows of `table` (from `spectra.model_spectra`) that need a look, with a column `reason`, the worst first.
+    """The rows of `table` (from `spectra.model_spectra`) that need a look, with columns `reason` and `metric`, worst first.
 
     In this order: not finite; zero or singular; above its clamp ceiling (`ceilings` by role, 0 for none); condition or σ₁ far
-    from what is usual in its role (6 times the median deviation of its logarithm and a factor of 2). Sitting at the ceiling is
+    from what is usual in its role (6 times the median deviation of its logarithm and a factor of 4). Sitting at the ceiling is
     what the clamp is for and no reason.
     """
-    reasons = [_reason(row, ceilings, table[table["role"] == row.role]) for row in table.itertuples()]
-    found = table.assign(severity=[severity for severity, _ in reasons], reason=[reason for _, reason in reasons])
+    findings = [_finding(row, ceilings, table[table["role"] == row.role]) for row in table.itertuples()]
+    severities, metrics, reasons = zip(*findings, strict=True)
+    found = table.assign(severity=severities, metric=metrics, reason=reasons)
     found = found[found["severity"] > 0].sort_values("severity", ascending=False, kind="stable")
     return found.drop(columns="severity").reset_index(drop=True)
 
 
-def _reason(row, ceilings: Mapping[str, float], of_role: pd.DataFrame) -> tuple[float, str]:
+def _finding(row, ceilings: Mapping[str, float], of_role: pd.DataFrame) -> tuple[float, str, str]:
+    """How bad it is (0: not at all), the metric that shows it, and why in words."""
     if not row.finite:
-        return np.inf, "holds NaN or infinite values"
+        return np.inf, "condition", "holds NaN or infinite values"
     if row.sigma_max == 0:
-        return 1e300, "is all zero"
+        return 1e300, "sigma_max", "is all zero"
     smaller_side = min(row.rows, row.cols)
     if row.matrix_rank < smaller_side:
-        return 1e299, f"is singular: rank {row.matrix_rank:,} of {smaller_side:,}"
+        return 1e299, "condition", f"is singular: rank {row.matrix_rank:,} of {smaller_side:,}"
     ceiling = ceilings.get(row.role, 0.0)
     if ceiling and row.condition > ABOVE_CEILING * ceiling:
-        return 1e6 * row.condition / ceiling, f"is above its ceiling: condition {row.condition:,.0f}, allowed {ceiling:,.0f}"
+        reason = f"is above its ceiling: condition {row.condition:,.0f}, allowed {ceiling:,.0f}"
+        return 1e6 * row.condition / ceiling, "condition", reason
     for column, name in (("condition", "condition"), ("sigma_max", "σ₁")):
         logs = np.log(of_role[column].where((of_role[column] > 0) & np.isfinite(of_role[column])).dropna())
         distance = abs(np.log(getattr(row, column)) - logs.median())
         spread = (logs - logs.median()).abs().median()
         if distance > max(_OUTLIER_SPREADS * spread, np.log(_OUTLIER_FACTOR)):
             usual = np.exp(logs.median())
-            return distance, f"stands out in its role: {name} {getattr(row, column):,.3g}, usual is {usual:,.3g}"
-    return 0.0, ""
+            return distance, column, f"stands out in its role: {name} {getattr(row, column):,.3g}, usual is {usual:,.3g}"
+    return 0.0, "", ""
 
 
 def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float]) -> list[str]:
@@ -75,7 +78,8 @@ def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float]) -> list[s
     if ill.empty:
         sentences.append("No matrix is ill.")
     for row in ill.head(5).itertuples():
-        sentences.append(f"{matrix_name(row)} {row.reason}.")
+        name = matrix_name(row)
+        sentences.append(f"{name[0].upper()}{name[1:]} {row.reason}.")
     if len(ill) > 5:
         sentences.append(f"{len(ill) - 5:,} more matrices stand out; the table names them.")
     return sentences
@@ -165,8 +169,8 @@ def describe_function(similarity: pd.DataFrame, swaps: pd.DataFrame) -> list[str
     return [
         f"What two copies add to the residual stream has a linear CKA of {similarity['update_cka'].median():.2f} in the median "
         f"(unrelated positions: {similarity['update_chance'].median():.2f}).",
-        f"Swapping two copies changes the held-out loss of {swaps['loss'].iloc[0]:.3f} by {swaps['change'].median():+.3f} nats in "
-        f"the median and by {worst['change']:+.3f} at most (source block {int(worst['source_layer'])}, copies "
+        f"Swapping two copies changes the held-out loss of {swaps['loss'].iloc[0]:.3f} by {swaps['change'].median():+.3f} nats "
+        f"in the median and by {worst['change']:+.3f} at most (source block {int(worst['source_layer'])}, copies "
         f"{int(worst['copy_a'])} and {int(worst['copy_b'])}).",
     ]
 
