@@ -70,11 +70,12 @@ def find_matrices(model_or_checkpoint: Checkpoint) -> list[Matrix]:
     than floating-point numbers, or lacks a layer or one matrix of a layer.
     """
     if isinstance(model_or_checkpoint, torch.nn.Module):
-        source = f"The module {type(model_or_checkpoint).__name__}"
+        source, promised = f"The module {type(model_or_checkpoint).__name__}", 0
         tensors = _module_tensors(model_or_checkpoint)
     else:
         source = os.fspath(model_or_checkpoint)
-        tensors = _file_tensors(local_checkpoint(source))
+        place = local_checkpoint(source)
+        tensors, promised = _file_tensors(place), _promised_layers(place)
     matrices, heads = [], {}
     for name, (shape, dtype, read) in tensors.items():
         if match := _DENSE_NAME.search(name):
@@ -87,7 +88,7 @@ def find_matrices(model_or_checkpoint: Checkpoint) -> list[Matrix]:
             matrices += _split_experts(int(match[1]), match[2], shape, dtype, read)
         elif name.endswith(("lm_head.weight", "embed_tokens.weight")):
             heads[name.rsplit(".", 2)[-2]] = Matrix(HEAD_LAYER, "lm_head", -1, shape, dtype, read)
-    _check_whole(source, matrices, heads)
+    _check_whole(source, matrices, heads, promised)
     matrices.sort(key=lambda matrix: (matrix.layer, BLOCK_ROLES.index(matrix.role), matrix.expert))
     return [*matrices, heads.get("lm_head", heads.get("embed_tokens"))]
 
@@ -123,7 +124,13 @@ def _split_experts(layer: int, name: str, shape: tuple[int, ...], dtype: str, re
     ]
 
 
-def _check_whole(source: str, matrices: list[Matrix], heads: dict) -> None:
+def _promised_layers(place: Path) -> int:
+    """The depth that the config.json of a checkpoint gives; 0 where there is none."""
+    config = (place.parent if place.is_file() else place) / "config.json"
+    return json.loads(config.read_text()).get("num_hidden_layers", 0) if config.is_file() else 0
+
+
+def _check_whole(source: str, matrices: list[Matrix], heads: dict, promised: int) -> None:
     if not matrices or not heads:
         raise ValueError(
             f"{source} is not a decoder this analysis knows: it needs `layers.N.self_attn` and `layers.N.mlp` projections "
@@ -140,6 +147,10 @@ def _check_whole(source: str, matrices: list[Matrix], heads: dict) -> None:
         layers.setdefault(matrix.layer, set()).add((matrix.role, matrix.expert))
     everything = set().union(*layers.values())
     everything |= {(role, -1) for role in BLOCK_ROLES if role not in {found for found, _ in everything}}
+    if promised > max(layers) + 1:
+        raise ValueError(
+            f"{source} ends at layer {max(layers)}, its config.json speaks of {promised} layers; give the whole model."
+        )
     for layer in range(max(layers) + 1):
         missing = everything - layers.get(layer, set())
         if missing == everything:

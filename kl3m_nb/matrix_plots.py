@@ -39,16 +39,17 @@ def plot_matrix_page(
 
     `table` and `singular_values` are those of `spectra.analyse_model`, `row` a row of `table` or of
     `spectral_summary.ill_matrices` (whose `reason` then stands in the title), `ceiling` its max_condition (0: not clamped),
-    `source_values` the spectrum of the source's matrix when there is one. A matrix that is not finite has no spectrum, and its
-    page says so.
+    `source_values` the spectrum of the source's matrix when there is one. A matrix that is zero or not finite has no spectrum to
+    draw, and its page says so.
     """
     figure = plt.figure(figsize=(11, 7.2))
     spectrum, tail, place, numbers = figure.subplots(2, 2, width_ratios=(3, 2)).T.flat[[0, 2, 1, 3]]
     values = singular_values.get(spectrum_key(row["layer"], row["role"], row["expert"]))
     name = matrix_name(row)
     figure.suptitle(f"{name[0].upper()}{name[1:]}" + (f" {row['reason']}" if "reason" in row else ""), x=0.01, ha="left")
-    if values is None:
-        for axes, text in ((spectrum, "NaN or infinite values: there is no spectrum"), (tail, "")):
+    if values is None or values[0] == 0:
+        why = "NaN or infinite values" if values is None else "all zero"
+        for axes, text in ((spectrum, f"{why}: there is no spectrum"), (tail, "")):
             axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=VERMILLION)
             axes.set_xticks([])
             axes.set_yticks([])
@@ -212,7 +213,8 @@ def plot_choice(
     figure, (spectrum, depth) = plt.subplots(1, 2, figsize=(11.5, 4.3))
     for name, values in singular_values.items():
         if (layer, role) in values and name != checkpoint:
-            spectrum.plot(values[layer, role], color=GREY, linewidth=1, label=name, linestyle="--")
+            other = values[layer, role]
+            spectrum.plot(np.arange(1, len(other) + 1), other, color=GREY, linewidth=1, label=name, linestyle="--")
     chosen = singular_values[checkpoint].get((layer, role))
     if chosen is None:
         spectrum.text(0.5, 0.5, "not finite: no spectrum", ha="center", transform=spectrum.transAxes, color=VERMILLION)

@@ -90,7 +90,7 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
 
 def _run_folder(place: Path) -> Path | None:
     folder = place.parent if place.is_file() else place
-    return next((path for path in (folder, *folder.resolve().parents[:2]) if (path / RUN_FILE).is_file()), None)
+    return next((path for path in (folder, *folder.absolute().parents[:2]) if (path / RUN_FILE).is_file()), None)
 
 
 def _begun_from(run_dir: Path) -> str:

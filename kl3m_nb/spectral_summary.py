@@ -15,6 +15,7 @@ from kl3m_nb.matrices import HEAD_LAYER
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
 
 GROUPS = {"attention": ATTENTION_ROLES, "MLP": MLP_ROLES}
+_OUTLIER_METRICS = {"condition": "condition", "sigma_max": "σ₁"}
 _OUTLIER_SPREADS = 6.0  # deviations, in units of the role's own, from which a matrix stands out
 _OUTLIER_FACTOR = 4.0  # and by so much at least: 120 equal layers have no spread to speak of
 
@@ -26,14 +27,24 @@ def ill_matrices(table: pd.DataFrame, ceilings: Mapping[str, float]) -> pd.DataF
     from what is usual in its role (6 times the median deviation of its logarithm and a factor of 4). Sitting at the ceiling is
     what the clamp is for and no reason.
     """
-    findings = [_finding(row, ceilings, table[table["role"] == row.role]) for row in table.itertuples()]
+    usual = {role: _usual(of_role) for role, of_role in table.groupby("role")}
+    findings = [_finding(row, ceilings, usual[row.role]) for row in table.itertuples()]
     severities, metrics, reasons = zip(*findings, strict=True)
     found = table.assign(severity=severities, metric=metrics, reason=reasons)
     found = found[found["severity"] > 0].sort_values("severity", ascending=False, kind="stable")
     return found.drop(columns="severity").reset_index(drop=True)
 
 
-def _finding(row, ceilings: Mapping[str, float], of_role: pd.DataFrame) -> tuple[float, str, str]:
+def _usual(of_role: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Median and median deviation of the logarithms of condition and σ₁, as far as they have one."""
+    usual = {}
+    for column in _OUTLIER_METRICS:
+        logs = np.log(of_role[column].where((of_role[column] > 0) & np.isfinite(of_role[column])).dropna())
+        usual[column] = logs.median(), (logs - logs.median()).abs().median()
+    return usual
+
+
+def _finding(row, ceilings: Mapping[str, float], usual: Mapping[str, tuple[float, float]]) -> tuple[float, str, str]:
     """How bad it is (0: not at all), the metric that shows it, and why in words."""
     if not row.finite:
         return np.inf, "condition", "holds NaN or infinite values"
@@ -41,18 +52,16 @@ def _finding(row, ceilings: Mapping[str, float], of_role: pd.DataFrame) -> tuple
         return 1e300, "sigma_max", "is all zero"
     smaller_side = min(row.rows, row.cols)
     if row.matrix_rank < smaller_side:
-        return 1e299, "condition", f"is singular: rank {row.matrix_rank:,} of {smaller_side:,}"
+        return 1e299, "condition", f"is singular: rank {row.matrix_rank:,.0f} of {smaller_side:,}"
     ceiling = ceilings.get(row.role, 0.0)
     if ceiling and row.condition > ABOVE_CEILING * ceiling:
         reason = f"is above its ceiling: condition {row.condition:,.0f}, allowed {ceiling:,.0f}"
         return 1e6 * row.condition / ceiling, "condition", reason
-    for column, name in (("condition", "condition"), ("sigma_max", "σ₁")):
-        logs = np.log(of_role[column].where((of_role[column] > 0) & np.isfinite(of_role[column])).dropna())
-        distance = abs(np.log(getattr(row, column)) - logs.median())
-        spread = (logs - logs.median()).abs().median()
+    for column, name in _OUTLIER_METRICS.items():
+        (median, spread), value = usual[column], getattr(row, column)
+        distance = abs(np.log(value) - median)
         if distance > max(_OUTLIER_SPREADS * spread, np.log(_OUTLIER_FACTOR)):
-            usual = np.exp(logs.median())
-            return distance, column, f"stands out in its role: {name} {getattr(row, column):,.3g}, usual is {usual:,.3g}"
+            return distance, column, f"stands out in its role: {name} {value:,.3g}, usual is {np.exp(median):,.3g}"
     return 0.0, "", ""
 
 
