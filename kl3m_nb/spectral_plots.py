@@ -168,7 +168,7 @@ def plot_divergence(divergence: pd.DataFrame) -> Figure:
             panel.axhline(0, color=BLACK, linewidth=0.8)
             panel.set_ylim(min(-0.15, 1.1 * panel.get_ylim()[0]), 1.05)
         if column == "distance":
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
         panel.set_title(title)
         panel.set_ylabel(unit)
         step_axis(panel)
