@@ -143,3 +143,12 @@ def test_a_16_bit_file_is_flagged(known, tmp_path, unsaved):
     assert "The weights of 57 matrices are 16-bit" in page.read_text()
     assert not pd.read_csv(tmp_path / "report" / "spectra.csv").condition_reliable.any()
     assert np.isfinite(pd.read_csv(tmp_path / "report" / "spectra.csv").condition).all()
+
+
+def test_a_run_is_asked_what_its_copies_compute_and_what_its_clamp_did(trained_run, tmp_path, unsaved):
+    run_dir, _ = trained_run
+    page = spectral_report.write_report(find_subject(run_dir, source_layers=1), tmp_path, fit_alpha=False, top_k=4, windows=2)
+    text = page.read_text()
+    assert {"block_function", "clamp_events", "clamp_map"} <= set(unsaved)
+    assert "has a linear CKA of" in text and "Swapping two copies changes the held-out loss" in text and "clamps up to step 6" in text
+    assert "of the run)" in text and "held-out windows</td><td>2" in text
