@@ -1,4 +1,4 @@
-"""The command line: `python -m kl3m_nb {demo, run, train, stack, estimate, runs}`.
+"""The command line: `python -m kl3m_nb {demo, run, train, stack, estimate, spectra, runs}`.
 
 Bad input ends with one sentence on standard error and exit code 2, before anything runs or is written.
 """
@@ -17,11 +17,12 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 import yaml
 
-from kl3m_nb import demo, paths, profiles, runs
+from kl3m_nb import demo, paths, profiles, runs, spectral_report
 from kl3m_nb.estimate import estimate
 from kl3m_nb.parameters import check_parameters, find_notebook, read_parameters
 from kl3m_nb.progress import clock
 from kl3m_nb.runner import EXIT_INTERRUPTED, run_notebook
+from kl3m_nb.spectral_subject import find_subject
 from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
 from kl3m_nb.training import TrainingStopped, train
 
@@ -84,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("profile")
     command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
     command.set_defaults(command=_estimate)
+
+    command = commands.add_parser("spectra", help="analyse the matrices of a checkpoint and write an HTML report")
+    command.add_argument("checkpoint", help="a run folder, a checkpoint folder, a .safetensors file or a hub id OWNER/NAME")
+    command.add_argument("--against", default="", help="the stack at step 0 or the source (default: what the run names)")
+    command.add_argument("--source-layers", type=int, default=0, help="depth of the source (default: as the run or stack says)")
+    command.add_argument("--windows", type=int, default=0, help="held-out windows for CKA and swapped copies (default: 0)")
+    command.add_argument("--top-k", type=int, default=16, help="size of the subspaces that are compared (default: 16)")
+    command.add_argument("--no-alpha", action="store_true", help="do not fit power laws to the tails")
+    command.add_argument("-o", "--output", type=Path, help="folder of the report (default: runs/NAME-spectra)")
+    command.set_defaults(command=_spectra)
 
     command = commands.add_parser("runs", help="a table of all runs")
     command.set_defaults(command=_runs)
@@ -194,6 +205,20 @@ def _estimate(options: argparse.Namespace) -> int:
     for key, value in estimate(_set_fields(options)).table().items():
         print(f"{key:22} {value}")
     return 0
+
+
+def _spectra(options: argparse.Namespace) -> int:
+    subject = find_subject(_existing(options.checkpoint), _existing(options.against), options.source_layers)
+    name = f"{subject.run_dir.name}-{subject.checkpoint.name}" if subject.run_dir else subject.checkpoint.stem
+    folder = options.output or runs.run_path("", "", f"{name}-spectra")
+    page = spectral_report.write_report(subject, folder, not options.no_alpha, options.top_k, options.windows)
+    print(f"The report: {page}")
+    return 0
+
+
+def _existing(name: str) -> str:
+    """`name` as seen from the shell's folder or, failing that, from the project's root; a hub id stays as it is."""
+    return str(paths.resolve(name)) if name and not Path(name).exists() and paths.resolve(name).exists() else name
 
 
 def _runs(options: argparse.Namespace) -> int:

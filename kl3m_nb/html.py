@@ -1,13 +1,15 @@
 """Pages that need no network: an executed notebook as HTML, and the index that links a run's pages.
 
-nbconvert renders the cells; the page around them is ours, because nbconvert's own loads scripts from CDNs. No page has a
-script, images are embedded, and a content security policy makes the browser refuse whatever would still be loaded.
+nbconvert renders the cells; the page around them is ours, because nbconvert's own loads scripts from CDNs. Images are embedded,
+and a content security policy makes the browser refuse whatever would still be loaded. No page has a script but the one that is
+passed to `write_page`, which the policy names by its hash.
 Formulas stay as they are written in the markdown.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import mimetypes
 import re
 from collections.abc import Sequence
@@ -88,8 +90,18 @@ def write_index(
         table = frame.to_html(index=False, border=0, na_rep="–", float_format=_number, formatters=counts)
         parts.append(f'<section><h2>{escape(heading)}</h2><div class="scroll">{table}</div></section>')
     for caption, image in figures:
-        parts.append(f"<figure>{_image(image, caption)}<figcaption>{escape(caption)}</figcaption></figure>")
+        parts.append(figure_tag(image, caption))
     replace_text(Path(path), _page(title, "index", "\n".join(parts)))
+
+
+def write_page(path: Path, title: str, body_html: str, script: str = "") -> None:
+    """Write a self-contained page whose body is inserted as it is; `script` is the only one its browser will run."""
+    replace_text(Path(path), _page(title, "page", body_html, script))
+
+
+def figure_tag(image: Path, caption: str) -> str:
+    """A figure with its caption, the picture (PNG, JPEG, SVG) embedded."""
+    return f"<figure>{_image(image, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _entry(entry: IndexEntry) -> str:
@@ -155,7 +167,10 @@ def _self_contained(html: str, folder: Path) -> str:
     return str(soup)
 
 
-def _page(title: str, kind: str, body: str) -> str:
+def _page(title: str, kind: str, body: str, script: str = "") -> str:
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script:
+        policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"
     light = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     return f"""<!DOCTYPE html>
@@ -163,7 +178,7 @@ def _page(title: str, kind: str, body: str) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{escape(title)}</title>
 <style>
 {light}
@@ -177,6 +192,7 @@ def _page(title: str, kind: str, body: str) -> str:
 <main class="{kind}">
 {body}
 </main>
+{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """
@@ -238,6 +254,13 @@ thead th { border-bottom: 2px solid var(--line); }
 .ansi-blue-fg, .ansi-blue-intense-fg, .ansi-cyan-fg, .ansi-cyan-intense-fg { color: var(--accent); }
 .ansi-magenta-fg, .ansi-magenta-intense-fg { color: var(--muted); }
 
+.page { max-width: 80rem; }
+.sortable { font-size: .82em; }
+.sortable th { cursor: pointer; user-select: none; white-space: nowrap; position: sticky; top: 0; background: var(--page); }
+.sortable th:hover { color: var(--accent); }
+.sortable th[aria-sort=ascending]::after { content: " ▲"; }
+.sortable th[aria-sort=descending]::after { content: " ▼"; }
+.tall { max-height: 42rem; overflow: auto; }
 .entries { list-style: none; padding: 0; display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 .entries li { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; }
 .entries img { display: block; width: 100%; margin-bottom: .7rem; }

@@ -7,6 +7,7 @@ with an `expert` number. Tied weights have one vocabulary matrix, and it is the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,17 +15,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from kl3m_nb.profiles import ATTENTION_ROLES
 
 BLOCK_ROLES = (*ATTENTION_ROLES, "gate_proj", "up_proj", "down_proj")
 ROLES = (*BLOCK_ROLES, "lm_head")
+UNKNOWN_STEP = -1  # the `step` of a model that does not tell how long it was trained
+STACK_RECORD = "stack.json"  # stands beside the weights of a fresh stack
 HEAD_LAYER = -1  # the `layer` of the LM head, which belongs to no block
 
 Checkpoint = str | os.PathLike | torch.nn.Module
 
+FULL_PRECISION = ("float32", "float64")  # what a condition number can be read from
+
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_STEP_NAME = re.compile(r"step-(\d+)")
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EXPERT_ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _DENSE_NAME = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.weight$")
@@ -44,18 +54,28 @@ class Matrix:
     read: Callable[[], torch.Tensor]
 
 
+def content_hash(weight: torch.Tensor) -> str:
+    """SHA-256 of a matrix's dtype, shape and bytes: equal for equal weights, wherever they are stored."""
+    weight = weight.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
+    digest.update(weight.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def find_matrices(model_or_checkpoint: Checkpoint) -> list[Matrix]:
     """The matrices of a Llama or Mixtral, ordered by layer and role, the LM head last; tied weights make the embedding the head.
 
-    Takes a Hugging Face folder (one or several safetensors files), a .safetensors file or a module. Raises ValueError for what is
-    not there, not readable, not such a decoder, or lacks a layer or one matrix of a layer.
+    Takes a Hugging Face folder (one or several safetensors files), a .safetensors file, a hub id OWNER/NAME (downloaded into
+    the hub's own cache) or a module. Raises ValueError for what is not there, not readable, not such a decoder, stored in other
+    than floating-point numbers, or lacks a layer or one matrix of a layer.
     """
     if isinstance(model_or_checkpoint, torch.nn.Module):
-        source = f"The module {type(model_or_checkpoint).__name__}"
+        source, promised = f"The module {type(model_or_checkpoint).__name__}", 0
         tensors = _module_tensors(model_or_checkpoint)
     else:
         source = os.fspath(model_or_checkpoint)
-        tensors = _file_tensors(Path(source))
+        place = local_checkpoint(source)
+        tensors, promised = _file_tensors(place), _promised_layers(place)
     matrices, heads = [], {}
     for name, (shape, dtype, read) in tensors.items():
         if match := _DENSE_NAME.search(name):
@@ -68,9 +88,26 @@ def find_matrices(model_or_checkpoint: Checkpoint) -> list[Matrix]:
             matrices += _split_experts(int(match[1]), match[2], shape, dtype, read)
         elif name.endswith(("lm_head.weight", "embed_tokens.weight")):
             heads[name.rsplit(".", 2)[-2]] = Matrix(HEAD_LAYER, "lm_head", -1, shape, dtype, read)
-    _check_whole(source, matrices, heads)
+    _check_whole(source, matrices, heads, promised)
     matrices.sort(key=lambda matrix: (matrix.layer, BLOCK_ROLES.index(matrix.role), matrix.expert))
     return [*matrices, heads.get("lm_head", heads.get("embed_tokens"))]
+
+
+def local_checkpoint(checkpoint: str | os.PathLike) -> Path:
+    """The folder or file a checkpoint's name stands for; a hub id OWNER/NAME that is no folder here is downloaded first.
+
+    Raises ValueError when the hub cannot be reached or has no such model.
+    """
+    path = Path(checkpoint)
+    if path.exists() or not _HUB_ID.fullmatch(os.fspath(checkpoint)):
+        return path
+    try:
+        return Path(huggingface_hub.snapshot_download(os.fspath(checkpoint), allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"There is no folder {checkpoint}, and the hub gave no model of that name ({type(error).__name__}); "
+            "give a checkpoint folder, a .safetensors file, or the id of a model that can be downloaded."
+        ) from error
 
 
 def _split_experts(layer: int, name: str, shape: tuple[int, ...], dtype: str, read: Callable) -> list[Matrix]:
@@ -87,17 +124,33 @@ def _split_experts(layer: int, name: str, shape: tuple[int, ...], dtype: str, re
     ]
 
 
-def _check_whole(source: str, matrices: list[Matrix], heads: dict) -> None:
+def _promised_layers(place: Path) -> int:
+    """The depth that the config.json of a checkpoint gives; 0 where there is none."""
+    config = (place.parent if place.is_file() else place) / "config.json"
+    return json.loads(config.read_text()).get("num_hidden_layers", 0) if config.is_file() else 0
+
+
+def _check_whole(source: str, matrices: list[Matrix], heads: dict, promised: int) -> None:
     if not matrices or not heads:
         raise ValueError(
             f"{source} is not a decoder this analysis knows: it needs `layers.N.self_attn` and `layers.N.mlp` projections "
             "and an embedding, named as Hugging Face's Llama and Mixtral name them."
         )
+    for matrix in (*matrices, *heads.values()):
+        if matrix.dtype not in _FLOAT_DTYPES.values():
+            raise ValueError(
+                f"{source} stores {matrix.role} of layer {matrix.layer} as {matrix.dtype}; "
+                "spectra need float64, float32, float16 or bfloat16 weights, not a quantised copy."
+            )
     layers: dict[int, set] = {}
     for matrix in matrices:
         layers.setdefault(matrix.layer, set()).add((matrix.role, matrix.expert))
     everything = set().union(*layers.values())
     everything |= {(role, -1) for role in BLOCK_ROLES if role not in {found for found, _ in everything}}
+    if promised > max(layers) + 1:
+        raise ValueError(
+            f"{source} ends at layer {max(layers)}, its config.json speaks of {promised} layers; give the whole model."
+        )
     for layer in range(max(layers) + 1):
         missing = everything - layers.get(layer, set())
         if missing == everything:
@@ -161,3 +214,14 @@ def model_name(model_or_checkpoint: Checkpoint) -> str:
         return type(model_or_checkpoint).__name__
     path = Path(model_or_checkpoint)
     return path.stem if path.is_file() else path.resolve().name
+
+
+def model_step(model_or_checkpoint: Checkpoint) -> int:
+    """Optimizer steps behind a checkpoint: the number in `step-000200`, 0 for a fresh stack, -1 where nothing says."""
+    if isinstance(model_or_checkpoint, torch.nn.Module):
+        return UNKNOWN_STEP
+    path = Path(model_or_checkpoint)
+    folder = path.parent if path.is_file() else path
+    if match := _STEP_NAME.fullmatch(folder.resolve().name):
+        return int(match[1])
+    return 0 if (folder / STACK_RECORD).is_file() else UNKNOWN_STEP

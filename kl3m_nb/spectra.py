@@ -1,28 +1,40 @@
-"""Spectra of weight matrices: one matrix, every matrix of a model, the copies of a block, a model against its source.
+"""Spectra of weight matrices: the singular values and metrics of one matrix, and a table of every matrix of a model.
 
-Singular values are exact in float64 at the price of a symmetric eigenproblem: the eigenvalues of the Gram matrix carry an error
-of about 1e-16·σ₁², so they are taken only where the condition number is below 1e4, and an SVD decides above. Matrices come from
-`matrices.find_matrices` one at a time, so a checkpoint of any size needs the memory of its largest matrix.
+Singular values are those of a float64 SVD: their error is about 1e-16·σ₁, so a condition number of 3000 is exact to twelve
+digits, where the eigenvalues of a Gram matrix would leave eight. Matrices come from `matrices.find_matrices` one at a time, so a
+checkpoint of any size needs the memory of its largest matrix, and what was decomposed once is kept by `spectral_cache`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import pandas as pd
 import torch
 
-from kl3m_nb.matrices import HEAD_LAYER, Checkpoint, Matrix, check_source_layers, find_matrices, layer_count, model_name
+from kl3m_nb.matrices import (
+    FULL_PRECISION,
+    HEAD_LAYER,
+    Checkpoint,
+    Matrix,
+    check_source_layers,
+    content_hash,
+    find_matrices,
+    layer_count,
+    model_name,
+    model_step,
+)
+from kl3m_nb.spectral_cache import SpectrumCache
 
 SingularValues = Mapping[tuple[int, str], np.ndarray]  # keys from `spectrum_key`; each array float64, descending
 Progress = Callable[[int, int], None]  # (matrices done, matrices in all)
 
-_GRAM_CONDITION_LIMIT = 1e4  # at 1e4 the Gram route's relative error of σ_min is about 1e-8, and grows with the square
 _CHUNK_ROWS = 16_384
+_TALL = 1.5  # from this ratio of the sides on, a QR factorisation before the SVD pays
+_SMALLEST_EIGENVALUE = 1e-5  # WeightWatcher fits alpha to the eigenvalues above it
 
 
 def singular_values(weight: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -39,18 +51,12 @@ def singular_values(weight: torch.Tensor | np.ndarray) -> np.ndarray:
         raise ValueError("The matrix holds NaN or infinite values; it has no singular values.")
     if scale == 0.0:
         return np.zeros(tall.shape[1])
-    squares = torch.linalg.eigvalsh(sum(rows.T @ rows for rows in _double_chunks(tall, scale)))
-    if squares[0] * _GRAM_CONDITION_LIMIT**2 > squares[-1]:
-        return squares.sqrt().flip(0).numpy() * scale
+    if tall.shape[0] < _TALL * tall.shape[1]:
+        return torch.linalg.svdvals(tall.double() / scale).numpy() * scale
     factor = torch.empty(0, tall.shape[1], dtype=torch.float64)
-    for rows in _double_chunks(tall, scale):
-        factor = torch.linalg.qr(torch.cat([factor, rows]), mode="r").R
+    for rows in tall.split(_CHUNK_ROWS):  # an embedding in float64 would be twice its file
+        factor = torch.linalg.qr(torch.cat([factor, rows.double() / scale]), mode="r").R
     return torch.linalg.svdvals(factor).numpy() * scale
-
-
-def _double_chunks(tall: torch.Tensor, scale: float):
-    # Scaled so that no square over- or underflows; in chunks because an embedding in float64 is twice its file.
-    return (rows.double() / scale for rows in tall.split(_CHUNK_ROWS))
 
 
 def power_law_tail(eigenvalues: np.ndarray) -> tuple[float, float, float]:
@@ -71,7 +77,7 @@ def power_law_tail(eigenvalues: np.ndarray) -> tuple[float, float, float]:
     excess[excess <= 0] = np.nan  # a tail of equal values follows no power law
     alphas = 1 + tail_sizes / excess
     distances = np.empty(total - 1)
-    for rows in np.array_split(starts, max(1, total * total // 2**21)):
+    for rows in np.array_split(starts, math.ceil(total / 64)):
         ranks = np.arange(rows[0], total) - rows[:, None]
         theory = -np.expm1((1 - alphas[rows, None]) * np.maximum(logs[rows[0] :] - logs[rows, None], 0.0))
         gap = np.abs(theory - ranks / tail_sizes[rows, None])
@@ -89,32 +95,46 @@ def spectrum_of(weight: torch.Tensor | np.ndarray, fit_alpha: bool = True) -> di
 def spectrum_metrics(values: np.ndarray, shape: tuple[int, int], fit_alpha: bool = True) -> dict[str, float]:
     """Metrics of a spectrum σ (`values`, descending) of a matrix of `shape`. NaN where a zero matrix leaves one undefined.
 
-    sigma_max, sigma_min, condition (σ₁/σ_min, infinite for a singular matrix), stable_rank (‖W‖_F²/σ₁²), entropy (−Σ p ln p in
-    nats, p = σ/Σσ), effective_rank (exp of it; Roy and Vetterli 2007), participation_ratio ((Σσ²)²/Σσ⁴), max_over_median, mp_edge
-    (the largest σ a matrix of independent entries of the same mean square would have: s(√rows + √cols), Marchenko and Pastur)
-    and, with `fit_alpha`, alpha, alpha_xmin and alpha_D of the eigenvalues σ² (`power_law_tail`).
+    * sigma_max, sigma_min, condition (σ₁/σ_min, infinite for a singular matrix), max_over_median.
+    * stable_rank ‖W‖_F²/σ₁², matrix_rank (σ above σ₁·max(rows, cols)·2.2e-16), participation_ratio (Σσ²)²/Σσ⁴.
+    * entropy −Σ p ln p / ln(matrix_rank) with p = σ²/Σσ²: WeightWatcher's, between 0 and 1.
+    * sigma_entropy −Σ p ln p in nats with p = σ/Σσ, and effective_rank, the exponential of it (Roy and Vetterli 2007).
+    * mp_edge: the largest σ of a matrix of independent entries of the same mean square, s(√rows + √cols), after Marchenko and
+      Pastur.
+    * With `fit_alpha`, alpha, alpha_xmin and alpha_D of the eigenvalues σ² above 1e-5 (`power_law_tail`), as WeightWatcher takes
+      them.
+
+    WeightWatcher's `spectral_norm` is σ₁², its largest eigenvalue.
     """
     sigma_max, sigma_min = float(values[0]), float(values[-1])
+    rows, cols = shape
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = values / sigma_max  # squares of these cannot overflow
-        p = relative / relative.sum()
-        entropy = float(-np.sum(p * np.log(np.where(p > 0, p, 1.0))))
         energy = float(np.sum(relative**2))
-        rows, cols = shape
+        matrix_rank = int(np.sum(relative > max(rows, cols) * np.finfo(np.float64).eps))
+        sigma_entropy = _entropy(relative / relative.sum())
         metrics = {
             "sigma_max": sigma_max,
             "sigma_min": sigma_min,
             "condition": float(np.float64(sigma_max) / sigma_min),
             "stable_rank": energy,
-            "effective_rank": math.exp(entropy),
-            "entropy": entropy,
+            "matrix_rank": matrix_rank,
+            "effective_rank": math.exp(sigma_entropy),
+            "entropy": _entropy(relative**2 / energy) / math.log(matrix_rank) if matrix_rank > 1 else math.nan,
+            "sigma_entropy": sigma_entropy,
             "participation_ratio": float(energy**2 / np.sum(relative**4)),
             "max_over_median": float(sigma_max / np.median(values)),
             "mp_edge": sigma_max * math.sqrt(energy / (rows * cols)) * (math.sqrt(rows) + math.sqrt(cols)),
         }
     if fit_alpha:
-        metrics |= zip(("alpha", "alpha_xmin", "alpha_D"), power_law_tail(values**2), strict=True)
+        eigenvalues = values**2
+        tail = power_law_tail(eigenvalues[eigenvalues > _SMALLEST_EIGENVALUE])
+        metrics |= zip(("alpha", "alpha_xmin", "alpha_D"), tail, strict=True)
     return metrics
+
+
+def _entropy(p: np.ndarray) -> float:
+    return float(-np.sum(p * np.log(np.where(p > 0, p, 1.0))))
 
 
 def spectrum_key(layer: int, role: str, expert: int = -1) -> tuple[int, str]:
@@ -132,13 +152,23 @@ def analyse_model(
     matrices = find_matrices(model_or_checkpoint)
     layers = layer_count(matrices)
     source_layers = check_source_layers(layers, layers if source_layers is None else source_layers)
-    model = model_name(model_or_checkpoint)
+    cache = SpectrumCache.beside(model_or_checkpoint)
+
+    def measure(matrix: Matrix) -> tuple[np.ndarray | None, dict[str, float]]:
+        values = _singular_values_if_finite(matrix, cache)
+        return values, {} if values is None else spectrum_metrics(values, matrix.shape, fit_alpha)
+
+    try:
+        measured = on_every_core(measure, matrices, progress)
+    finally:
+        cache.save()  # an interrupted analysis keeps what it has done
+    model, step = model_name(model_or_checkpoint), model_step(model_or_checkpoint)
     rows, spectra = [], {}
-    measured = _on_every_core(_singular_values_if_finite, matrices)
-    for done, (matrix, values) in enumerate(zip(matrices, measured, strict=True), start=1):
+    for matrix, (values, metrics) in zip(matrices, measured, strict=True):
         in_block = matrix.layer != HEAD_LAYER
         row = {
             "model": model,
+            "step": step,
             "layer": matrix.layer,
             "source_layer": matrix.layer % source_layers if in_block else HEAD_LAYER,
             "copy": matrix.layer // source_layers if in_block else HEAD_LAYER,
@@ -148,28 +178,43 @@ def analyse_model(
             "cols": matrix.shape[1],
             "dtype": matrix.dtype,
             "finite": values is not None,
-            "condition_reliable": values is not None and matrix.dtype in ("float32", "float64"),
+            "condition_reliable": values is not None and matrix.dtype in FULL_PRECISION,
         }
         if values is not None:
             spectra[spectrum_key(matrix.layer, matrix.role, matrix.expert)] = values
-            row |= spectrum_metrics(values, matrix.shape, fit_alpha)
-        rows.append(row)
-        if progress is not None:
-            progress(done, len(matrices))
+        rows.append(row | metrics)
     return pd.DataFrame(rows), spectra
 
 
-def _singular_values_if_finite(matrix: Matrix) -> np.ndarray | None:
+def _singular_values_if_finite(matrix: Matrix, cache: SpectrumCache) -> np.ndarray | None:
     weight = matrix.read()
-    return singular_values(weight) if torch.isfinite(weight).all() else None
+    if not torch.isfinite(weight).all():
+        return None
+    key = content_hash(weight)
+    values = cache.get(key)
+    if values is None:
+        values = singular_values(weight)
+        cache.add(key, values)
+    return values
 
 
-def _on_every_core(work: Callable, items: Iterable) -> Iterator:
-    """`map` with as many workers as torch has threads, one thread each: a small eigenproblem gains little from more."""
+def on_every_core(work: Callable, items: Sequence, progress: Progress | None = None) -> list:
+    """`work` of every item, in the order of `items`, with as many workers as torch has threads and one thread each.
+
+    A small decomposition gains little from more threads. The last item is begun first: of a model it is the largest by far.
+    `progress` hears (done, total) whenever an item is finished. The first error stops the rest and is raised.
+    """
     threads = torch.get_num_threads()
     workers = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        yield from workers.map(work, items)
+        order = [len(items) - 1, *range(len(items) - 1)] if items else []
+        futures = {workers.submit(work, items[index]): index for index in order}
+        results = [None] * len(items)
+        for done, future in enumerate(as_completed(futures), start=1):
+            results[futures[future]] = future.result()
+            if progress is not None:
+                progress(done, len(items))
+        return results
     finally:
         workers.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
@@ -181,12 +226,14 @@ def model_spectra(
     fit_alpha: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """A row per matrix: model, layer, source_layer, copy, role, expert, rows, cols, dtype, finite, condition_reliable, metrics.
+    """A row per matrix: model, step, layer, source_layer, copy, role, expert, rows, cols, dtype, finite, condition_reliable and
+    the metrics of `spectrum_metrics`.
 
     `source_layers` L says that layer i is copy i // L of source block i mod L; by default every layer is its own source. The LM
-    head has -1 for layer, source_layer and copy, a matrix outside a mixture -1 for expert. `condition_reliable` is False for
-    16-bit weights: rounding alone moves a condition number of 2500 to 2900-3300. A matrix with NaN or infinite values has
-    `finite` False and NaN metrics. Metrics are those of `spectrum_metrics`. Raises ValueError as `find_matrices`.
+    head has -1 for layer, source_layer and copy, a matrix outside a mixture -1 for expert, a model that does not tell its age -1
+    for step (`matrices.model_step`). `condition_reliable` is False for 16-bit weights: rounding alone moves a condition number
+    of 2500 to 2900-3300. A matrix with NaN or infinite values has `finite` False and NaN metrics. Singular values are kept beside
+    the checkpoint (`spectral_cache`). Raises ValueError as `find_matrices`.
     """
     return analyse_model(model_or_checkpoint, source_layers, fit_alpha, progress)[0]
 
@@ -196,121 +243,13 @@ def model_singular_values(model_or_checkpoint: Checkpoint, progress: Progress | 
     return analyse_model(model_or_checkpoint, progress=progress)[1]
 
 
-def copy_divergence(
-    checkpoint: Checkpoint, source_layers: int, reference: Checkpoint | None = None, top_k: int = 16
-) -> pd.DataFrame:
-    """How far the copies of each source block have drifted apart: a row per role, expert, source block and pair of copies.
-
-    * distance: ‖W_a − W_b‖_F over the mean of the two norms (0 equal, √2 independent).
-    * movement_cosine (with `reference`, the stack at step 0): cosine between W_a − W_a⁰ and W_b − W_b⁰; NaN if one has not moved.
-    * top_overlap, bottom_overlap: mean squared cosine of the principal angles between the spans of the `top_k` largest (smallest)
-      singular vectors, on the matrix's shorter side n: 1 for one and the same, chance_overlap = top_k / n for random ones.
-
-    A non-finite matrix gives NaN. Raises ValueError as `find_matrices`, for `source_layers` that do not divide the layers or
-    leave one copy, a `top_k` above a matrix's shorter side, or a reference of other shapes.
-    """
-    matrices = find_matrices(checkpoint)
-    if check_source_layers(layer_count(matrices), source_layers) == layer_count(matrices):
-        raise ValueError(f"A model of {source_layers} layers made of {source_layers} source layers has no copies to compare.")
-    starts = None if reference is None else {_identity(matrix): matrix for matrix in find_matrices(reference)}
-    groups: dict[tuple, list[Matrix]] = {}
-    for matrix in matrices:
-        if matrix.layer == HEAD_LAYER:
-            continue
-        if not 1 <= top_k <= min(matrix.shape):
-            raise ValueError(
-                f"top_k is {top_k}; a {matrix.role} of {matrix.shape[0]} × {matrix.shape[1]} takes 1 to {min(matrix.shape)}."
-            )
-        if starts is not None and getattr(starts.get(_identity(matrix)), "shape", None) != matrix.shape:
-            raise ValueError(
-                f"The reference has no {matrix.role} of shape {matrix.shape} in layer {matrix.layer}; give the stack at step 0."
-            )
-        groups.setdefault((matrix.role, matrix.expert, matrix.layer % source_layers), []).append(matrix)
-
-    def compare(copies: list[Matrix]) -> list[dict]:
-        return _compare_copies(copies, source_layers, starts, top_k)
-
-    return pd.DataFrame([row for rows in _on_every_core(compare, groups.values()) for row in rows])
-
-
-def _compare_copies(copies: list[Matrix], source_layers: int, starts: dict | None, top_k: int) -> list[dict]:
-    weights = [matrix.read().cpu().double() for matrix in copies]
-    norms = [float(weight.norm()) for weight in weights]
-    spans = [_extreme_subspaces(weight, top_k) for weight in weights]
-    if starts is not None:
-        begun = [starts[_identity(matrix)].read().cpu().double() for matrix in copies]
-        movements = [weight - start for weight, start in zip(weights, begun, strict=True)]
-    rows = []
-    for a, b in combinations(range(len(copies)), 2):
-        mean_norm = (norms[a] + norms[b]) / 2
-        row = {
-            "role": copies[a].role,
-            "expert": copies[a].expert,
-            "source_layer": copies[a].layer % source_layers,
-            "copy_a": a,
-            "copy_b": b,
-            "distance": float((weights[a] - weights[b]).norm()) / mean_norm if mean_norm else 0.0,
-        }
-        if starts is not None:
-            length = float(movements[a].norm() * movements[b].norm())
-            row["movement_cosine"] = float((movements[a] * movements[b]).sum()) / length if length else math.nan
-        row["top_overlap"] = float((spans[a][0].T @ spans[b][0]).square().sum()) / top_k
-        row["bottom_overlap"] = float((spans[a][1].T @ spans[b][1]).square().sum()) / top_k
-        row["chance_overlap"] = top_k / min(copies[a].shape)
-        rows.append(row)
-    return rows
-
-
-def _identity(matrix: Matrix) -> tuple[int, str, int]:
-    return matrix.layer, matrix.role, matrix.expert
-
-
-def _gram(weight: torch.Tensor) -> torch.Tensor:
-    return weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
-
-
-def _extreme_subspaces(weight: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal bases (n, k) of the k largest and k smallest singular directions on the shorter side n; NaN if not finite."""
-    if not torch.isfinite(weight).all():
-        unknown = torch.full((min(weight.shape), k), math.nan, dtype=weight.dtype)
-        return unknown, unknown
-    vectors = torch.linalg.eigh(_gram(weight)).eigenvectors
-    return vectors[:, -k:], vectors[:, :k]
-
-
-def inheritance(checkpoint: Checkpoint | SingularValues, source_checkpoint: Checkpoint | SingularValues) -> pd.DataFrame:
-    """How much of its source's spectrum each matrix has kept: a row per matrix with layer, source_layer, copy, role and rmse.
-
-    rmse is the root mean square of ln(σ_i/σ₁) − ln(σ_i⁰/σ₁⁰) over the i where both are positive, σ⁰ the spectrum of layer i mod L
-    of the source; it is 0 right after stacking by construction. Either argument may be what `model_singular_values` returned. An
-    expert is in `role`, as in `spectrum_key`. Raises ValueError as `find_matrices`, or if the model is no stack of such a source.
-    """
-    spectra = _as_singular_values(checkpoint)
-    sources = _as_singular_values(source_checkpoint)
-    source_layers = 1 + max(layer for layer, _ in sources)
-    check_source_layers(1 + max(layer for layer, _ in spectra), source_layers)
-    rows = []
-    for (layer, role), values in spectra.items():
-        source_layer = layer % source_layers if layer != HEAD_LAYER else HEAD_LAYER
-        before = sources.get((source_layer, role))
-        if before is None or len(before) != len(values):
-            raise ValueError(
-                f"The source has no {role} with {len(values)} singular values in layer {source_layer}; "
-                "give the model it was grown from."
-            )
-        known = (values > 0) & (before > 0)
-        change = np.log(values[known] / values[0]) - np.log(before[known] / before[0])
-        rows.append(
-            {
-                "layer": layer,
-                "source_layer": source_layer,
-                "copy": layer // source_layers if layer != HEAD_LAYER else HEAD_LAYER,
-                "role": role,
-                "rmse": float(np.sqrt(np.mean(change**2))) if known.any() else math.nan,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _as_singular_values(source: Checkpoint | SingularValues) -> SingularValues:
-    return source if isinstance(source, Mapping) else model_singular_values(source)
+def spectra_frame(singular_values: SingularValues, role: str) -> pd.DataFrame:
+    """The spectra of `role` in every layer as a table to be saved: layer, index (from 1), sigma."""
+    return pd.DataFrame(
+        [
+            (layer, index, sigma)
+            for (layer, name), values in sorted(singular_values.items())
+            for index, sigma in enumerate(values if name == role else (), start=1)
+        ],
+        columns=["layer", "index", "sigma"],
+    )

@@ -18,10 +18,9 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from kl3m_nb.figures import BLACK, BLUE, GREY, ORANGE, ROLE_LINES, SEQUENCE, VERMILLION, plain_log_axis, step_axis, styled
+from kl3m_nb.history import ABOVE_CEILING, AT_CEILING
 from kl3m_nb.matrices import HEAD_LAYER, ROLES
 
-AT_CEILING = 0.99  # share of the ceiling from which a matrix counts as sitting at it
-ABOVE_CEILING = 1.01
 _CONDITION = r"$\sigma_1/\sigma_{min}$"
 
 
@@ -153,7 +152,7 @@ _DIVERGENCE_PANELS = {
 def plot_divergence(divergence: pd.DataFrame) -> Figure:
     """Distance, movement and subspace overlap of the copies by role; dashes mark the overlap that chance gives.
 
-    `divergence` is what `spectra.copy_divergence` returns, or several of them with a column `step`: then the steps run along the
+    `divergence` is what `copies.copy_divergence` returns, or several of them with a column `step`: then the steps run along the
     axis, else the source blocks. Lines are means over pairs of copies (and over blocks, where the steps run).
     """
     along = _along(divergence, "source_layer")
@@ -169,7 +168,7 @@ def plot_divergence(divergence: pd.DataFrame) -> Figure:
             panel.axhline(0, color=BLACK, linewidth=0.8)
             panel.set_ylim(min(-0.15, 1.1 * panel.get_ylim()[0]), 1.05)
         if column == "distance":
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
         panel.set_title(title)
         panel.set_ylabel(unit)
         step_axis(panel)
@@ -191,7 +190,7 @@ def _mark_chance(axes: Axes, divergence: pd.DataFrame) -> None:
 def plot_inheritance(inheritance: pd.DataFrame) -> Figure:
     """How far each spectrum's shape has moved from its source's: over the training steps by role, or by layer and role.
 
-    `inheritance` is what `spectra.inheritance` returns, or several of them with a column `step`. Lines are means over layers.
+    `inheritance` is what `copies.inheritance` returns, or several of them with a column `step`. Lines are means over layers.
     """
     unit = "RMSE of ln(σᵢ/σ₁) against the source"
     if _along(inheritance, "layer") == "step":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from kl3m_nb import html
 from kl3m_nb.html import IndexEntry, export_html, write_index
 
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
@@ -155,3 +157,13 @@ def test_an_index_of_nothing_but_entries_is_a_whole_page(tmp_path):
     page = Page(tmp_path / "index.html")
     assert page.loaded() == [] and "Runs" in page.text
     assert not page.all("table") and not page.all("figure")
+
+
+def test_a_page_runs_the_one_script_it_was_given_and_no_other(tmp_path):
+    html.write_page(tmp_path / "page.html", "A <title>", "<p>body</p>", "document.title += '!';")
+    text = (tmp_path / "page.html").read_text()
+    digest = base64.b64encode(hashlib.sha256(b"document.title += '!';").digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text and text.count("<script>") == 1 and "A &lt;title&gt;" in text
+    html.write_page(tmp_path / "page.html", "Title", "<p>body</p>")
+    text = (tmp_path / "page.html").read_text()
+    assert "script" not in text.replace("default-src 'none'", "")

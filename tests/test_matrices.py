@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from kl3m_nb import matrices
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER, find_matrices, layer_count
 
 SHAPE = dict(
@@ -118,6 +120,56 @@ def without(folder, tmp_path, part: str):
 def test_what_is_missing_is_named(folder, tmp_path, part, message):
     with pytest.raises(ValueError, match=message):
         find_matrices(without(folder, tmp_path, part))
+
+
+def test_layers_that_the_config_promises_must_be_there(folder, tmp_path):
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    path = without(folder, tmp_path, "layers.3.")
+    assert layer_count(find_matrices(path)) == 3  # a file alone promises nothing
+    shutil.move(path, whole / "model.safetensors")
+    with pytest.raises(ValueError, match=r"ends at layer 2, its config.json speaks of 4 layers"):
+        find_matrices(whole)
+
+
+def test_a_quantised_copy_is_refused(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "int8.safetensors")
+    with pytest.raises(ValueError, match="up_proj of layer 1 as i8; spectra need"):
+        find_matrices(tmp_path / "int8.safetensors")
+
+
+def test_a_hub_id_is_downloaded_once_it_is_no_folder(folder, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(matrices.huggingface_hub, "snapshot_download", download)
+    assert_same_contents(contents("owner/some-model"), contents(folder))
+    assert asked == [("owner/some-model", ["*.safetensors", "*.safetensors.index.json", "config.json"])]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, tmp_path / "runs" / "mine")
+    assert matrices.local_checkpoint("runs/mine").as_posix() == "runs/mine" and len(asked) == 1
+
+
+def test_a_hub_that_does_not_answer_is_told_in_a_sentence(monkeypatch):
+    def refuse(*_, **__):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(matrices.huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match="There is no folder owner/none, and the hub gave no model of that name"):
+        find_matrices("owner/none")
+
+
+def test_a_step_is_read_from_the_name_or_the_stack_record(tmp_path):
+    for name, record, step in (("step-000120", False, 120), ("fresh", True, 0), ("somewhere", False, -1)):
+        (tmp_path / name).mkdir()
+        if record:
+            (tmp_path / name / "stack.json").write_text("{}")
+        assert matrices.model_step(tmp_path / name) == step
+    assert matrices.model_step(torch.nn.Linear(2, 2)) == -1
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kl3m_nb import spectra, spectral_plots
+from kl3m_nb import copies, spectral_plots
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER, ROLES
 from kl3m_nb.spectra import spectrum_metrics
 
@@ -205,7 +205,7 @@ class TestInheritance:
     def frame(self, layers=120) -> pd.DataFrame:
         values = singular_values(layers, layers // 4)
         source = {key: array for key, array in singular_values(layers // 4, layers // 4, seed=1).items()}
-        return spectra.inheritance(values, source)
+        return copies.inheritance(values, source)
 
     def test_at_one_checkpoint_a_cell_for_every_matrix(self):
         frame = self.frame()

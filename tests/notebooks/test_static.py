@@ -20,11 +20,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "kl3m_nb").glob("*.py"))
 FLOORS = {
     1: "display distributed paths profiles progress flops parameters stopping",
-    2: "sources readers shingles corpus instructions custom_tokens tokenizer document_stream packing cotraining segmentation "
-    "streams models roles runtime stacking muon clamping gram objective schedule evaluation",
+    2: "sources readers shingles corpus instructions custom_tokens tokenizer document_stream packing cotraining "
+    "segmentation streams models roles runtime stacking muon clamping gram objective schedule evaluation",
     3: "checkpoints metrics run_folder training",
-    4: "spectra matrices generation growth estimate",
-    5: "figures plots data_plots spectral_plots launch live runs report html run_status runner demo cli __main__",
+    4: "spectra matrices generation growth estimate spectral_cache spectral_summary copies history block_function "
+    "known_spectra",
+    5: "figures plots data_plots spectral_plots launch live runs report html run_status runner demo cli __main__ "
+    "matrix_plots spectral_explorer spectral_report spectral_subject progress_bar",
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 

@@ -1,0 +1,176 @@
+"""How long does the analysis of the 120-layer, 500M checkpoint take, is it right, and how does WeightWatcher compare?
+
+    python benchmarks/spectra.py [--folder FOLDER] [--peer-layers 120]
+
+The checkpoint is `known_spectra.write_known_stack` at the real size: copies of known condition (attention 2200 to 3300, MLP 4 to
+5), turned and reshaped by known amounts, so every reported number has one to be compared with. `--folder` keeps the 5 GB for the
+next call. Caches are removed before what is timed, except for the second look. Memory is what the process allocates beyond what
+it held before, sampled ten times a second; pages of the mapped file, which the system may drop at any time, are not in it.
+
+WeightWatcher (pip install weightwatcher, into an environment of its own) analyses the blocks of the same checkpoint with its
+defaults, which leave out an LM head of more than 50,000 rows. It wants the model in memory and gets it before its time is taken;
+ours includes reading the file and the head. With fewer `--peer-layers` its time is scaled to all blocks, and the table says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from _common import write_table
+from transformers import AutoConfig, LlamaForCausalLM
+
+from kl3m_nb import copies, known_spectra, spectra
+from kl3m_nb.matrices import HEAD_LAYER
+from kl3m_nb.profiles import get_profile
+from kl3m_nb.spectral_cache import CACHE_FOLDER
+
+PROFILE = get_profile("kl3m-007-500m")
+PEER_COLUMNS = {"stable_rank": "stable_rank", "entropy": "entropy", "alpha": "alpha", "alpha_xmin": "xmin", "alpha_D": "D"}
+
+
+class Measurement:
+    """Seconds and MiB of a call."""
+
+    def __init__(self, work: Callable, *arguments, **options):
+        before, self._peak, self._running = _allocated(), 0.0, True
+        watch = threading.Thread(target=self._watch)
+        watch.start()
+        start = time.perf_counter()
+        self.result = work(*arguments, **options)
+        self.seconds = time.perf_counter() - start
+        self._running = False
+        watch.join()
+        self.mebibytes = self._peak - before
+
+    def _watch(self) -> None:
+        while self._running:
+            self._peak = max(self._peak, _allocated())
+            time.sleep(0.1)
+
+    def row(self, what: str, matrices: int) -> dict:
+        return {
+            "what": what, "matrices": matrices, "seconds": self.seconds, "ms a matrix": 1000 * self.seconds / matrices,
+            "extra memory MiB": self.mebibytes,
+        }  # fmt: skip
+
+
+def _allocated() -> float:
+    """MiB of this process's own memory, without mapped files."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 1024
+
+
+def forget(folder: Path) -> None:
+    shutil.rmtree(folder / CACHE_FOLDER, ignore_errors=True)
+
+
+def deviations(known: known_spectra.KnownStack, table: pd.DataFrame, divergence: pd.DataFrame, rmse: pd.DataFrame) -> list[dict]:
+    """The largest difference between what was put in and what was found, for each quantity."""
+    put_in = {
+        "condition": lambda s: s[0] / s[-1],
+        "stable_rank": lambda s: np.sum(s**2) / s[0] ** 2,
+        "effective_rank": lambda s: np.exp(-np.sum(s / s.sum() * np.log(s / s.sum()))),
+    }
+    rows = []
+    for column, formula in put_in.items():
+        expected = [formula(known.spectra[row.layer, row.role]) for row in table.itertuples()]
+        rows.append(_deviation(column, table[column], expected))
+    key = ["role", "source_layer", "copy_a", "copy_b"]
+    both = divergence.merge(known.divergence, on=key, suffixes=("", "_put_in"), validate="one_to_one")
+    for column in ("distance", "movement_cosine", "top_overlap", "bottom_overlap"):
+        rows.append(_deviation(column, both[column], both[f"{column}_put_in"]))
+    blocks = rmse[rmse["layer"] != HEAD_LAYER]
+    rows.append(_deviation("inheritance rmse", blocks["rmse"], [known.rmse[row.layer, row.role] for row in blocks.itertuples()]))
+    return rows
+
+
+def _deviation(what: str, found, expected) -> dict:
+    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
+    if not np.array_equal(np.isnan(found), np.isnan(expected)):
+        raise ValueError(f"{what} is defined elsewhere than it was put in.")
+    known = ~np.isnan(expected)
+    return {
+        "quantity": what, "values": int(known.sum()), "smallest put in": expected[known].min(),
+        "largest put in": expected[known].max(), "largest difference": np.abs(found - expected)[known].max(),
+    }  # fmt: skip
+
+
+def peer(folder: Path, layers: int) -> tuple[Measurement, pd.DataFrame]:
+    """WeightWatcher on the blocks of the first `layers` layers, loaded before its time is taken."""
+    import weightwatcher
+
+    logging.disable(logging.WARNING)
+    config = AutoConfig.from_pretrained(folder)
+    config.num_hidden_layers = layers
+    blocks = LlamaForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).model.layers
+    measured = Measurement(weightwatcher.WeightWatcher(model=blocks).analyze)
+    return measured, measured.result
+
+
+def agreement(table: pd.DataFrame, theirs: pd.DataFrame) -> list[dict]:
+    """Largest relative difference of the shared metrics, matrix by matrix, in the order of the layers."""
+    theirs = theirs.assign(sigma_max=np.sqrt(theirs["spectral_norm"]))
+    names = theirs["longname"].str.extract(r"(?P<layer>\d+)\.\w+\.(?P<role>\w+_proj)")
+    theirs = theirs.assign(layer=names["layer"].astype(int), role=names["role"])
+    both = table.merge(theirs, on=["layer", "role"], suffixes=("", "_theirs"), validate="one_to_one")
+    rows = []
+    for ours, name in ({"sigma_max": "sigma_max"} | PEER_COLUMNS).items():
+        other = both[f"{name}_theirs"] if f"{name}_theirs" in both else both[name]
+        difference = (both[ours] / other - 1).abs()
+        rows.append({"metric": ours, "matrices": len(both), "largest relative difference": difference.max()})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are kept (default: a temporary folder)")
+    parser.add_argument("--peer-layers", type=int, default=PROFILE.model.layers, help="layers that WeightWatcher analyses")
+    parser.add_argument("--only-write", action="store_true", help="write the checkpoints and stop")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        known = known_spectra.write_known_stack(folder, PROFILE.model, PROFILE.growth_factor)
+        if not arguments.only_write:
+            measure(known, arguments.peer_layers)
+
+
+def measure(known: known_spectra.KnownStack, peer_layers: int) -> None:
+    rows = []
+    for what, alpha in (("without alpha", False), ("with alpha", True)):
+        forget(known.trained)
+        measured = Measurement(spectra.model_spectra, known.trained, known.source_layers, fit_alpha=alpha)
+        rows.append(measured.row(f"spectra, {what}", len(measured.result)))
+    table, ours = measured.result, measured.seconds
+    again = Measurement(spectra.model_spectra, known.trained, known.source_layers, fit_alpha=True)
+    rows.append(again.row("second look, with alpha", len(table)))
+    divergence = Measurement(copies.copy_divergence, known.trained, known.source_layers, known.stack)
+    rows.append(divergence.row("divergence of the copies", len(table) - 1))
+    exact = deviations(known, table, divergence.result, copies.inheritance(known.trained, known.source))
+    rows = [row | {"WeightWatcher / ours": ""} for row in rows]
+    if importlib.util.find_spec("weightwatcher"):
+        measured, theirs = peer(known.trained, peer_layers)
+        blocks = len(table) - 1
+        scaled = measured.seconds * blocks / len(theirs)
+        what = f"WeightWatcher, {len(theirs)} matrices scaled" if len(theirs) < blocks else "WeightWatcher, all but the head"
+        row = measured.row(what, len(theirs)) | {"seconds": scaled, "extra memory MiB": "the model, loaded before"}
+        rows.append(row | {"WeightWatcher / ours": scaled / ours})
+        write_table("spectra_agreement", agreement(table, theirs))
+    else:
+        rows.append({key: "" for key in rows[0]} | {"what": "WeightWatcher: not installed here"})
+    write_table("spectra", rows)
+    write_table("spectra_exactness", exact)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What a run did to its matrices over time: its checkpoints in order, any table measured at each of them, its clamp events.
+
+A run keeps its newest checkpoints only; the clamp's log, written at every event, fills in what lies between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from kl3m_nb import checkpoints, metrics
+from kl3m_nb.matrices import HEAD_LAYER, Checkpoint
+
+AT_CEILING = 0.99  # share of the ceiling from which a matrix counts as sitting at it
+ABOVE_CEILING = 1.01
+LOOKED_AT = ("tested", "decomposed", "repaired")  # routes of the clamp that measure σ₁ and σ_min
+
+
+def trajectory(run_dir: str | Path, start: Checkpoint) -> dict[int, Checkpoint]:
+    """The whole checkpoints of a run by step, `start` (the stack it was begun from) at step 0.
+
+    Raises ValueError when the run has no checkpoint.
+    """
+    checkpoints.require_checkpoint(Path(run_dir))
+    return {0: start} | {checkpoints.checkpoint_step(folder): folder for folder in checkpoints.whole_checkpoints(Path(run_dir))}
+
+
+def over_checkpoints(
+    steps: Mapping[int, Checkpoint], measure: Callable[..., pd.DataFrame], *arguments, **options
+) -> pd.DataFrame:
+    """`measure(checkpoint, *arguments, **options)` at every checkpoint of `steps`, in one table with a column `step` in front.
+
+    over_checkpoints(trajectory(run, stack), copies.copy_divergence, 30, reference=stack) is the divergence over training.
+    """
+    tables = []
+    for step, checkpoint in sorted(steps.items()):
+        table = measure(checkpoint, *arguments, **options)
+        tables.append(table.drop(columns="step", errors="ignore"))
+        tables[-1].insert(0, "step", step)
+    return pd.concat(tables, ignore_index=True)
+
+
+def clamp_history(run_dir: str | Path, source_layers: int) -> pd.DataFrame:
+    """A row per matrix and clamp event: step, layer, source_layer, copy, role, name, route, sigma_max, sigma_min, tau, raised,
+    max_condition, condition and at_ceiling.
+
+    `condition` is σ₁/σ_min before the clamp, NaN for a matrix that a certificate spared from being looked at; `at_ceiling` tells
+    whether it had reached its max_condition (`raised` values were then put back). Empty for a run without clamp events.
+    """
+    events = metrics.read_metrics(run_dir, "clamp")
+    if events.empty:
+        return events
+    sigma_max, sigma_min = events["sigma_max"].astype(float), events["sigma_min"].astype(float)
+    condition = (sigma_max / sigma_min).where(events["route"].isin(LOOKED_AT))
+    in_block = events["layer"] != HEAD_LAYER
+    return events.assign(
+        source_layer=(events["layer"] % source_layers).where(in_block, HEAD_LAYER),
+        copy=(events["layer"] // source_layers).where(in_block, HEAD_LAYER),
+        condition=condition,
+        at_ceiling=condition >= AT_CEILING * events["max_condition"],
+    )

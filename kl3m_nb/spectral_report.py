@@ -1,0 +1,271 @@
+"""The spectra of a checkpoint as one HTML page that needs no network: summary, figures, a sortable table, the settings.
+
+Everything on the page is written beside it too: each figure as PNG and PDF with its data as CSV, every table as CSV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kl3m_nb import (
+    block_function,
+    copies,
+    history,
+    matrix_plots,
+    models,
+    plots,
+    runtime,
+    spectra,
+    spectral_plots,
+    spectral_summary,
+)
+from kl3m_nb.figures import save_figure
+from kl3m_nb.html import figure_tag, write_page
+from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER
+from kl3m_nb.metrics import read_metrics
+from kl3m_nb.packing import held_out_windows
+from kl3m_nb.progress_bar import ProgressBar
+from kl3m_nb.spectra import spectrum_key
+from kl3m_nb.spectral_subject import Subject
+from kl3m_nb.tokenizer import load_tokenizer
+
+PAGE = "spectra.html"
+MOST_PAGES = 8  # figures of single matrices; the table marks every ill one
+_TABLE_COLUMNS = (
+    "layer", "source_layer", "copy", "role", "expert", "condition", "sigma_max", "sigma_min", "stable_rank", "effective_rank",
+    "participation_ratio", "entropy", "max_over_median", "mp_edge", "alpha", "alpha_D", "dtype", "ill",
+)  # fmt: skip
+
+
+@dataclass
+class _Page:
+    """What has been found so far, in the order of the page."""
+
+    folder: Path
+    sentences: list[str] = field(default_factory=list)
+    sections: list[str] = field(default_factory=list)
+
+    def heading(self, text: str) -> None:
+        self.sections.append(f"<h2>{escape(text)}</h2>")
+
+    def figure(self, figure: Figure, name: str, caption: str, data: pd.DataFrame) -> None:
+        self.sections.append(figure_tag(save_figure(figure, self.folder / "figures", name, data), caption))
+
+
+def write_report(
+    subject: Subject,
+    folder: str | Path,
+    fit_alpha: bool = True,
+    top_k: int = 16,
+    windows: int = 0,
+    progress: Callable[[str], spectra.Progress] = ProgressBar,
+) -> Path:
+    """Analyses `subject` and writes page, figures and tables into `folder`; returns the path of the page.
+
+    `top_k` is the size of the compared subspaces (lowered to the smallest matrix). `windows` is the number of held-out windows of
+    the subject's run on which CKA and the loss of swapped copies are measured; 0 leaves them out, since they run the model.
+    `progress` makes a progress bar from a label. Raises ValueError as `find_matrices`, and for `windows` without a run.
+    """
+    if windows and not (subject.profile and subject.copies > 1):
+        raise ValueError(
+            f"CKA and swapped copies need the held-out windows of a run of a stacked model; {subject.checkpoint} is not in one."
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = _Page(folder)
+    table, values = spectra.analyse_model(subject.checkpoint, subject.source_layers, fit_alpha, progress("spectra"))
+    table.to_csv(folder / "spectra.csv", index=False)
+    ceilings = {role: subject.clamp.max_condition(role) for role in table["role"].unique()}
+    page.sentences += spectral_summary.describe_model(table, ceilings)
+    before = subject.source or subject.start
+    compared = bool(before) and Path(before) != subject.checkpoint
+    sources = spectra.model_singular_values(before, progress("source")) if compared else {}
+    _add_model(page, table, values, ceilings, subject)
+    if subject.copies > 1:
+        _add_copies(page, table, values, subject, min(top_k, int(np.minimum(table["rows"], table["cols"]).min())), progress)
+    if sources:
+        _add_inheritance(page, values, sources, subject)
+    if subject.run_dir:
+        _add_clamp(page, subject)
+    if windows:
+        _add_function(page, subject, windows, progress)
+    ill = spectral_summary.ill_matrices(table, ceilings)
+    _add_ill(page, ill, table, values, ceilings, sources)
+    write_page(folder / PAGE, f"Spectra of {_name(subject)}", _body(page, table, ill, subject, fit_alpha, windows), _SORT)
+    return folder / PAGE
+
+
+def _add_model(page: _Page, table: pd.DataFrame, values: dict, ceilings: dict, subject: Subject) -> None:
+    page.heading("Condition by layer and role")
+    caption = (
+        "Condition number of every matrix; cells at their clamp ceiling and above it are marked, borders of copies are blue."
+    )
+    page.figure(spectral_plots.plot_condition_heatmap(table, ceilings), "condition", caption, table)
+    page.heading("Spectra over depth")
+    present = {role for _, role in values}
+    for role in sorted(present - {"lm_head"}, key=lambda role: BLOCK_ROLES.index(role.partition("[")[0])):
+        if not any(values[layer, name][0] > 0 for layer, name in values if name == role):
+            continue
+        data = spectra.spectra_frame(values, role)
+        page.figure(spectral_plots.plot_ridgeline(values, role), f"ridgeline_{role}", f"{role}: density of ln σ, by layer.", data)
+
+
+def _add_copies(
+    page: _Page, table: pd.DataFrame, values: dict, subject: Subject, top_k: int, progress: Callable[[str], spectra.Progress]
+) -> None:
+    page.heading("Are the copies diverging?")
+    reference = subject.start or None
+    if len(subject.steps) > 1:
+        over_time = history.over_checkpoints(
+            subject.steps, copies.copy_divergence, subject.source_layers, reference, top_k, progress("copies over the run")
+        )
+        divergence = over_time[over_time["step"] == over_time["step"].max()].drop(columns="step")
+        caption = "Over training: means over pairs of copies and source blocks; dashes mark what chance gives."
+        page.figure(spectral_plots.plot_divergence(over_time), "divergence_over_training", caption, over_time)
+    else:
+        divergence = copies.copy_divergence(subject.checkpoint, subject.source_layers, reference, top_k, progress("copies"))
+    divergence.to_csv(page.folder / "divergence.csv", index=False)
+    page.sentences += spectral_summary.describe_divergence(divergence)
+    caption = f"By source block: means over pairs of copies; subspaces of the {top_k} largest and smallest singular values."
+    page.figure(spectral_plots.plot_divergence(divergence), "divergence", caption, divergence)
+    role, block = _most_diverged(divergence)
+    if (block, role) in values:
+        caption = f"The copies of source block {block}, whose {role} has diverged most, beside their mean."
+        figure = spectral_plots.plot_copies(values, role, block, subject.source_layers)
+        data = spectra.spectra_frame(values, role)
+        page.figure(figure, f"copies_{role}_{block}", caption, data[data["layer"] % subject.source_layers == block])
+
+
+def _most_diverged(divergence: pd.DataFrame) -> tuple[str, int]:
+    """(role as in `spectrum_key`, source block) with the largest mean distance of its copies."""
+    means = divergence.groupby(["source_layer", "role", "expert"])["distance"].mean()
+    block, role, expert = means.idxmax() if means.notna().any() else means.index[0]
+    return spectrum_key(block, role, expert)[1], block
+
+
+def _add_inheritance(page: _Page, values: dict, sources: dict, subject: Subject) -> None:
+    page.heading("Was the conditioning inherited?")
+    inherited = copies.inheritance(values, sources)
+    inherited.to_csv(page.folder / "inheritance.csv", index=False)
+    page.sentences += spectral_summary.describe_inheritance(inherited)
+    if len(subject.steps) > 1:
+        over_time = history.over_checkpoints(subject.steps, copies.inheritance, sources)
+        caption = "Over training: distance of the spectra from the source's; zero at step 0 by construction."
+        page.figure(spectral_plots.plot_inheritance(over_time), "inheritance_over_training", caption, over_time)
+    page.figure(spectral_plots.plot_inheritance(inherited), "inheritance", "By layer and role.", inherited)
+
+
+def _add_clamp(page: _Page, subject: Subject) -> None:
+    clamps = history.clamp_history(subject.run_dir, subject.source_layers)
+    if clamps.empty:
+        return
+    page.heading("What the clamp does")
+    page.sentences += spectral_summary.describe_clamp(clamps)
+    events = read_metrics(subject.run_dir, "clamp")
+    page.figure(plots.plot_clamp_events(events), "clamp_events", "Condition before each clamp, and how much it raised.", clamps)
+    page.figure(matrix_plots.plot_clamp_map(clamps), "clamp_map", "Where and when singular values were raised.", clamps)
+
+
+def _add_function(page: _Page, subject: Subject, count: int, progress: Callable[[str], spectra.Progress]) -> None:
+    data = subject.profile.data
+    tokenizer = load_tokenizer(data.tokenizer, data.source, subject.profile.model.vocabulary)
+    held_out = held_out_windows(data, tokenizer)[:count]
+    model = models.load_model(subject.checkpoint)
+    similarity = block_function.block_similarity(model, held_out, subject.source_layers)
+    swaps = block_function.swap_loss(model, held_out, subject.source_layers, progress=progress("swapped copies"))
+    page.heading("Do the copies still do the same?")
+    page.sentences += spectral_summary.describe_function(similarity, swaps)
+    caption = f"On {len(held_out)} held-out windows. CKA 1: the same up to rotation and scale. Bars: 95% over the windows."
+    data = similarity.merge(swaps, on=["source_layer", "copy_a", "copy_b"])
+    page.figure(matrix_plots.plot_block_function(similarity, swaps), "block_function", caption, data)
+
+
+def _add_ill(page: _Page, ill: pd.DataFrame, table: pd.DataFrame, values: dict, ceilings: dict, sources: dict) -> None:
+    if ill.empty:
+        return
+    page.heading("Ill matrices")
+    depth = 1 + max((layer for layer, _ in sources), default=0)
+    for _, row in ill.head(MOST_PAGES).iterrows():
+        layer, role = spectrum_key(row["layer"], row["role"], row["expert"])
+        before = sources.get((layer % depth if layer != HEAD_LAYER else HEAD_LAYER, role))
+        figure = matrix_plots.plot_matrix_page(table, values, row, ceilings.get(row["role"], 0.0), before)
+        data = pd.DataFrame({"sigma": values.get((layer, role), [])})
+        name = f"matrix_{'head' if layer == HEAD_LAYER else layer}_{role}"
+        page.figure(figure, name, f"{spectral_summary.matrix_name(row)} {row['reason']}.", data)
+
+
+def _name(subject: Subject) -> str:
+    return f"{subject.run_dir.name}, {subject.checkpoint.name}" if subject.run_dir else subject.checkpoint.name
+
+
+def _body(page: _Page, table: pd.DataFrame, ill: pd.DataFrame, subject: Subject, fit_alpha: bool, windows: int) -> str:
+    settings = {
+        "checkpoint": subject.checkpoint,
+        "compared with": " and ".join(filter(None, (subject.start, subject.source))) or "nothing",
+        "source blocks": f"{subject.source_layers} (layer i is copy i // {subject.source_layers} of block i mod "
+                         f"{subject.source_layers})",
+        "clamp ceilings": f"attention {subject.clamp.attention_max_condition:,.0f}, MLP {subject.clamp.mlp_max_condition:,.0f}, "
+                          f"LM head {subject.clamp.lm_head_max_condition:,.0f} "
+                          f"({'of the run' if subject.profile else 'of the kl3m-007 card: no run says otherwise'})",
+        "power-law tail": "fitted" if fit_alpha else "not fitted",
+        "held-out windows": windows or "none: CKA and swapped copies were not asked for",
+        "versions": runtime.versions(),
+    }  # fmt: skip
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in settings.items())
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in page.sentences)
+    return "\n".join(
+        [
+            f"<h1>Spectra of {escape(_name(subject))}</h1><ul>{sentences}</ul>",
+            *page.sections,
+            "<h2>Every matrix</h2><p>Click a column to sort by it.</p>",
+            f'<div class="tall">{_sortable(table, ill)}</div>',
+            f'<h2>Settings</h2><div class="scroll text_cell_render"><table>{rows}</table></div>',
+        ]
+    )
+
+
+def _sortable(table: pd.DataFrame, ill: pd.DataFrame) -> str:
+    key = ["layer", "role", "expert"]
+    marked = table.merge(ill[[*key, "reason"]].rename(columns={"reason": "ill"}), on=key, how="left")
+    marked["ill"] = marked["ill"].fillna("")
+    columns = [name for name in _TABLE_COLUMNS if name in marked and not (name == "expert" and (marked[name] < 0).all())]
+    head = "".join(f"<th scope='col'>{escape(name.replace('_', ' '))}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in marked[columns].itertuples(index=False, name=None))
+    return f"<table class='sortable'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value) -> str:
+    if isinstance(value, str):
+        return f"<td>{escape(value)}</td>"
+    if isinstance(value, float):
+        shown = "–" if np.isnan(value) else "∞" if np.isinf(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        return f"<td data-value='{value}'>{shown}</td>"
+    return f"<td data-value='{value}'>{value}</td>"
+
+
+_SORT = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.querySelectorAll("th")], body = table.tBodies[0];
+  const key = (row, column) => {
+    const cell = row.cells[column], value = cell.dataset.value;
+    if (value === undefined) return cell.textContent;
+    return value === "nan" ? -Infinity : value === "inf" ? Infinity : Number(value);
+  };
+  heads.forEach((head, column) => head.addEventListener("click", () => {
+    const down = head.getAttribute("aria-sort") !== "descending";
+    heads.forEach(other => other.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const sign = down ? -1 : 1;
+    const rows = [...body.rows].map(row => [key(row, column), row]);
+    rows.sort(([a], [b]) => sign * (a < b ? -1 : a > b ? 1 : 0));
+    body.append(...rows.map(([, row]) => row));
+  }));
+}
+"""

@@ -1,0 +1,104 @@
+"""What a report on a checkpoint can compare it with: its run, the stack it was begun from, the source of the stack.
+
+The run folder is the truth: run.json names what a run was begun from, stack.json what a stack was made of. Where neither stands
+beside a checkpoint, the model that is given for comparison decides by its depth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kl3m_nb import checkpoints, paths
+from kl3m_nb.history import trajectory
+from kl3m_nb.matrices import STACK_RECORD, Checkpoint, check_source_layers, find_matrices, layer_count, local_checkpoint
+from kl3m_nb.profiles import ClampSpec, Profile
+from kl3m_nb.training import RUN_FILE, read_run_profile
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint and what is known of its past.
+
+    `source_layers` is the number of layers when it is no stack. `steps` holds the checkpoints of its run by step, the start at 0,
+    up to this one; empty without a run or a start. `start` (same depth) and `source` (source_layers deep) are empty strings where
+    nothing names them. `run_dir` and `profile` are those of the run it belongs to, if any.
+    """
+
+    checkpoint: Path
+    layers: int
+    source_layers: int
+    clamp: ClampSpec = field(default_factory=ClampSpec)
+    start: str = ""
+    source: str = ""
+    steps: Mapping[int, Checkpoint] = field(default_factory=dict)
+    run_dir: Path | None = None
+    profile: Profile | None = None
+
+    @property
+    def copies(self) -> int:
+        """How often each source block is in the model."""
+        return self.layers // self.source_layers
+
+
+def find_subject(checkpoint: str | Path, against: str = "", source_layers: int = 0) -> Subject:
+    """What `checkpoint` (run folder, checkpoint folder, .safetensors file, hub id) is and can be compared with.
+
+    `against` names the stack at step 0 (as deep) or the source (less deep); empty: what run.json and stack.json name.
+    `source_layers` 0: as those say, or the depth of a less deep `against`. Raises ValueError as `find_matrices`, for a model in
+    `against` whose depth fits neither, and for a stack that is not cyclic, whose copies are not where they would be looked for.
+    """
+    place = local_checkpoint(checkpoint)
+    run_dir = _run_folder(place)
+    if run_dir == place:
+        place = checkpoints.require_checkpoint(run_dir)
+    layers = layer_count(find_matrices(place))
+    profile = read_run_profile(run_dir) if run_dir else None
+    start = _begun_from(run_dir) if run_dir else ""
+    if _record(place):
+        start = str(place)
+    source = ""
+    if against:
+        other = str(local_checkpoint(against))
+        depth = layer_count(find_matrices(other))
+        if depth == layers:
+            start = other
+        elif layers % depth:
+            raise ValueError(
+                f"{against} has {depth} layers and {checkpoint} has {layers}; give the stack it was begun from, as deep as it, "
+                "or the source, whose depth divides it."
+            )
+        else:
+            source, source_layers = other, source_layers or depth
+    record = _record(Path(start)) if start else {}
+    if record.get("order", "cyclic") != "cyclic":
+        raise ValueError(f"{start} is an {record['order']} stack; copies are compared for cyclic stacks only.")
+    if not source and record and paths.resolve(record["source"]).is_dir():
+        source = str(paths.resolve(record["source"]))
+    if not source_layers:
+        source_layers = record.get("source_layers", layers)
+    check_source_layers(layers, source_layers)
+    steps: dict[int, Checkpoint] = {}
+    if run_dir and start and place in checkpoints.whole_checkpoints(run_dir):
+        here = checkpoints.checkpoint_step(place)
+        steps = {step: folder for step, folder in trajectory(run_dir, start).items() if step <= here}
+    clamp = profile.clamp if profile else ClampSpec()
+    return Subject(place, layers, source_layers, clamp, start, source, steps, run_dir, profile)
+
+
+def _run_folder(place: Path) -> Path | None:
+    folder = place.parent if place.is_file() else place
+    return next((path for path in (folder, *folder.absolute().parents[:2]) if (path / RUN_FILE).is_file()), None)
+
+
+def _begun_from(run_dir: Path) -> str:
+    """The checkpoint folder a run was begun from, where it still lies; empty for random weights."""
+    init = paths.resolve(json.loads((run_dir / RUN_FILE).read_text())["init"])
+    return str(init) if init.is_dir() else ""
+
+
+def _record(place: Path) -> dict:
+    path = (place.parent if place.is_file() else place) / STACK_RECORD
+    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,104 @@
+"""Kept spectra: used again only for the very same bytes, never trusted when damaged, never a reason to fail."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kl3m_nb import known_spectra, spectra
+from kl3m_nb.matrices import content_hash, find_matrices
+from kl3m_nb.profiles import ModelSpec
+from kl3m_nb.spectral_cache import CACHE_FOLDER, SpectrumCache
+
+SPEC = ModelSpec(layers=4, hidden=32, mlp=48, heads=2, kv_heads=1, head_size=16, vocabulary=80, context=32)
+
+
+@pytest.fixture
+def known(tmp_path):
+    return known_spectra.write_known_stack(tmp_path, SPEC, copies=2)
+
+
+def counting(monkeypatch) -> list:
+    """The shapes of the matrices that are decomposed from now on."""
+    decomposed, decompose = [], spectra.singular_values
+    monkeypatch.setattr(spectra, "singular_values", lambda weight: decomposed.append(tuple(weight.shape)) or decompose(weight))
+    return decomposed
+
+
+def test_a_second_look_decomposes_nothing_and_finds_the_same(known, monkeypatch):
+    first, values = spectra.analyse_model(known.trained, fit_alpha=True)
+    decomposed = counting(monkeypatch)
+    second, again = spectra.analyse_model(known.trained, fit_alpha=True)
+    assert decomposed == [] and first.equals(second)
+    assert all(np.array_equal(values[key], again[key]) for key in values)
+
+
+def test_only_the_changed_matrix_is_decomposed_again(known, monkeypatch):
+    spectra.model_spectra(known.trained)
+    [path] = known.trained.glob("*.safetensors")
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"] *= 2
+    save_file(weights, path)
+    decomposed = counting(monkeypatch)
+    table = spectra.model_spectra(known.trained)
+    assert decomposed == [(48, 32)]
+    changed = table[(table.layer == 1) & (table.role == "up_proj")].sigma_max.item()
+    assert changed == pytest.approx(2 * known.spectra[1, "up_proj"][0], rel=1e-6)
+
+
+def test_equal_copies_are_decomposed_once(known, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # two workers may meet at one content
+    decomposed = counting(monkeypatch)
+    spectra.model_spectra(known.stack)
+    assert len(decomposed) == 2 * 7 + 1
+
+
+def test_an_interrupted_analysis_keeps_what_it_has_done(known, monkeypatch):
+    def stop(done, total):
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        spectra.model_spectra(known.trained, progress=stop)
+    decomposed = counting(monkeypatch)
+    spectra.model_spectra(known.trained)
+    assert 0 < len(decomposed) <= len(find_matrices(known.trained)) - 10
+
+
+def test_a_damaged_cache_is_computed_anew(known):
+    before = spectra.model_spectra(known.trained)
+    [kept] = (known.trained / CACHE_FOLDER).iterdir()
+    kept.write_bytes(kept.read_bytes()[:-50])
+    assert spectra.model_spectra(known.trained).equals(before)
+    assert len(SpectrumCache(kept)._values) == len(before)
+
+
+def test_a_place_that_takes_no_file_is_a_warning(known, monkeypatch):
+    def refuse(*_):
+        raise OSError(30, os.strerror(30))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert len(spectra.model_spectra(known.trained)) == 4 * 7 + 1
+
+
+def test_two_writers_lose_nothing(tmp_path):
+    path = tmp_path / CACHE_FOLDER / "values"
+    first, second = SpectrumCache(path), SpectrumCache(path)
+    first.add("a", np.ones(2))
+    second.add("b", np.zeros(3))
+    first.save()
+    second.save()
+    both = SpectrumCache(path)
+    assert both.get("a").tolist() == [1, 1] and both.get("b").tolist() == [0, 0, 0] and both.hits == 2
+
+
+def test_the_hash_knows_bytes_shape_and_dtype():
+    weight = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    others = [weight.T, weight.reshape(3, 2), weight.double(), weight.bfloat16(), weight + 1e-6, -weight]
+    assert content_hash(weight) == content_hash(weight.clone()) == content_hash(torch.cat([weight, weight])[:2])
+    assert len({content_hash(tensor) for tensor in (weight, *others)}) == 7

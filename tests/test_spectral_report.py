@@ -1,0 +1,154 @@
+"""The report on checkpoints whose spectra are known, and on one that is broken: read back from page, tables and figures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from bs4 import BeautifulSoup
+from safetensors.torch import load_file, save_file
+
+from kl3m_nb import cli, figures, known_spectra, spectral_report
+from kl3m_nb.profiles import ModelSpec
+from kl3m_nb.spectral_subject import find_subject
+
+SPEC = ModelSpec(layers=8, hidden=32, mlp=48, heads=2, kv_heads=1, head_size=16, vocabulary=80, context=32)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    return known_spectra.write_known_stack(tmp_path_factory.mktemp("known"), SPEC, copies=4)
+
+
+@pytest.fixture(scope="module")
+def report(known, tmp_path_factory):
+    """The folder of a report that was made by the command, and its page."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(figures.STYLE, "savefig.dpi", 40)  # nobody looks at them
+        code = cli.main(["spectra", str(known.trained), "--against", str(known.stack), "-o", str(folder), "--top-k", "4"])
+    assert code == 0
+    return folder, BeautifulSoup((folder / "spectra.html").read_text(), "html.parser")
+
+
+@pytest.fixture
+def unsaved(monkeypatch) -> list[str]:
+    """The names of the figures, which are drawn and not rendered: that takes most of a report's time."""
+    names = []
+
+    def note(figure, folder, name, data):
+        names.append(name)
+        (folder / "empty.png").parent.mkdir(exist_ok=True)
+        (folder / "empty.png").write_bytes(b"")
+        return folder / "empty.png"
+
+    monkeypatch.setattr(spectral_report, "save_figure", note)
+    return names
+
+
+def test_the_summary_is_what_was_put_in(known, report):
+    _, page = report
+    text = page.find("ul").text
+    assert "8 layers, 4 copies of 2 source blocks: 57 matrices in float32." in text
+    worst = max(values[0] / values[-1] for (_, role), values in known.spectra.items() if role in ("q_proj", "k_proj", "o_proj"))
+    assert f"the largest {worst:,.0f}" in text
+    assert f"Two copies of a block lie {known.divergence.distance.median():.1%} of their norm apart" in text
+    moved = known.divergence.movement_cosine.median()
+    assert f"the cosine between their movements is {moved:.2f} in the median" in text
+    overlap = known.divergence.top_overlap.median()
+    assert f"leading directions overlap by {overlap:.2f}, the trailing ones by {overlap:.2f}" in text
+
+
+def test_the_page_needs_no_network_and_runs_only_its_own_script(report):
+    folder, page = report
+    policy = page.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    [script] = page.find_all("script")
+    digest = base64.b64encode(hashlib.sha256(script.string.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+    assert all(image["src"].startswith("data:image/png") and image["alt"] for image in page.find_all("img"))
+    assert not re.search(r"(src|href)=\"https?:", (folder / "spectra.html").read_text())
+
+
+def test_every_matrix_is_a_row_that_can_be_sorted(known, report):
+    _, page = report
+    table = page.find("table", class_="sortable")
+    heads = [head.text for head in table.find_all("th")]
+    rows = table.find("tbody").find_all("tr")
+    assert len(rows) == 57
+    cells = [row.find_all("td") for row in rows]
+    place = {name: heads.index(name) for name in ("layer", "role", "condition")}
+    for row in cells:
+        values = known.spectra[int(row[place["layer"]]["data-value"]), row[place["role"]].text]
+        assert float(row[place["condition"]]["data-value"]) == pytest.approx(values[0] / values[-1], rel=1e-3)
+
+
+def test_every_figure_lies_beside_it_in_three_forms(report):
+    folder, page = report
+    names = {path.stem for path in (folder / "figures").iterdir()}
+    assert {"condition", "divergence", "inheritance", "ridgeline_q_proj", "ridgeline_down_proj"} <= names
+    assert all((folder / "figures" / f"{name}.{kind}").is_file() for name in names for kind in ("png", "pdf", "csv"))
+    assert len(page.find_all("figure")) == len(names)
+    assert len(pd.read_csv(folder / "spectra.csv")) == 57
+
+
+def test_the_settings_are_on_the_page(known, report):
+    _, page = report
+    text = page.text
+    assert f"{known.stack} and {known.source}" in text and "no run says otherwise" in text and "torch 2" in text
+
+
+def test_ill_matrices_get_a_page_each_and_do_not_stop_the_rest(known, tmp_path, unsaved):
+    broken = shutil.copytree(known.trained, tmp_path / "broken", ignore=shutil.ignore_patterns(".spectra"))
+    [path] = broken.glob("*.safetensors")
+    weights = load_file(path)
+    weights["model.layers.3.mlp.up_proj.weight"][0, 0] = torch.nan
+    weights["model.layers.5.self_attn.o_proj.weight"][0] = 0
+    weights["model.layers.6.self_attn.q_proj.weight"] = torch.zeros(32, 32)
+    save_file(weights, path)
+    subject = find_subject(broken, against=str(known.source))
+    calls = []
+    page = spectral_report.write_report(
+        subject, tmp_path / "report", fit_alpha=False, progress=lambda label: lambda *numbers: calls.append((label, *numbers))
+    )
+    text = page.read_text()
+    for words in ("Layer 3, up_proj holds NaN", "Layer 6, q_proj is all zero", "Layer 5, o_proj is singular: rank 31 of 32"):
+        assert words in text
+    assert {"matrix_3_up_proj", "matrix_5_o_proj", "matrix_6_q_proj"} <= set(unsaved)
+    assert ("spectra", 57, 57) in calls and "power-law tail</td><td>not fitted" in text
+
+
+@pytest.mark.parametrize("name", ["nowhere", "owner/none"])
+def test_what_is_no_checkpoint_is_one_sentence_and_exit_code_2(name, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert cli.main(["spectra", name]) == 2
+    assert capsys.readouterr().err.startswith("kl3m_nb: There is no ")
+
+
+def test_windows_need_a_run(known, tmp_path):
+    with pytest.raises(ValueError, match="need the held-out windows of a run"):
+        spectral_report.write_report(find_subject(known.stack), tmp_path, windows=4)
+
+
+def test_a_16_bit_file_is_flagged(known, tmp_path, unsaved):
+    path = tmp_path / "half.safetensors"
+    [trained] = known.trained.glob("*.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(trained).items()}, path)
+    page = spectral_report.write_report(find_subject(path), tmp_path / "report", fit_alpha=False)
+    assert "The weights of 57 matrices are 16-bit" in page.read_text()
+    assert not pd.read_csv(tmp_path / "report" / "spectra.csv").condition_reliable.any()
+    assert np.isfinite(pd.read_csv(tmp_path / "report" / "spectra.csv").condition).all()
+
+
+def test_a_run_is_asked_what_its_copies_compute_and_what_its_clamp_did(trained_run, tmp_path, unsaved):
+    run_dir, _ = trained_run
+    page = spectral_report.write_report(find_subject(run_dir, source_layers=1), tmp_path, fit_alpha=False, top_k=4, windows=2)
+    text = page.read_text()
+    assert {"block_function", "clamp_events", "clamp_map"} <= set(unsaved)
+    assert "has a linear CKA of" in text and "Swapping two copies changes the held-out loss" in text and "clamps up to step 6" in text
+    assert "of the run)" in text and "held-out windows</td><td>2" in text

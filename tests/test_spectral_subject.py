@@ -1,0 +1,77 @@
+"""What a checkpoint is compared with: told by its run, its stack's record, or the model that is given."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import small_profile
+
+from kl3m_nb import known_spectra, training
+from kl3m_nb.profiles import ModelSpec
+from kl3m_nb.spectral_subject import find_subject
+
+SPEC = ModelSpec(layers=4, hidden=32, mlp=48, heads=2, kv_heads=1, head_size=16, vocabulary=80, context=32)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    return known_spectra.write_known_stack(tmp_path_factory.mktemp("known"), SPEC, copies=2)
+
+
+def test_a_model_alone_is_its_own_source(known):
+    subject = find_subject(known.trained)
+    assert (subject.layers, subject.source_layers, subject.copies, subject.start, subject.source) == (4, 4, 1, "", "")
+    assert subject.profile is None and not subject.steps and subject.clamp.attention_max_condition == 3000
+
+
+def test_a_fresh_stack_names_its_source(known):
+    subject = find_subject(known.stack)
+    assert (subject.source_layers, subject.copies) == (2, 2)
+    assert subject.start == str(known.stack) and subject.source == str(known.source)
+
+
+def test_a_model_as_deep_is_the_start_and_brings_its_source(known):
+    subject = find_subject(known.trained, against=str(known.stack))
+    assert (subject.start, subject.source, subject.source_layers) == (str(known.stack), str(known.source), 2)
+
+
+def test_a_less_deep_model_is_the_source(known):
+    subject = find_subject(known.trained, against=str(known.source))
+    assert (subject.start, subject.source, subject.source_layers) == ("", str(known.source), 2)
+
+
+def test_a_run_brings_its_start_its_ceilings_and_its_checkpoints(known, trained_run, tmp_path):
+    run_dir, result = trained_run
+    subject = find_subject(run_dir)
+    assert subject.checkpoint == result.checkpoint and subject.profile == small_profile() and subject.run_dir == run_dir
+    assert subject.copies == 1 and not subject.steps  # begun from random weights: no stack
+    earlier = find_subject(run_dir / "checkpoints" / "step-000003")
+    assert earlier.run_dir == run_dir and earlier.checkpoint.name == "step-000003"
+
+
+def test_a_run_begun_from_a_stack_has_a_trajectory(trained_run, tmp_path):
+    run_dir, _ = trained_run
+    record = json.loads((run_dir / training.RUN_FILE).read_text())
+    copy = tmp_path / "run"
+    (copy / "checkpoints").mkdir(parents=True)
+    for step in ("step-000003", "step-000006"):
+        (copy / "checkpoints" / step).symlink_to(run_dir / "checkpoints" / step)
+    start = tmp_path / "stack"
+    start.symlink_to(run_dir / "checkpoints" / "step-000003")
+    (copy / training.RUN_FILE).write_text(json.dumps(record | {"init": str(start)}))
+    subject = find_subject(copy, source_layers=1)
+    assert list(subject.steps) == [0, 3, 6] and subject.steps[0] == subject.start == str(start) and subject.copies == 2
+    assert list(find_subject(copy / "checkpoints" / "step-000003", source_layers=1).steps) == [0, 3]
+
+
+def test_what_does_not_fit_is_refused(known, tmp_path):
+    odd = known_spectra.write_known_stack(tmp_path / "odd", ModelSpec(**(SPEC.__dict__ | {"layers": 6})), copies=2)
+    with pytest.raises(ValueError, match=r"has 3 layers and .* has 4; give the stack it was begun from"):
+        find_subject(known.trained, against=str(odd.source))
+    with pytest.raises(ValueError, match="is not made of copies of 3"):
+        find_subject(known.trained, source_layers=3)
+    record = odd.stack / "stack.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"order": "interpolated"}))
+    with pytest.raises(ValueError, match="copies are compared for cyclic stacks only"):
+        find_subject(odd.trained, against=str(odd.stack))
