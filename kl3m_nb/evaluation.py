@@ -223,3 +223,19 @@ def bootstrap_interval(
         means[i] = weighted[drawn].sum() / weights[drawn].sum()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(weighted.sum() / weights.sum()), low=float(low), high=float(high))
+
+
+def difference_interval(
+    first: Sequence[float], second: Sequence[float], resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Percentile-bootstrap interval of mean(first) − mean(second) for two unpaired samples, each resampled on its own.
+
+    Raises ValueError for an empty sample.
+    """
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if not (first.size and second.size):
+        raise ValueError(f"difference_interval was given {first.size} and {second.size} values; it needs at least 1 of each.")
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(values, (resamples, values.size)).mean(axis=1) for values in (first, second)]
+    low, high = np.quantile(means[0] - means[1], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean=float(first.mean() - second.mean()), low=float(low), high=float(high))

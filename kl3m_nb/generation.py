@@ -9,12 +9,20 @@ import html
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, pipeline
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    pipeline,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from kl3m_nb.evaluation import evaluation_mode
 from kl3m_nb.paths import prompts_dir
@@ -164,12 +172,55 @@ def generate(
     return samples
 
 
-def _generate_batch(model, tokenizer, prompts: Sequence[str], config: GenerationConfig) -> list[Sample]:
+def generate_streaming(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    sampling: Sampling,
+    seed: int,
+    on_text: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> Sample:
+    """The sample `generate` gives for this prompt alone, told while it grows.
+
+    `on_text` gets the whole continuation so far after every token; when `should_stop` says so, the text is cut there. Raises
+    ValueError like `generate`.
+    """
+    config = _generation_config(sampling, tokenizer)
+    _check_room(model, tokenizer, [prompt], sampling)
+
+    class Teller(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] | None = None  # the first call brings the prompt
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens = [] if self.tokens is None else [*self.tokens, *value.flatten().tolist()]
+            on_text(_decode(tokenizer, self.tokens))
+
+        def end(self) -> None:
+            pass
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), should_stop(), device=input_ids.device)
+
+    with evaluation_mode(model), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        _seed(model.device, seed)
+        criteria = StoppingCriteriaList([Stop()])
+        (sample,) = _generate_batch(model, tokenizer, [prompt], config, streamer=Teller(), stopping_criteria=criteria)
+    return sample
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _generate_batch(model, tokenizer, prompts: Sequence[str], config: GenerationConfig, **watching) -> list[Sample]:
     started = time.perf_counter()
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False).to(
         model.device
     )
-    output = model.generate(**inputs, generation_config=config)
+    output = model.generate(**inputs, generation_config=config, **watching)
     continuations = output[:, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
     seconds = (time.perf_counter() - started) / len(prompts)
     samples = []
@@ -177,8 +228,11 @@ def _generate_batch(model, tokenizer, prompts: Sequence[str], config: Generation
         end = config.eos_token_id
         ended = end in tokens
         tokens = tokens[: tokens.index(end)] if ended else tokens
-        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        samples.append(Sample(prompt, text, tuple(tokenizer(prompt)["input_ids"]), tuple(tokens), (end,) * ended, seconds))
+        samples.append(
+            Sample(
+                prompt, _decode(tokenizer, tokens), tuple(tokenizer(prompt)["input_ids"]), tuple(tokens), (end,) * ended, seconds
+            )
+        )
     return samples
 
 
