@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 
 from kl3m_nb.evaluation import Interval, bootstrap_interval
@@ -85,9 +86,5 @@ def _kendall_tau(first: pd.Series, second: pd.Series) -> float:
     if len(first) < 2 or first.isna().any() or second.isna().any():
         return math.nan
     pairs = [(i, j) for j in range(len(first)) for i in range(j)]
-    signs = [_sign(first.iloc[i] - first.iloc[j]) * _sign(second.iloc[i] - second.iloc[j]) for i, j in pairs]
-    return sum(signs) / len(pairs)
-
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
+    signs = [np.sign(first.iloc[i] - first.iloc[j]) * np.sign(second.iloc[i] - second.iloc[j]) for i, j in pairs]
+    return float(np.mean(signs))

@@ -42,9 +42,7 @@ def plot_prediction(predictions: Mapping[str, Prediction]) -> Figure:
     for number, (name, prediction) in enumerate(predictions.items()):
         look = _look(number)
         _domain_row(domains, prediction, (number - (len(predictions) - 1) / 2) * 0.7 / len(predictions), name, look)
-        table = prediction.by_position
-        positions.plot(table["context"], table["loss"], color=look["color"], alpha=0.15, linewidth=0.7, rasterized=True)
-        centres, means = _means_over_ranges(table)
+        centres, means = _means_over_ranges(prediction.by_position)
         positions.plot(centres, means, DASHES[number % 4], markersize=4, label=name, **look)
         bins = prediction.calibration
         sizes = 4 + 10 * np.sqrt(bins["tokens"] / bins["tokens"].max())
@@ -81,7 +79,7 @@ def _domain_row(axes: Axes, prediction: Prediction, offset: float, name: str, lo
 def _means_over_ranges(by_position: pd.DataFrame) -> tuple[list[float], list[float]]:
     """Mean loss over growing ranges of context, every token counted once; centres are geometric."""
     context, tokens, loss = (by_position[column].to_numpy(float) for column in ("context", "tokens", "loss"))
-    edges = np.unique(np.geomspace(context.min(), context.max() + 1, 25).round())
+    edges = np.unique(np.geomspace(context.min(), context.max() + 1, 14).round())
     centres, means = [], []
     for start, end in pairwise(edges):
         inside = (context >= start) & (context < end)

@@ -148,6 +148,13 @@ def load_prompts(kind: str | None = None) -> list[Prompt]:
     return [prompt for prompt in prompts if kind in (None, prompt.kind)]
 
 
+def choose_prompts(count: int) -> list[Prompt]:
+    """Up to `count` prompts: the cards', then others spread evenly over the file, so that every kind is there."""
+    cards, others = load_prompts("card"), [prompt for prompt in load_prompts() if prompt.kind != "card"]
+    wanted = max(0, min(count - len(cards), len(others)))
+    return [*cards, *(others[i * len(others) // wanted] for i in range(wanted))][:count]
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -56,7 +56,8 @@ def task_config(task: str) -> dict:
 
 
 def answer_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[ChoiceItem]) -> pd.DataFrame:
-    """A row per item: id, `correct`, `correct_per_character`, `right_log_likelihood` and `best_wrong_log_likelihood`, in nats.
+    """A row per item: id, `correct`, `correct_per_character`, `right_log_likelihood` and `best_wrong_log_likelihood`
+    in nats, and `right_characters`.
 
     The choice of a model is the one whose text has the highest log-likelihood behind the context, in total or divided by its
     characters: lm-eval's `acc` and `acc_norm`. Context and choice are tokenized together and cut at the length of the context
@@ -80,6 +81,7 @@ def answer_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ite
                 "correct": log_likelihoods.index(max(log_likelihoods)) == item.answer,
                 "correct_per_character": per_character.index(max(per_character)) == item.answer,
                 "right_log_likelihood": log_likelihoods[item.answer],
+                "right_characters": len(item.choices[item.answer]),
                 "best_wrong_log_likelihood": max(v for place, v in enumerate(log_likelihoods) if place != item.answer),
             }
         )
@@ -89,6 +91,11 @@ def answer_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ite
 def accuracy(answers: pd.DataFrame, column: str = "correct") -> Interval:
     """Share of right answers with a 95% bootstrap interval over the items; `column` may be `correct_per_character`."""
     return bootstrap_interval(answers[column].astype(float))
+
+
+def answer_bits(answers: pd.DataFrame) -> float:
+    """Bits per character that the right answers cost: finer than accuracy, since every item counts by how nearly it was right."""
+    return float(-answers["right_log_likelihood"].sum() / math.log(2) / answers["right_characters"].sum())
 
 
 def run_lm_eval(

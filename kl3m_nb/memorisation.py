@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.corpus import Document
@@ -63,10 +64,8 @@ def recital(
         )
     ids = torch.tensor(passages, device=model.device)
     truth = ids[:, -continuation:]
-    # No end-of-text token: a model that stops has recited no more, but positions must stay comparable.
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=continuation, min_new_tokens=continuation, pad_token_id=0, eos_token_id=None
-    )
+    end = model.generation_config.eos_token_id  # stands in no passage: what follows it counts as not recited
+    config = GenerationConfig(do_sample=False, max_new_tokens=continuation, pad_token_id=0 if end is None else end)
     rows = []
     with evaluation_mode(model):
         for prefix in prefix_lengths:
@@ -75,7 +74,9 @@ def recital(
                 model.generate(part, attention_mask=torch.ones_like(part), generation_config=config)[:, prefix:]
                 for part in prompts.split(batch_size)
             ]
-            same = torch.cat(written) == truth
+            # a batch in which every text ended is shorter
+            whole = [F.pad(part, (0, continuation - part.shape[1]), value=-1) for part in written]
+            same = torch.cat(whole) == truth
             recited = same.long().cumprod(dim=1).sum(dim=1)
             rows.append(
                 pd.DataFrame(

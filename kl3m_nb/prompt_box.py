@@ -119,12 +119,13 @@ class PromptBox:
         heads = "".join(f'<th style="{cell}">{html.escape(name)}</th>' for name in names)
         rows = ""
         for samples in zip(*columns, strict=True):
-            parts = (
-                choices_html(sample.prompt, token_choices(self.models[name], self.tokenizers[name], sample))
-                + f"<small>{_speed(sample)}</small>"
+            cells = (
+                f'<td style="{cell}">'
+                + choices_html(sample.prompt, token_choices(self.models[name], self.tokenizers[name], sample))
+                + f"<small>{_speed(sample)}</small></td>"
                 for name, sample in zip(names, samples, strict=True)
             )
-            rows += f"<tr>{''.join(f'<td style="{cell}">{part}</td>' for part in parts)}</tr>"
+            rows += f"<tr>{''.join(cells)}</tr>"
         return f'<table style="width: 100%; table-layout: fixed"><tr>{heads}</tr>{rows}</table>'
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:

@@ -22,8 +22,10 @@ FLOORS = {
     1: "display paths profiles progress flops parameters",
     2: "instructions tokenizer corpus packing models roles runtime stacking muon clamping gram objective schedule evaluation",
     3: "checkpoints metrics training",
-    4: "spectra matrices prediction comparison generation writing legal_form extraction memorisation toxicity harness growth estimate",
-    5: "figures plots spectral_plots evaluation_plots token_view prompt_box live runs report html run_status runner demo cli __main__",
+    4: "spectra matrices generation growth estimate "
+    "prediction comparison writing legal_form extraction memorisation toxicity harness",
+    5: "evaluation_plots token_view prompt_box "
+    "figures plots spectral_plots live runs report html run_status runner demo cli __main__",
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
