@@ -1,4 +1,4 @@
-"""Prediction: the held-out loss of a causal language model, its profile over the context, and intervals for averages.
+"""What a causal language model gives every single token, the held-out loss that follows, and intervals for averages.
 
 The LM head is applied to a few tokens at a time, so the logits of a whole batch (5.4 GB in bfloat16 for 5 × 4096 tokens and
 131,072 entries) never exist. The figure is plain cross-entropy: no label smoothing, no entropy term, no router loss.
@@ -36,6 +36,15 @@ class HeldOut:
     def perplexity(self) -> float:
         """exp(loss); infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+class TokenScores(NamedTuple):
+    """What a model made of each label; tensors of one shape."""
+
+    loss: Tensor  # cross-entropy, −ln p(label), nats
+    entropy: Tensor  # of the predictive distribution, nats
+    confidence: Tensor  # probability of the likeliest token
+    correct: Tensor  # 1 where the likeliest token is the label, else 0
 
 
 class Interval(NamedTuple):
@@ -86,9 +95,9 @@ def held_out_loss(
         for batch in windows.split(batch_windows):
             batch = batch.to(device)
             hidden = model.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-            loss, entropy = loss_and_entropy(hidden, model.get_output_embeddings(), batch[:, 1:])
-            losses.append(loss.double().cpu())
-            entropies.append(entropy.double().cpu())
+            scores = token_scores(hidden.flatten(0, 1), model.get_output_embeddings(), batch[:, 1:].flatten())
+            losses.append(scores.loss.view_as(batch[:, 1:]).double().cpu())
+            entropies.append(scores.entropy.double().cpu())
     losses = torch.cat(losses)
     return HeldOut(
         loss=losses.mean().item(),
@@ -99,20 +108,79 @@ def held_out_loss(
     )
 
 
-def loss_and_entropy(hidden: Tensor, lm_head: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and predictive entropy of every label, both in nats, float32, in the shape of `labels`.
+@torch.no_grad()
+def score_sequences(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    predicted: Sequence[int] | None = None,
+    batch_tokens: int = 8192,
+    autocast: torch.dtype | None = None,
+) -> list[TokenScores]:
+    """Scores of the last `predicted[i]` tokens of each sequence of ids, or without `predicted` of all tokens but the first.
 
-    `hidden` [batch, seq_len, width], e.g. [8, 4096, 576], is what `lm_head` turns into logits; `labels` is int64
-    [batch, seq_len].
+    Each result holds tensors [predicted[i]], float64 on the CPU, in the order of `sequences`. Sequences of like length share a
+    batch of at most `batch_tokens` tokens (one sequence may be longer), padded on the right, where a causal model does not see
+    it. `model` and `autocast` are as in `held_out_loss`. Raises ValueError for a sequence that has fewer tokens before the
+    predicted ones than one, or nothing to predict.
     """
-    flat_hidden, flat_labels = hidden.flatten(0, 1), labels.flatten()
+    predicted = [len(sequence) - 1 for sequence in sequences] if predicted is None else list(predicted)
+    for sequence, number in zip(sequences, predicted, strict=True):
+        if not 1 <= number < len(sequence):
+            raise ValueError(
+                f"score_sequences was asked for {number} tokens of a sequence of {len(sequence)}; "
+                "it predicts at least 1 and needs at least 1 before them."
+            )
+    precision = torch.autocast(model.device.type, dtype=autocast) if autocast is not None else contextlib.nullcontext()
+    results: list[TokenScores] = [None] * len(sequences)
+    with evaluation_mode(model), precision:
+        for batch in _batches_of_like_length(sequences, batch_tokens):
+            width = max(len(sequences[index]) for index in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.int64)
+            wanted = torch.zeros(len(batch), width - 1, dtype=torch.bool)
+            for row, index in enumerate(batch):
+                length = len(sequences[index])
+                ids[row, :length] = torch.tensor(sequences[index])
+                wanted[row, length - 1 - predicted[index] : length - 1] = True
+            ids, wanted = ids.to(model.device), wanted.to(model.device)
+            hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+            scores = token_scores(hidden[wanted], model.get_output_embeddings(), ids[:, 1:][wanted])
+            parts = (part.double().cpu().split([predicted[index] for index in batch]) for part in scores)
+            for index, *of_sequence in zip(batch, *parts, strict=True):
+                results[index] = TokenScores(*of_sequence)
+    return results
+
+
+def _batches_of_like_length(sequences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of `sequences`, longest first, so that a batch too large for the memory fails at once."""
+    batch: list[int] = []
+    for index in sorted(range(len(sequences)), key=lambda index: -len(sequences[index])):
+        if batch and len(sequences[batch[0]]) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def token_scores(hidden: Tensor, lm_head: nn.Module, labels: Tensor) -> TokenScores:
+    """Scores of every label, float32 [tokens].
+
+    `hidden` [tokens, width], e.g. [4096, 576], is what `lm_head` turns into logits; `labels` is int64 [tokens].
+    """
     chunk = max(TOKENS_AT_ONCE, LOGITS_AT_ONCE // lm_head.weight.shape[0])
-    losses, entropies = [], []
-    for hidden_part, label_part in zip(flat_hidden.split(chunk), flat_labels.split(chunk), strict=True):
+    parts = []
+    for hidden_part, label_part in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         log_probabilities = lm_head(hidden_part).float().log_softmax(dim=-1)
-        losses.append(F.nll_loss(log_probabilities, label_part, reduction="none"))
-        entropies.append(-torch.linalg.vecdot(log_probabilities.exp(), log_probabilities))
-    return torch.cat(losses).view(labels.shape), torch.cat(entropies).view(labels.shape)
+        best = log_probabilities.max(dim=-1)
+        parts.append(
+            TokenScores(
+                loss=F.nll_loss(log_probabilities, label_part, reduction="none"),
+                entropy=-torch.linalg.vecdot(log_probabilities.exp(), log_probabilities),
+                confidence=best.values.exp(),
+                correct=(best.indices == label_part).float(),
+            )
+        )
+    return TokenScores(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def bits_per_byte(loss_nats: float, tokens: int, num_bytes: int) -> float:
@@ -155,3 +223,19 @@ def bootstrap_interval(
         means[i] = weighted[drawn].sum() / weights[drawn].sum()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(weighted.sum() / weights.sum()), low=float(low), high=float(high))
+
+
+def difference_interval(
+    first: Sequence[float], second: Sequence[float], resamples: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Percentile-bootstrap interval of mean(first) − mean(second) for two unpaired samples, each resampled on its own.
+
+    Raises ValueError for an empty sample.
+    """
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if not (first.size and second.size):
+        raise ValueError(f"difference_interval was given {first.size} and {second.size} values; it needs at least 1 of each.")
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(values, (resamples, values.size)).mean(axis=1) for values in (first, second)]
+    low, high = np.quantile(means[0] - means[1], [(1 - level) / 2, (1 + level) / 2])
+    return Interval(mean=float(first.mean() - second.mean()), low=float(low), high=float(high))

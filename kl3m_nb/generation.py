@@ -1,7 +1,6 @@
-"""Writing: what a model continues the project's prompts with, and plain measures of how well formed that is.
+"""What a model writes: the project's prompts, continued by transformers' own `generate` in seeded batches with a KV cache.
 
-Sampling is transformers' own `generate`, in left-padded batches with a KV cache. The measures work on words and punctuation, not
-on token ids, so that models with different tokenizers compare. None of them knows whether a sentence is true.
+How well that is written is measured in `writing`. The cards' own calls, through `pipeline`, are repeated here as they stand.
 """
 
 from __future__ import annotations
@@ -9,14 +8,21 @@ from __future__ import annotations
 import html
 import json
 import math
-import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import pandas as pd
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    pipeline,
+)
+from transformers.generation.streamers import BaseStreamer
 
 from kl3m_nb.evaluation import evaluation_mode
 from kl3m_nb.paths import prompts_dir
@@ -31,11 +37,12 @@ class Prompt:
     id: str
     kind: str  # one of PROMPT_KINDS
     text: str
+    expected: Mapping[str, object] = field(default_factory=dict)  # the answer to an extraction; other kinds have none
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; the defaults are the kl3m-007 card's advice (kl3m-002: temperature 0.5).
+    """How the next token is drawn; the defaults are the kl3m-007 card's advice. `advised_sampling` knows each profile's.
 
     Nothing else filters the distribution: transformers' own default of `top_k = 50` is switched off. Temperature 0 takes the
     likeliest token.
@@ -63,9 +70,70 @@ class Sample:
 
     prompt: str
     text: str  # the continuation alone, special tokens left out
+    prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]  # ids of the continuation, without the end-of-text token
-    ended: bool  # the model wrote its end-of-text token; otherwise it was cut at max_new_tokens
+    end_tokens: tuple[int, ...]  # the end-of-text token if the model wrote it; empty if it was cut at max_new_tokens
     seconds: float  # its share of the batch's time: these add up to the time of the whole call
+
+    @property
+    def ended(self) -> bool:
+        """The model ended the text by itself."""
+        return bool(self.end_tokens)
+
+
+@dataclass(frozen=True)
+class CardUsage:
+    """The call of `pipeline("text-generation", …)` that a model card prints: its prompts and its arguments."""
+
+    prompts: tuple[str, ...]
+    arguments: Mapping[str, object]
+
+
+# kl3m-002 card, "Getting Started": "Governing Law." needs the newline, without which the card's own sample does not begin a line.
+CARD_USAGE = {
+    "kl3m-002-520m": CardUsage(
+        ("Under this", "Governing Law.\n"),
+        {"do_sample": True, "temperature": 0.5, "num_return_sequences": 3, "max_new_tokens": 32},
+    ),
+    "kl3m-007-500m": CardUsage(
+        ("The United States Constitution establishes",),
+        {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 100},
+    ),
+}
+
+
+def card_of(mixture: bool) -> str:
+    """The card whose advice holds for a model: kl3m-002 for the family's mixtures of experts, kl3m-007 for its Llamas."""
+    return "kl3m-002-520m" if mixture else "kl3m-007-500m"
+
+
+def advised_sampling(card: str) -> Sampling:
+    """Temperature 0.8, top-p 0.95 and no repetition penalty by the kl3m-007 card; temperature 0.5 alone by kl3m-002's.
+
+    Raises ValueError for a card that advises nothing.
+    """
+    arguments = _usage(card).arguments
+    return Sampling(arguments["temperature"], arguments.get("top_p", 1.0), 1.0, arguments["max_new_tokens"])
+
+
+def run_card(checkpoint: str | Path, card: str, seed: int) -> list[list[str]]:
+    """The card's own call, argument for argument, on `checkpoint` (a folder or hub id): for each prompt the whole texts.
+
+    The card leaves transformers' default of top_k = 50 in force, so these texts differ from those of `generate`. The caller's
+    random state is left as it was. Raises ValueError for a card that prints no call.
+    """
+    usage = _usage(card)
+    writer = pipeline("text-generation", model=str(checkpoint))
+    device = writer.model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _seed(device, seed)
+        return [[written["generated_text"] for written in writer(prompt, **usage.arguments)] for prompt in usage.prompts]
+
+
+def _usage(card: str) -> CardUsage:
+    if card not in CARD_USAGE:
+        raise ValueError(f"There is no usage of the card {card!r}; choose one of {', '.join(CARD_USAGE)}.")
+    return CARD_USAGE[card]
 
 
 def load_prompts(kind: str | None = None) -> list[Prompt]:
@@ -78,6 +146,13 @@ def load_prompts(kind: str | None = None) -> list[Prompt]:
     lines = (prompts_dir() / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [Prompt(**json.loads(line)) for line in lines]
     return [prompt for prompt in prompts if kind in (None, prompt.kind)]
+
+
+def choose_prompts(count: int) -> list[Prompt]:
+    """Up to `count` prompts: the cards', then others spread evenly over the file, so that every kind is there."""
+    cards, others = load_prompts("card"), [prompt for prompt in load_prompts() if prompt.kind != "card"]
+    wanted = max(0, min(count - len(cards), len(others)))
+    return [*cards, *(others[i * len(others) // wanted] for i in range(wanted))][:count]
 
 
 def generate(
@@ -104,20 +179,67 @@ def generate(
     return samples
 
 
-def _generate_batch(model, tokenizer, prompts: Sequence[str], config: GenerationConfig) -> list[Sample]:
+def generate_streaming(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    sampling: Sampling,
+    seed: int,
+    on_text: Callable[[str], None],
+    should_stop: Callable[[], bool],
+) -> Sample:
+    """The sample `generate` gives for this prompt alone, told while it grows.
+
+    `on_text` gets the whole continuation so far after every token; when `should_stop` says so, the text is cut there. Raises
+    ValueError like `generate`.
+    """
+    config = _generation_config(sampling, tokenizer)
+    _check_room(model, tokenizer, [prompt], sampling)
+
+    class Teller(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] | None = None  # the first call brings the prompt
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens = [] if self.tokens is None else [*self.tokens, *value.flatten().tolist()]
+            on_text(_decode(tokenizer, self.tokens))
+
+        def end(self) -> None:
+            pass
+
+    class Stop(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), should_stop(), device=input_ids.device)
+
+    with evaluation_mode(model), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        _seed(model.device, seed)
+        criteria = StoppingCriteriaList([Stop()])
+        (sample,) = _generate_batch(model, tokenizer, [prompt], config, streamer=Teller(), stopping_criteria=criteria)
+    return sample
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _generate_batch(model, tokenizer, prompts: Sequence[str], config: GenerationConfig, **watching) -> list[Sample]:
     started = time.perf_counter()
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False).to(
         model.device
     )
-    output = model.generate(**inputs, generation_config=config)
+    output = model.generate(**inputs, generation_config=config, **watching)
     continuations = output[:, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
     seconds = (time.perf_counter() - started) / len(prompts)
     samples = []
     for prompt, tokens in zip(prompts, continuations, strict=True):
-        ended = config.eos_token_id in tokens
-        tokens = tokens[: tokens.index(config.eos_token_id)] if ended else tokens
-        text = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        samples.append(Sample(prompt=prompt, text=text, tokens=tuple(tokens), ended=ended, seconds=seconds))
+        end = config.eos_token_id
+        ended = end in tokens
+        tokens = tokens[: tokens.index(end)] if ended else tokens
+        samples.append(
+            Sample(
+                prompt, _decode(tokenizer, tokens), tuple(tokenizer(prompt)["input_ids"]), tuple(tokens), (end,) * ended, seconds
+            )
+        )
     return samples
 
 
@@ -155,125 +277,6 @@ def _seed(device: torch.device, seed: int) -> None:
             torch.cuda.manual_seed(seed)
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words and single punctuation marks, the units of the measures below."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams over all n-grams, pooled over `texts` (distinct-n, arXiv:1510.03055); NaN without any.
-
-    It falls with the amount of text: compare only sets of the same prompts, number and length.
-    """
-    grams = [gram for text in texts for gram in _n_grams(words(text), n)]
-    return len(set(grams)) / len(grams) if grams else math.nan
-
-
-def repetition_rate(text: str, n: int = 4) -> float:
-    """Share of the n-grams of `text` that it had already (seq-rep-n, arXiv:1908.04319); NaN below n words."""
-    grams = _n_grams(words(text), n)
-    return 1 - len(set(grams)) / len(grams) if grams else math.nan
-
-
-def ends_in_loop(text: str, repeats: int = 3, min_words: int = 8) -> bool:
-    """Whether the last words are one phrase `repeats` times or more, over at least `min_words` words.
-
-    Only the end counts: a model that has fallen into a loop stays there, while separator lines and lists stop.
-    """
-    sequence = words(text)
-    for period in range(1, len(sequence) // repeats + 1):
-        tail = sequence[-max(repeats * period, min_words) :]
-        if len(tail) >= min_words and tail[period:] == tail[:-period]:
-            return True
-    return False
-
-
-_PAIRS = {")": "(", "]": "[", "}": "{"}
-_LIST_MARKER = re.compile(r"(?:^|\s)(?:\d{1,3}|[a-z]{1,2}|[ivxl]+)$", re.IGNORECASE)
-
-
-def brackets_balanced(text: str, complete: bool = True) -> bool:
-    """Whether (), [] and {} close what was opened, in order; list markers such as `a)` and `12)` are not brackets.
-
-    A text that is not `complete` was cut, so what is still open at its end is no fault.
-    """
-    still_open = []
-    for position, mark in enumerate(text):
-        if mark in "([{":
-            still_open.append(mark)
-        elif mark in _PAIRS:
-            if still_open and still_open[-1] == _PAIRS[mark]:
-                still_open.pop()
-            elif not (mark == ")" and _LIST_MARKER.search(text[max(0, position - 8) : position])):
-                return False
-    return not (complete and still_open)
-
-
-def quotes_balanced(text: str, complete: bool = True) -> bool:
-    """Whether double quotes, straight and curly, come in pairs within each paragraph (paragraphs end at blank lines).
-
-    The last paragraph of a text that is not `complete` may end inside a quotation. Single quotes are not judged: they are
-    apostrophes as well.
-    """
-    paragraphs = re.split(r"\n\s*\n", text)
-    for index, paragraph in enumerate(paragraphs):
-        may_stay_open = not complete and index == len(paragraphs) - 1
-        depth = 0
-        for mark in re.findall("[“”]", paragraph):
-            depth += 1 if mark == "“" else -1
-            if depth not in (0, 1):
-                return False
-        if (depth or paragraph.count('"') % 2) and not may_stay_open:
-            return False
-    return True
-
-
-def samples_table(samples: Sequence[Sample]) -> pd.DataFrame:
-    """A row for each sample: prompt, text, number of tokens, ended, and the measures that belong to one text.
-
-    Brackets and quotes are judged on prompt and continuation together, the others on the continuation.
-    """
-    return pd.DataFrame(
-        {
-            "prompt": sample.prompt,
-            "text": sample.text,
-            "tokens": len(sample.tokens),
-            "ended": sample.ended,
-            "repetition_rate": repetition_rate(sample.text),
-            "ends_in_loop": ends_in_loop(sample.text),
-            "brackets_balanced": brackets_balanced(sample.prompt + sample.text, complete=sample.ended),
-            "quotes_balanced": quotes_balanced(sample.prompt + sample.text, complete=sample.ended),
-        }
-        for sample in samples
-    )
-
-
-def measure(samples: Sequence[Sample]) -> dict[str, float]:
-    """Measures of a set of samples, all between 0 and 1 but for the counts, the length and the speed.
-
-    `samples`, `mean_tokens`, `end_rate` (share that ended by itself), `distinct_1` to `distinct_3` (pooled), `repetition_rate`
-    (mean over the samples with at least 4 words), `loop_rate`, `balanced_brackets_rate`, `balanced_quotes_rate`,
-    `tokens_per_second`. Raises ValueError without samples.
-    """
-    if not samples:
-        raise ValueError("measure was given no samples; generate at least one.")
-    table = samples_table(samples)
-    texts = list(table["text"])
-    return {
-        "samples": len(samples),
-        "mean_tokens": float(table["tokens"].mean()),
-        "end_rate": float(table["ended"].mean()),
-        "distinct_1": distinct_n(texts, 1),
-        "distinct_2": distinct_n(texts, 2),
-        "distinct_3": distinct_n(texts, 3),
-        "repetition_rate": float(table["repetition_rate"].mean()),
-        "loop_rate": float(table["ends_in_loop"].mean()),
-        "balanced_brackets_rate": float(table["brackets_balanced"].mean()),
-        "balanced_quotes_rate": float(table["quotes_balanced"].mean()),
-        "tokens_per_second": float(table["tokens"].sum() / sum(sample.seconds for sample in samples)),
-    }
-
-
 class Gallery:
     """Prompts in bold, each followed by its continuation; HTML in a notebook, plain text elsewhere."""
 
@@ -294,7 +297,3 @@ class Gallery:
 
 def _ending(sample: Sample) -> str:
     return "end" if sample.ended else f"cut at {len(sample.tokens)} tokens"
-
-
-def _n_grams(sequence: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return list(zip(*(sequence[offset:] for offset in range(n)), strict=False))

@@ -91,7 +91,7 @@ class QualityMatch:
 
 
 def quality_match(held_out: pd.DataFrame, reference_loss: float) -> QualityMatch:
-    """The first evaluation of the run that meets `reference_loss`, not interpolated and never extrapolated."""
+    """The first evaluation of the run that meets `reference_loss`, not interpolated; `forecast_match` extrapolates."""
     curve = _checked_curve(held_out, "step")
     met = curve[curve["held_out_loss"] <= reference_loss]
     return QualityMatch(
@@ -101,6 +101,131 @@ def quality_match(held_out: pd.DataFrame, reference_loss: float) -> QualityMatch
         best_loss=float(curve["held_out_loss"].min()),
         last_step=int(curve["step"].iloc[-1]),
     )
+
+
+@dataclass(frozen=True)
+class MatchForecast:
+    """When a run meets a reference loss, or why nobody can say.
+
+    `status` is "met", "forecast" or "unknowable". `step`, `low` and `high` are the step it was met at; the median and the 95%
+    interval of a forecast; NaN when unknowable. `reason` says in words what the status rests on. `curve` is the fitted loss with
+    its 95% band, columns step, loss, low, high; empty when nothing was fitted.
+    """
+
+    reference_loss: float
+    status: str
+    step: float
+    low: float
+    high: float
+    reason: str
+    curve: pd.DataFrame
+
+    def __str__(self) -> str:
+        if self.status == "met":
+            return f"loss {self.reference_loss:.3f} met at step {self.step:,.0f}"
+        if self.status == "forecast":
+            interval = f"95% interval {self.low:,.0f} to {self.high:,.0f}"
+            return f"loss {self.reference_loss:.3f} expected at step {self.step:,.0f}, {interval}: {self.reason}"
+        return f"loss {self.reference_loss:.3f}: not to be known, {self.reason}"
+
+
+FEWEST_EVALUATIONS = 6  # twice the parameters of the fitted law
+FARTHEST_FORECAST = 3.0  # times the last evaluated step: no law fitted to less of a run is worth more
+
+
+def forecast_match(
+    held_out: pd.DataFrame, reference_loss: float, planned_steps: int, resamples: int = 500, seed: int = 0
+) -> MatchForecast:
+    """When the run meets `reference_loss`: from its evaluations if it has, else by extrapolating them, if they allow it.
+
+    The law is loss = E + A · step^−α, fitted by least squares to the evaluations after the first quarter of the run (before,
+    warmup shapes the curve); its uncertainty comes from refitting to resampled residuals. The forecast is refused, with the
+    reason, when there are fewer than 6 such evaluations, when more than 2.5% of the refits never come down to the reference,
+    or when the interval reaches beyond three times the last step or beyond `planned_steps`, where the learning rate has run
+    out and the curve's law with it. The interval knows the scatter of the evaluations, not whether the law holds.
+    Raises ValueError like `quality_match`, and for planned steps before the last evaluation.
+    """
+    match = quality_match(held_out, reference_loss)
+    if planned_steps < match.last_step:
+        raise ValueError(
+            f"planned_steps is {planned_steps}, but the run was evaluated at step {match.last_step}; give its max_steps."
+        )
+    if match.reached:
+        return MatchForecast(match.reference_loss, "met", match.step, match.step, match.step, "evaluated", pd.DataFrame())
+
+    def unknowable(reason: str, curve: pd.DataFrame) -> MatchForecast:
+        return MatchForecast(match.reference_loss, "unknowable", math.nan, math.nan, math.nan, reason, curve)
+
+    curve = _checked_curve(held_out, "step")
+    tail = curve[(curve["step"] > 0) & (curve["step"] >= match.last_step / 4)]
+    if len(tail) < FEWEST_EVALUATIONS:
+        return unknowable(
+            f"{len(tail)} evaluations after the first quarter of the run are too few to extrapolate", pd.DataFrame()
+        )
+    laws = _resampled_laws(tail["step"].to_numpy(float), tail["held_out_loss"].to_numpy(float), resamples, seed)
+    steps = np.geomspace(tail["step"].iloc[0], min(planned_steps, FARTHEST_FORECAST * match.last_step), 60)
+    low, middle, high = np.quantile(laws.loss(steps), [0.025, 0.5, 0.975], axis=1)
+    band = pd.DataFrame({"step": steps, "loss": middle, "low": low, "high": high})
+    crossings = np.sort(laws.step_of(reference_loss))
+    # order statistics rather than interpolated quantiles: between a number and infinity there is nothing to interpolate
+    first, median, last = (crossings[int(share * (resamples - 1))] for share in (0.025, 0.5, 0.975))
+    if math.isinf(last):
+        never = np.isinf(crossings).mean()
+        return unknowable(f"{never:.0%} of the curves that fit the evaluations never come down to it", band)
+    if last > planned_steps:
+        return unknowable(
+            f"the interval reaches to step {last:,.0f}, beyond the {planned_steps:,} steps the run is planned for", band
+        )
+    if last > FARTHEST_FORECAST * match.last_step:
+        return unknowable(f"the interval reaches to step {last:,.0f}, more than three times what was seen", band)
+    reason = f"extrapolated from {len(tail)} evaluations to step {match.last_step:,}"
+    return MatchForecast(match.reference_loss, "forecast", float(median), float(first), float(last), reason, band)
+
+
+@dataclass(frozen=True)
+class _Laws:
+    """Fitted laws loss = floor + scale · step^−exponent, arrays of one entry a refit."""
+
+    floor: np.ndarray
+    scale: np.ndarray
+    exponent: np.ndarray
+
+    def loss(self, steps: np.ndarray) -> np.ndarray:
+        """[steps, refits]"""
+        return self.floor + self.scale * steps[:, None] ** -self.exponent
+
+    def step_of(self, loss: float) -> np.ndarray:
+        """Where each law comes down to `loss`; infinite where it never does."""
+        ratio = self.scale / np.where(self.floor < loss, loss - self.floor, np.nan)
+        with np.errstate(over="ignore"):
+            steps = np.where(ratio > 0, ratio, np.nan) ** (1 / self.exponent)
+        return np.nan_to_num(steps, nan=math.inf, posinf=math.inf)
+
+
+def _resampled_laws(steps: np.ndarray, losses: np.ndarray, resamples: int, seed: int) -> _Laws:
+    """Laws refitted to the best fit plus residuals drawn with replacement, enlarged for the three parameters they paid for."""
+    best = _fit_laws(steps, losses[:, None])
+    fitted = best.loss(steps)[:, 0]
+    residuals = (losses - fitted) * math.sqrt(len(losses) / (len(losses) - 3))
+    drawn = np.random.default_rng(seed).choice(residuals - residuals.mean(), (len(losses), resamples))
+    return _fit_laws(steps, fitted[:, None] + drawn)
+
+
+def _fit_laws(steps: np.ndarray, losses: np.ndarray) -> _Laws:
+    """One law for each column of `losses` [evaluations, columns]: the best exponent of a grid, the rest by least squares."""
+    exponents = np.geomspace(0.03, 3.0, 80)
+    best = np.full(losses.shape[1], np.inf)
+    floor, scale, exponent = np.zeros_like(best), np.zeros_like(best), np.ones_like(best)
+    for candidate in exponents:
+        powers = (steps / steps[-1]) ** -candidate  # scaled, or the least squares are ill-conditioned
+        design = np.column_stack([np.ones_like(powers), powers])
+        (constant, slope), *_ = np.linalg.lstsq(design, losses, rcond=None)
+        error = ((design @ np.array([constant, slope]) - losses) ** 2).sum(axis=0)
+        better = error < best
+        best = np.where(better, error, best)
+        floor, scale = np.where(better, constant, floor), np.where(better, slope * steps[-1] ** candidate, scale)
+        exponent = np.where(better, candidate, exponent)
+    return _Laws(floor, scale, exponent)
 
 
 def _checked_curve(held_out: pd.DataFrame, cost: str) -> pd.DataFrame:

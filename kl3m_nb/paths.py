@@ -35,6 +35,16 @@ def prompts_dir() -> Path:
     return project_root() / "data" / "prompts"
 
 
+def tasks_dir() -> Path:
+    """The folder of the multiple-choice tasks."""
+    return project_root() / "data" / "tasks"
+
+
+def word_lists_dir() -> Path:
+    """The folder of the word lists for toxicity and bias."""
+    return project_root() / "data" / "words"
+
+
 def resolve(path: str | os.PathLike) -> Path:
     """`path` as it is when absolute, else below the project's root."""
     path = Path(path).expanduser()

@@ -1,22 +1,20 @@
-"""Figures of a run: stack, training, objective, clamp, growth, generation. Each function takes a table and returns a Figure.
+"""Figures of a run: stack, training, objective, clamp, growth. Each function takes a table and returns a Figure.
 
 Their look is that of `figures`, whose `use_style` and `save_figure` are at hand here too. Figures of spectra are in
-`spectral_plots`.
+`spectral_plots`, those of predictions and samples in `evaluation_plots`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle, pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from kl3m_nb import growth
 from kl3m_nb.figures import (
@@ -26,7 +24,6 @@ from kl3m_nb.figures import (
     GREY,
     ORANGE,
     ROLE_LINES,
-    SEQUENCE,
     SKY,
     VERMILLION,
     plain_log_axis,
@@ -38,8 +35,7 @@ from kl3m_nb.figures import (
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
 
 __all__ = [
-    "plot_clamp_events", "plot_generation_measures", "plot_growth", "plot_loss_by_position", "plot_objective_terms",
-    "plot_stack_map", "plot_training", "save_figure", "use_style",
+    "plot_clamp_events", "plot_growth", "plot_objective_terms", "plot_stack_map", "plot_training", "save_figure", "use_style",
 ]  # fmt: skip
 
 
@@ -265,69 +261,6 @@ def _cost_unit(cost: str, largest: float) -> tuple[float, str]:
         return (3600.0, "time (hours)") if largest >= 7200 else (60.0, "time (minutes)")
     power = math.floor(math.log10(largest)) if largest > 0 else 0
     return 10.0**power, f"compute ($10^{{{power}}}$ FLOP)"
-
-
-@styled
-def plot_loss_by_position(losses: Mapping[str, torch.Tensor]) -> Figure:
-    """How the held-out loss falls with the context a model has: a line a model, means over growing ranges of positions.
-
-    `losses` maps labels to tensors [seq_len] in nats per token, entry t with t + 1 tokens of context; `HeldOut.loss_by_position`.
-    """
-    figure, axes = plt.subplots(figsize=(9, 5))
-    for (name, loss), color, dashes in zip(losses.items(), cycle(SEQUENCE), cycle(("-", "--", "-.", ":")), strict=False):
-        loss = loss.cpu().double().numpy()
-        context = np.arange(1, len(loss) + 1)
-        axes.plot(context, loss, color=color, alpha=0.2, linewidth=0.7, rasterized=True)
-        edges = np.unique(np.geomspace(1, len(loss) + 1, 25).round().astype(int))
-        centres = [math.sqrt(start * (end - 1)) for start, end in pairwise(edges)]
-        means = [loss[start - 1 : end - 1].mean() for start, end in pairwise(edges)]
-        axes.plot(centres, means, dashes, color=color, marker="o", markersize=4, label=name)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(xlabel="tokens of context", ylabel="held-out loss (nats per token)")
-    axes.legend()
-    return figure
-
-
-_MEASURES = {
-    "mean_tokens": ("Length", "tokens"),
-    "end_rate": ("Ended by itself", "share of texts"),
-    "distinct_1": ("Distinct words", "share of words"),
-    "distinct_2": ("Distinct pairs", "share of word pairs"),
-    "distinct_3": ("Distinct triples", "share of word triples"),
-    "repetition_rate": ("Repeated phrases", "share of 4-grams"),
-    "loop_rate": ("Ended in a loop", "share of texts"),
-    "balanced_brackets_rate": ("Balanced brackets", "share of texts"),
-    "balanced_quotes_rate": ("Balanced quotes", "share of texts"),
-    "tokens_per_second": ("Speed", "tokens per second"),
-}
-
-
-@styled
-def plot_generation_measures(frame: pd.DataFrame) -> Figure:
-    """Bars of every measure of what the models wrote, a panel a measure.
-
-    `frame` has a row per model: `model`, the label, `samples`, their number, and what else `generation.measure` gives.
-    Raises ValueError for an empty frame or a model that stands twice.
-    """
-    frame = _require_rows(frame, "measured models")
-    if frame["model"].duplicated().any():
-        raise ValueError("A model stands in more than one row; give one row per model.")
-    figure, panels = plt.subplots(2, 5, figsize=(13, 5.9))
-    colors = [color for color, _ in zip(cycle(SEQUENCE), frame["model"], strict=False)]
-    for axes, (measure, (title, unit)) in zip(panels.flat, _MEASURES.items(), strict=True):
-        values = frame[measure].to_numpy(dtype=float)
-        bars = axes.bar(range(len(frame)), values, color=colors, width=0.7, label=list(frame["model"]))
-        is_share = unit.startswith("share")
-        axes.bar_label(bars, fmt="{:.0%}" if is_share else "{:,.3g}", fontsize=9, padding=2)
-        axes.set_ylim(0, 1.15 if is_share else 1.2 * max(np.nanmax(values, initial=0), 1e-9))
-        if is_share:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set(title=title, ylabel=unit, xticks=[])
-        axes.grid(axis="x", visible=False)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(frame))
-    figure.suptitle(f"{' / '.join(f'{count:,}' for count in frame['samples'].unique())} samples per model", fontsize=11)
-    return figure
 
 
 def _require_rows(frame: pd.DataFrame, what: str) -> pd.DataFrame:

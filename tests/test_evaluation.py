@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from kl3m_nb import evaluation
-from kl3m_nb.evaluation import bits_per_byte, bootstrap_interval, held_out_loss
+from kl3m_nb.evaluation import bits_per_byte, bootstrap_interval, held_out_loss, score_sequences
 
 SHAPE = dict(
     vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -123,6 +123,39 @@ def test_a_diverged_model_gives_nan_and_keeps_its_mode():
 def test_windows_of_another_kind_are_refused(windows):
     with pytest.raises(ValueError, match=r"int64 token ids of shape \[N, seq_len \+ 1\]"):
         held_out_loss(llama(), windows)
+
+
+SEQUENCES = [[5, 9, 3, 77, 2, 8, 100], [1, 4], [30, 31, 32, 33], [9] * 12, [60, 61, 62]]
+
+
+@pytest.mark.parametrize("build", [llama, mixtral])
+def test_scores_of_sequences_are_those_of_each_alone(build):
+    """Padding, batches and their order must be invisible in the result."""
+    model = build().eval()
+    for sequence, scores in zip(SEQUENCES, score_sequences(model, SEQUENCES, batch_tokens=20), strict=True):
+        ids = torch.tensor([sequence])
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].double()
+        distribution = torch.distributions.Categorical(logits=logits)
+        torch.testing.assert_close(scores.loss, -distribution.log_prob(ids[0, 1:]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(scores.entropy, distribution.entropy(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(scores.confidence, distribution.probs.max(dim=-1).values, rtol=0, atol=1e-5)
+        assert torch.equal(scores.correct, (logits.argmax(dim=-1) == ids[0, 1:]).double())
+
+
+def test_only_the_predicted_end_of_a_sequence_is_scored():
+    model = llama()
+    whole = score_sequences(model, SEQUENCES)
+    ends = score_sequences(model, SEQUENCES, predicted=[3, 1, 3, 5, 1])
+    for all_scores, scores, number in zip(whole, ends, (3, 1, 3, 5, 1), strict=True):
+        torch.testing.assert_close(scores.loss, all_scores.loss[-number:], rtol=0, atol=1e-6)
+        assert len(scores.entropy) == len(scores.correct) == number
+
+
+@pytest.mark.parametrize("predicted", [[0], [3]])
+def test_a_sequence_without_context_or_label_is_refused(predicted):
+    with pytest.raises(ValueError, match="of a sequence of 3"):
+        score_sequences(llama(), [[1, 2, 3]], predicted)
 
 
 def test_bits_per_byte_of_a_uniform_byte_model_is_eight():

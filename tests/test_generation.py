@@ -1,4 +1,4 @@
-"""Sampling on a tiny random model, and measures on hand-made texts where the answer is known."""
+"""Sampling on a tiny random model, against an argmax loop, the exact distribution, and the cards' own calls."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ import time
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from kl3m_nb.generation import (
+    CARD_USAGE,
     PROMPT_KINDS,
     Gallery,
     Sample,
     Sampling,
-    brackets_balanced,
-    distinct_n,
-    ends_in_loop,
+    advised_sampling,
+    card_of,
     generate,
     load_prompts,
-    measure,
-    quotes_balanced,
-    repetition_rate,
-    samples_table,
-)  # fmt: skip
+    run_card,
+)
 
 SPECIAL = ("<|start|>", "<|end|>", "<|pad|>", "<|unk|>")
 CONTEXT = 48
@@ -191,111 +188,69 @@ def test_prompts_are_sound_and_the_cards_come_first():
         "Under this",
         "Governing Law.\n",
     ]
-    assert len({prompt.id for prompt in prompts}) == len({prompt.text for prompt in prompts}) == len(prompts) >= 40
+    assert len({prompt.id for prompt in prompts}) == len({prompt.text for prompt in prompts}) == len(prompts) >= 123
     assert {prompt.kind for prompt in prompts} == set(PROMPT_KINDS)
     assert not [prompt.id for prompt in prompts if prompt.text.endswith(" ")], "a trailing space splits the next word's token"
-    assert max(len(prompt.text.encode()) for prompt in prompts) <= 156, "with 100 new tokens, must fit 256 at a token a byte"
+    assert max(len(prompt.text.encode()) for prompt in prompts) <= 166, "a prompt, not a document"
 
 
 def test_prompts_of_one_kind():
-    assert [prompt.kind for prompt in load_prompts("citation")] == ["citation"] * 5
+    assert {prompt.kind for prompt in load_prompts("citation")} == {"citation"}
     with pytest.raises(ValueError, match="no prompts of the kind 'poem'; choose one of card, clause"):
         load_prompts("poem")
 
 
-def test_distinct_n_pools_the_texts():
-    # the, law, and, the, rule | the, law: 7 words, 4 different; pairs inside a text only: 5, of which "the law" twice.
-    pair = ["The law and the rule", "the law"]
-    assert distinct_n(pair, 1) == pytest.approx(4 / 7)
-    assert distinct_n(pair, 2) == pytest.approx(4 / 5)
-    assert math.isnan(distinct_n(["one two"], 3))
+def test_an_extraction_prompt_asks_for_the_fields_of_its_answer_and_begins_it():
+    prompts = load_prompts("extraction")
+    for prompt in prompts:
+        source, _, question = prompt.text.partition("\nFields: ")
+        fields, _, beginning = question.partition("\nJSON: ")
+        assert fields.split(", ") == list(prompt.expected)
+        assert beginning == f'{{"{next(iter(prompt.expected))}":'
+        answer = [str(value) for value in prompt.expected.values() if isinstance(value, str) and not value[:4].isdigit()]
+        assert all(value in source for value in answer), f"{prompt.id}: a text of the answer does not stand in the source"
+    assert len(prompts) >= 20
+    assert not [prompt.id for prompt in load_prompts() if bool(prompt.expected) != (prompt.kind == "extraction")]
 
 
-def test_repetition_rate():
-    assert repetition_rate("a b c d e f g") == 0
-    assert repetition_rate("a b c d a b c d") == pytest.approx(1 / 5)  # five 4-grams, the last is the first
-    assert repetition_rate("no no no no no no no") == pytest.approx(3 / 4)
-    assert math.isnan(repetition_rate("one two three"))
+@pytest.fixture(scope="module")
+def checkpoint(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("text", "looped"),
-    [
-        ("The term ends. of the of the of the of the", True),
-        ("the the the the the the the the", True),
-        ("as provided in this section, as provided in this section, as provided in this section, as", True),
-        ("the the the", False),  # too short to tell
-        ("of the of the of the of the parties to this Agreement", False),  # came out again
-        ("The licensor grants the licensee the right to copy, to modify and to distribute.", False),
-        ("as provided in this section, as provided in this section", False),  # twice is emphasis
-        ("", False),
-    ],
-)
-def test_loops(text, looped):
-    assert ends_in_loop(text) is looped
+def test_the_cards_prompts_run_as_the_card_runs_them(checkpoint):
+    """kl3m-002: temperature 0.5, three texts of up to 32 tokens a prompt; the same call by hand gives the same texts."""
+    torch.manual_seed(50)
+    before = torch.get_rng_state()
+    written = run_card(checkpoint, "kl3m-002-520m", seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    writer = pipeline("text-generation", model=str(checkpoint))
+    torch.manual_seed(5)
+    for prompt, texts_of_prompt in zip(["Under this", "Governing Law.\n"], written, strict=True):
+        by_hand = writer(prompt, do_sample=True, temperature=0.5, num_return_sequences=3, max_new_tokens=32)
+        assert texts_of_prompt == [text["generated_text"] for text in by_hand]
+        assert len(set(texts_of_prompt)) == 3 and all(text.startswith(prompt) for text in texts_of_prompt)
 
 
-@pytest.mark.parametrize(
-    ("text", "balanced", "balanced_if_cut"),
-    [
-        ("within thirty (30) days [of notice {sic}]", True, True),
-        ("within thirty (30 days", False, True),
-        ("within thirty 30) days) of", False, False),
-        ("(a] b", False, False),
-        ("Conditions:\na) keep this notice;\n12) mark (all) changes;\niv) pay", True, True),
-        ("as in section 3(a)(1)(ii)", True, True),
-        ("", True, True),
-    ],
-)
-def test_brackets(text, balanced, balanced_if_cut):
-    assert brackets_balanced(text) is balanced
-    assert brackets_balanced(text, complete=False) is balanced_if_cut
-
-
-@pytest.mark.parametrize(
-    ("text", "balanced", "balanced_if_cut"),
-    [
-        ('"Work" means the author\'s "code".', True, True),
-        ('"Work means code.', False, True),
-        ('"Work means code.\n\n"Code" means text.', False, False),
-        ("“Work” means code.", True, True),
-        ("“Work means code.", False, True),
-        ("Work” means code.", False, False),
-        ("“Work “code””", False, False),
-    ],
-)
-def test_quotes(text, balanced, balanced_if_cut):
-    assert quotes_balanced(text) is balanced
-    assert quotes_balanced(text, complete=False) is balanced_if_cut
+def test_advice_is_the_cards():
+    assert advised_sampling("kl3m-007-500m") == Sampling(0.8, 0.95, 1.0, 100)
+    assert advised_sampling("kl3m-002-520m") == Sampling(0.5, 1.0, 1.0, 32)
+    assert {card_of(mixture=False), card_of(mixture=True)} == CARD_USAGE.keys()
+    with pytest.raises(ValueError, match="no usage of the card 'gpt'; choose one of kl3m-002-520m, kl3m-007-500m"):
+        advised_sampling("gpt")
 
 
 SAMPLES = [
-    Sample("The (first", " party) shall pay & deliver.", (5, 6, 7, 8), True, 0.5),
-    Sample("Loop:", " of the of the of the of the", (9,) * 8, False, 0.5),
+    Sample("The (first", " party) shall pay & deliver.", (4,), (5, 6, 7, 8), (1,), 0.5),
+    Sample("Loop:", " of the of the of the of the", (4,), (9,) * 8, (), 0.5),
 ]
 
 
-def test_measures_of_a_set():
-    measures = measure(SAMPLES)
-    assert measures["samples"] == 2
-    assert measures["mean_tokens"] == 6
-    assert measures["end_rate"] == measures["loop_rate"] == 0.5
-    assert measures["balanced_brackets_rate"] == measures["balanced_quotes_rate"] == 1.0  # the bracket opens in the prompt
-    assert measures["repetition_rate"] == pytest.approx((0 + 3 / 5) / 2)
-    assert measures["tokens_per_second"] == 12
-    with pytest.raises(ValueError, match="no samples"):
-        measure([])
-
-
-def test_table_has_a_row_a_sample():
-    table = samples_table(SAMPLES)
-    assert table["tokens"].tolist() == [4, 8]
-    assert table["ends_in_loop"].tolist() == [False, True]
-    assert table["ended"].tolist() == [True, False]
-
-
 def test_gallery_escapes_what_the_model_wrote():
-    page = Gallery([Sample("<b>Under</b> & this", "<script>alert(1)</script>\nnext line", (4, 5), False, 0.1)])._repr_html_()
+    page = Gallery([Sample("<b>Under</b> & this", "<script>alert(1)</script>\nnext line", (3,), (4, 5), (), 0.1)])._repr_html_()
     assert "<script>" not in page
     assert "<b>&lt;b&gt;Under&lt;/b&gt; &amp; this</b>&lt;script&gt;alert(1)&lt;/script&gt;\nnext line" in page
     assert "pre-wrap" in page, "line breaks of the text must show"

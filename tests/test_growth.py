@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kl3m_nb.growth import COSTS, cost_to_reach, quality_match, speedups
+from kl3m_nb.growth import COSTS, cost_to_reach, forecast_match, quality_match, speedups
 
 
 def curve(losses, tokens_per_step=10, seconds_per_step=2.0, flops_per_step=5.0, steps=None) -> pd.DataFrame:
@@ -157,3 +158,65 @@ def test_quality_match_does_not_extrapolate():
     match = quality_match(curve([5.0, 4.0, 3.5]), 3.4)
     assert (match.reached, match.step) == (False, None)
     assert str(match) == "loss 3.400 not reached by step 20: the best, 3.500, is 0.100 above"
+
+
+def power_law(seen: int, noise: float, seed: int, floor=2.0, scale=20.0, exponent=0.5) -> pd.DataFrame:
+    """Evaluations every 100 steps up to `seen` of loss = floor + scale · step^−exponent."""
+    steps = np.arange(100, seen + 1, 100)
+    losses = floor + scale * steps**-exponent + np.random.default_rng(seed).normal(scale=noise, size=len(steps))
+    return curve(losses, steps=steps)
+
+
+def test_a_forecast_from_an_exact_law_is_the_laws_own_step():
+    # 2 + 20/√t = 2.5 at t = 1600, seen to 1000
+    forecast = forecast_match(power_law(1000, 0.0, 0), 2.5, planned_steps=5000)
+    assert forecast.status == "forecast"
+    assert forecast.step == pytest.approx(1600, rel=0.01)
+    assert "step 1,000" in str(forecast)
+
+
+def test_the_interval_of_a_forecast_holds_the_truth_about_as_often_as_it_says():
+    forecasts = [forecast_match(power_law(2000, 0.004, seed), 2.4, 10**6, resamples=200) for seed in range(40)]
+    known = [forecast for forecast in forecasts if forecast.status == "forecast"]
+    assert len(known) >= 30
+    assert sum(forecast.low <= 2500 <= forecast.high for forecast in known) >= 0.85 * len(known)
+
+
+def test_noise_widens_the_interval():
+    quiet, loud = (forecast_match(power_law(2000, noise, 1), 2.4, 10**6) for noise in (0.0005, 0.004))
+    assert quiet.high - quiet.low < 0.5 * (loud.high - loud.low)
+
+
+@pytest.mark.parametrize(
+    ("frame", "reference", "planned", "reason"),
+    [
+        (power_law(2000, 0.004, 0), 1.9, 10**6, "never come down"),  # below the floor of the law
+        (power_law(2000, 0.05, 0), 2.2, 10**6, "never come down|more than three times"),  # lost in the noise
+        (power_law(2000, 0.0, 0), 2.1, 10**6, "more than three times"),  # at step 40,000
+        (power_law(2000, 0.0005, 0), 2.4, 2200, "beyond the 2,200 steps"),
+        (power_law(500, 0.0, 0), 2.5, 10**6, "4 evaluations after the first quarter"),
+        (curve([3.0, 3.1, 3.0, 3.1, 3.0, 3.1, 3.0, 3.1, 3.0, 3.1]), 2.9, 10**6, "never come down"),
+    ],
+)
+def test_what_cannot_be_known_is_said(frame, reference, planned, reason):
+    forecast = forecast_match(frame, reference, planned)
+    assert forecast.status == "unknowable" and math.isnan(forecast.step)
+    assert re.search(reason, forecast.reason)
+    assert "not to be known" in str(forecast)
+
+
+def test_a_loss_already_met_needs_no_forecast():
+    forecast = forecast_match(curve([5.0, 4.0, 3.0]), 4.0, planned_steps=20)
+    assert (forecast.status, forecast.step, forecast.low, forecast.high) == ("met", 10, 10, 10)
+    with pytest.raises(ValueError, match="planned_steps is 10"):
+        forecast_match(curve([5.0, 4.0, 3.0]), 2.0, planned_steps=10)
+
+
+def test_the_band_of_a_forecast_covers_what_was_seen_and_goes_on():
+    frame = power_law(2000, 0.002, 0)
+    band = forecast_match(frame, 2.4, 10**6).curve
+    assert band["step"].iloc[0] == 500 and band["step"].iloc[-1] == pytest.approx(6000)
+    assert (band["low"] <= band["loss"]).all() and (band["loss"] <= band["high"]).all()
+    np.testing.assert_allclose(
+        np.interp([600, 1200, 1900], band["step"], band["loss"]), 2 + 20 / np.sqrt([600, 1200, 1900]), atol=0.01
+    )

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -216,49 +215,3 @@ class TestStackMap:
     def test_impossible_orders_are_refused(self, order):
         with pytest.raises(ValueError, match="from 0 to 2"):
             plots.plot_stack_map(order, 3)
-
-
-class TestLossByPosition:
-    def test_means_over_ranges_of_context(self):
-        losses = {"source": torch.full((256,), 4.0), "grown": 3 + 1 / torch.arange(1, 257, dtype=torch.float64)}
-        [axes] = drawn(plots.plot_loss_by_position(losses))
-        assert axes.get_xscale() == "log" and axes.get_xlabel() == "tokens of context" and "nats" in axes.get_ylabel()
-        np.testing.assert_allclose(line(axes, "source").get_ydata(), 4)
-        context, means = line(axes, "grown").get_data()
-        np.testing.assert_allclose(means, 3 + 1 / np.array(context), rtol=0.01)
-        assert context[0] == 1 and (np.diff(context) > 0).all()
-
-    def test_every_position_counts_once(self):
-        for length in (1, 2, 31, 4096):
-            loss = torch.zeros(length)
-            loss[-1] = 1.0
-            [axes] = drawn(plots.plot_loss_by_position({"model": loss}))
-            assert line(axes, "model").get_ydata()[-1] > 0 and (line(axes, "model").get_ydata()[:-1] == 0).all()
-
-
-MEASURES = {
-    "samples": 40, "mean_tokens": 81.5, "end_rate": 0.25, "distinct_1": 0.3, "distinct_2": 0.6, "distinct_3": 0.8,
-    "repetition_rate": 0.1, "loop_rate": 0.0, "balanced_brackets_rate": 0.9, "balanced_quotes_rate": 1.0,
-    "tokens_per_second": 310.0,
-}  # fmt: skip
-
-
-class TestGenerationMeasures:
-    def test_a_panel_a_measure_and_a_bar_a_model(self):
-        frame = pd.DataFrame([{"model": name, **MEASURES} for name in ("source", "stack", "trained")])
-        figure = plots.plot_generation_measures(frame)
-        panels = drawn(figure)
-        assert len(panels) == len(MEASURES) - 1 and all(len(axes.patches) == 3 for axes in panels)
-        assert [panels[0].patches[0].get_height(), panels[1].patches[0].get_height()] == [81.5, 0.25]
-        assert {"source", "stack", "trained"} <= set(texts(figure).split(" | ")) and "40 samples" in texts(figure)
-
-    def test_a_measure_that_could_not_be_taken_leaves_its_panel_empty(self):
-        frame = pd.DataFrame([{"model": "trained", **MEASURES, "repetition_rate": math.nan}])
-        drawn(plots.plot_generation_measures(frame))
-
-    def test_a_model_twice_or_none_is_refused(self):
-        frame = pd.DataFrame([{"model": "trained", **MEASURES}] * 2)
-        with pytest.raises(ValueError, match="more than one row"):
-            plots.plot_generation_measures(frame)
-        with pytest.raises(ValueError, match="no measured models"):
-            plots.plot_generation_measures(frame.head(0))

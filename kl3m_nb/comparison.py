@@ -1,0 +1,90 @@
+"""Checkpoints side by side: one table, paired differences with intervals, and whether other figures rank them as the loss does.
+
+Two models are compared document by document, so that what makes a text hard cancels out; the interval of the difference is far
+narrower than the two intervals of the models, and those overlapping says nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from kl3m_nb.evaluation import Interval, bootstrap_interval
+from kl3m_nb.prediction import Prediction
+
+
+def summary_table(predictions: Mapping[str, Prediction]) -> pd.DataFrame:
+    """A row per model, the best first, with the figures of `Prediction.summary`."""
+    table = pd.DataFrame({name: prediction.summary() for name, prediction in predictions.items()}).T
+    return table.rename_axis("model").sort_values("bits_per_byte").astype({"documents": int, "tokens": int})
+
+
+def paired_difference(first: Prediction, second: Prediction) -> Interval:
+    """Bits per byte of `first` minus those of `second` on the same documents, with a 95% document bootstrap.
+
+    Below 0, `first` is better. Bits per byte compare between tokenizers. Raises ValueError when the documents are not the same.
+    """
+    if (
+        first.documents[["identifier", "bytes"]].to_numpy().tolist()
+        != second.documents[["identifier", "bytes"]].to_numpy().tolist()
+    ):
+        raise ValueError("Two models can only be paired on the same documents in the same order; evaluate both on one list.")
+    difference = first.documents["bits_per_byte"] - second.documents["bits_per_byte"]
+    return bootstrap_interval(difference, first.documents["bytes"])
+
+
+def differences_table(predictions: Mapping[str, Prediction], reference: str) -> pd.DataFrame:
+    """A row per other model: `difference` in bits per byte from `reference`, `low`, `high`, `better_on` and `verdict`.
+
+    `better_on` is the share of documents on which the model beats the reference. The verdict is better or worse where the 95%
+    interval excludes 0, else "not resolved". Raises ValueError when there is no model of that name.
+    """
+    if reference not in predictions:
+        raise ValueError(f"There is no model {reference!r} to compare with; the models are {', '.join(predictions)}.")
+    rows = []
+    for name, prediction in predictions.items():
+        if name == reference:
+            continue
+        difference = paired_difference(prediction, predictions[reference])
+        better = prediction.documents["bits_per_byte"] < predictions[reference].documents["bits_per_byte"]
+        verdict = "better" if difference.high < 0 else "worse" if difference.low > 0 else "not resolved"
+        rows.append(
+            {
+                "model": name,
+                "difference": difference.mean,
+                "low": difference.low,
+                "high": difference.high,
+                "better_on": float(better.mean()),
+                "verdict": verdict,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def rank_agreement(figures: pd.DataFrame, by: str, lower_is_better: Mapping[str, bool]) -> pd.DataFrame:
+    """Does each figure rank the models as `by` does? A row per figure: its ranking, best first, and Kendall's tau with `by`.
+
+    `figures` has a row per model and a column per figure; `lower_is_better` says for each figure to be judged, and for `by`,
+    which way is better. Tau is tau-a: 1 for the same order, −1 for the opposite one, tied pairs count as 0; NaN with fewer than
+    two models or a figure that is missing for one. Raises ValueError for a column that is not there.
+    """
+    if missing := [name for name in (by, *lower_is_better) if name not in figures.columns or name not in lower_is_better]:
+        raise ValueError(f"rank_agreement lacks the figure {missing[0]!r} or which way it is better; name both.")
+    signs = {name: 1 if lower else -1 for name, lower in lower_is_better.items()}
+    rows = []
+    for name in lower_is_better:
+        own, reference = figures[name] * signs[name], figures[by] * signs[by]
+        order = own.sort_values(kind="stable").index
+        rows.append({"figure": name, "ranking": " < ".join(reversed(order)), "tau": _kendall_tau(own, reference)})
+    return pd.DataFrame(rows)
+
+
+def _kendall_tau(first: pd.Series, second: pd.Series) -> float:
+    if len(first) < 2 or first.isna().any() or second.isna().any():
+        return math.nan
+    pairs = [(i, j) for j in range(len(first)) for i in range(j)]
+    signs = [np.sign(first.iloc[i] - first.iloc[j]) * np.sign(second.iloc[i] - second.iloc[j]) for i, j in pairs]
+    return float(np.mean(signs))

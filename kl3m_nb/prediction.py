@@ -1,0 +1,182 @@
+"""Prediction on whole documents: every token counted once, whatever the context, in units that compare between tokenizers.
+
+A document longer than the window is read by a window that slides on by `stride` tokens; only what is new in it is predicted, so
+every token but those of the first window has at least window − stride tokens of context. Averages carry intervals by document
+bootstrap: tokens of one document are not independent. Texts of one family are not quite either, so the intervals are, if
+anything, too narrow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kl3m_nb.corpus import Document
+from kl3m_nb.evaluation import Interval, bits_per_byte, bootstrap_interval, score_sequences
+
+ENTROPY_TARGET_BITS = 6.5  # kl3m-007 card, "Regularization"
+CALIBRATION_BINS = 15
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How well one model predicts a set of documents.
+
+    `documents` has a row per document: identifier, domain, tokens, bytes, loss (nats per token), entropy_bits, bits_per_byte.
+    `by_position` has a row per number of tokens of context: context, tokens, loss. `calibration` has a row per bin of
+    confidence that holds tokens: confidence and accuracy, both means over the bin, and tokens.
+    """
+
+    documents: pd.DataFrame
+    by_position: pd.DataFrame
+    calibration: pd.DataFrame
+
+    @property
+    def loss(self) -> Interval:
+        """Nats per token with a 95% interval."""
+        return bootstrap_interval(self.documents["loss"], self.documents["tokens"])
+
+    @property
+    def bits_per_byte(self) -> Interval:
+        """Bits per UTF-8 byte of text with a 95% interval."""
+        return bootstrap_interval(self.documents["bits_per_byte"], self.documents["bytes"])
+
+    @property
+    def entropy_bits(self) -> float:
+        """Mean entropy of the predictive distribution, bits per token."""
+        return float(np.average(self.documents["entropy_bits"], weights=self.documents["tokens"]))
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error (Guo et al., arXiv:1706.04599): mean |accuracy − confidence| over bins, by their tokens."""
+        gaps = (self.calibration["accuracy"] - self.calibration["confidence"]).abs()
+        return float(np.average(gaps, weights=self.calibration["tokens"]))
+
+    def summary(self) -> dict[str, float]:
+        """The figures of one row of a table.
+
+        `overconfidence_bits` is cross-entropy minus entropy: a model that is as unsure as its errors warrant has 0, one that is
+        too sure of itself more.
+        """
+        loss, per_byte = self.loss, self.bits_per_byte
+        return {
+            "documents": len(self.documents),
+            "tokens": int(self.documents["tokens"].sum()),
+            "loss": loss.mean,
+            "loss_low": loss.low,
+            "loss_high": loss.high,
+            "perplexity": math.exp(loss.mean) if loss.mean < 700 else math.inf,
+            "bits_per_byte": per_byte.mean,
+            "bits_per_byte_low": per_byte.low,
+            "bits_per_byte_high": per_byte.high,
+            "entropy_bits": self.entropy_bits,
+            "entropy_minus_target": self.entropy_bits - ENTROPY_TARGET_BITS,
+            "overconfidence_bits": loss.mean / math.log(2) - self.entropy_bits,
+            "accuracy": float(np.average(self.calibration["accuracy"], weights=self.calibration["tokens"])),
+            "calibration_error": self.calibration_error,
+        }
+
+    def by_domain(self) -> pd.DataFrame:
+        """A row per domain, the largest first: documents, tokens, and loss and bits per byte with their 95% intervals."""
+        rows = []
+        for domain, documents in self.documents.groupby("domain"):
+            loss = bootstrap_interval(documents["loss"], documents["tokens"])
+            per_byte = bootstrap_interval(documents["bits_per_byte"], documents["bytes"])
+            rows.append(
+                {
+                    "domain": domain,
+                    "documents": len(documents),
+                    "tokens": int(documents["tokens"].sum()),
+                    "loss": loss.mean,
+                    "loss_low": loss.low,
+                    "loss_high": loss.high,
+                    "bits_per_byte": per_byte.mean,
+                    "bits_per_byte_low": per_byte.low,
+                    "bits_per_byte_high": per_byte.high,
+                }
+            )
+        return pd.DataFrame(rows).sort_values("tokens", ascending=False, ignore_index=True)
+
+
+def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, predicted) of every window over `length` tokens: it is tokens start … end − 1, the last `predicted` are new.
+
+    A window is at most `window` + 1 tokens, of which the model sees all but the last. Together the windows predict every
+    token but the first exactly once; the last window ends with the last token.
+    """
+    done = 1
+    while done < length:
+        end = min(length, window + 1 if done == 1 else done + stride)
+        yield max(0, end - window - 1), end, end - done
+        done = end
+
+
+def evaluate_documents(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    window: int,
+    stride: int,
+    batch_tokens: int = 8192,
+    autocast: torch.dtype | None = None,
+) -> Prediction:
+    """Scores of `model` on every token of `documents`, with at most `window` tokens of context.
+
+    The first token of a document is predicted from the end-of-text token, which in training stands between documents; the end
+    of a document is not predicted. A document's `dataset` is its domain. With `stride` equal to `window` the windows do not
+    overlap, which is how lm-eval counts; half the window costs twice the time and gives every token more context.
+    Raises ValueError for an empty document, a window beyond the model's context, or a stride outside 1 … window.
+    """
+    context = model.config.max_position_embeddings
+    if not 1 <= window <= context:
+        raise ValueError(f"The window is {window} tokens; this model takes 1 to {context}.")
+    if not 1 <= stride <= window:
+        raise ValueError(f"The stride is {stride}; it must lie between 1 and the window of {window} tokens.")
+    sequences, predicted, owners = [], [], []
+    for number, document in enumerate(documents):
+        tokens = list(document.tokens) or tokenizer.encode(document.text, add_special_tokens=False)
+        if not tokens:
+            raise ValueError(f"The document {document.identifier!r} has no tokens; leave it out.")
+        tokens = [tokenizer.eos_token_id, *tokens]
+        for start, end, new in sliding_windows(len(tokens), window, stride):
+            sequences.append(tokens[start:end])
+            predicted.append(new)
+            owners.append(number)
+    scores = score_sequences(model, sequences, predicted, batch_tokens, autocast)
+    owner = np.repeat(owners, predicted)
+    position = np.concatenate([np.arange(len(s) - n, len(s)) for s, n in zip(sequences, predicted, strict=True)])
+    loss, entropy, confidence, correct = (torch.cat(values).numpy() for values in zip(*scores, strict=True))
+    tokens = pd.DataFrame({"owner": owner, "context": position, "loss": loss, "entropy_bits": entropy / math.log(2)})
+    return Prediction(
+        documents=_per_document(tokens, documents, tokenizer),
+        by_position=tokens.groupby("context")["loss"].agg(tokens="size", loss="mean").reset_index(),
+        calibration=_calibration(confidence, correct),
+    )
+
+
+def _per_document(tokens: pd.DataFrame, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
+    by_owner = tokens.groupby("owner")
+    frame = pd.DataFrame(
+        {
+            "identifier": [document.identifier for document in documents],
+            "domain": [document.dataset for document in documents],
+            "tokens": by_owner.size(),
+            "bytes": [len((document.text or tokenizer.decode(document.tokens)).encode()) for document in documents],
+            "loss": by_owner["loss"].mean(),
+            "entropy_bits": by_owner["entropy_bits"].mean(),
+        }
+    )
+    frame["bits_per_byte"] = [bits_per_byte(row.loss, row.tokens, row.bytes) for row in frame.itertuples()]
+    return frame
+
+
+def _calibration(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    by_bin = pd.DataFrame({"bin": bins, "confidence": confidence, "accuracy": correct}).groupby("bin")
+    return by_bin.mean().assign(tokens=by_bin.size()).reset_index(drop=True)

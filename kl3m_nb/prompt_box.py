@@ -1,0 +1,142 @@
+"""A prompt box in a notebook: two checkpoints side by side, sampling sliders, streaming text, token probabilities on hover.
+
+Where nobody can click (a batch job, an HTML page) the same object shows a fixed gallery instead, so a notebook needs no second
+cell. Text is written in a thread of its own: the sliders stay alive and a click stops it.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import ipywidgets as widgets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kl3m_nb.generation import Sample, Sampling, generate, generate_streaming
+from kl3m_nb.progress import PROGRESS_VARIABLE
+from kl3m_nb.token_view import choices_html, token_choices
+
+GALLERY_TOKENS = 40
+
+
+class PromptBox:
+    """Shows itself as the value of a notebook cell: `PromptBox(models, tokenizers, prompts, sampling, seed)`.
+
+    `models` and `tokenizers` map the same labels; the last two stand side by side at first. The gallery continues `prompts`
+    with both, each by up to 40 tokens. Raises ValueError without a model or with labels that differ.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, PreTrainedModel],
+        tokenizers: Mapping[str, PreTrainedTokenizerBase],
+        prompts: Sequence[str],
+        sampling: Sampling,
+        seed: int,
+    ) -> None:
+        if not models or list(models) != list(tokenizers):
+            raise ValueError(f"A prompt box needs one tokenizer for each of at least one model; given are {', '.join(models)}.")
+        self.models, self.tokenizers, self.prompts = models, tokenizers, list(prompts)
+        self.sampling, self.seed = sampling, seed
+        self._stop = threading.Event()
+        self.thread = threading.Thread()
+        self._build()
+
+    def _build(self) -> None:
+        names = list(self.models)
+        wide = {"layout": widgets.Layout(width="24em"), "style": {"description_width": "9em"}}
+        self.prompt = widgets.Textarea(self.prompts[0] if self.prompts else "", layout=widgets.Layout(width="100%", height="5em"))
+        self.temperature = widgets.FloatSlider(
+            self.sampling.temperature, min=0, max=2, step=0.05, description="temperature", **wide
+        )
+        self.top_p = widgets.FloatSlider(self.sampling.top_p, min=0.05, max=1, step=0.05, description="top-p", **wide)
+        self.penalty = widgets.FloatSlider(
+            self.sampling.repetition_penalty, min=1, max=2, step=0.05, description="repetition penalty", **wide
+        )
+        self.length = widgets.IntSlider(self.sampling.max_new_tokens, min=1, max=512, description="new tokens", **wide)
+        self.seed_field = widgets.IntText(self.seed, description="seed", **wide)
+        self.write_button = widgets.Button(description="Write", button_style="primary")
+        self.stop_button = widgets.Button(description="Stop", disabled=True)
+        self.choosers = [widgets.Dropdown(options=names, value=name) for name in (names[-2:] if len(names) > 1 else names)]
+        self.texts = [widgets.HTML() for _ in self.choosers]
+        self.states = [widgets.Label() for _ in self.choosers]
+        self.write_button.on_click(lambda _: self.write())
+        self.stop_button.on_click(lambda _: self._stop.set())
+        columns = [
+            widgets.VBox([chooser, text, state], layout=widgets.Layout(width="50%", padding="0 1em 0 0"))
+            for chooser, text, state in zip(self.choosers, self.texts, self.states, strict=True)
+        ]
+        sliders = [widgets.HBox([self.temperature, self.top_p]), widgets.HBox([self.penalty, self.length])]
+        buttons = widgets.HBox([self.write_button, self.stop_button, self.seed_field])
+        self.view = widgets.VBox([self.prompt, *sliders, buttons, widgets.HBox(columns)])
+
+    def write(self) -> threading.Thread:
+        """Begins to write with the settings as they stand, one model after the other; returns the thread that does."""
+        if self.thread.is_alive():
+            return self.thread
+        self._stop.clear()
+        self.write_button.disabled, self.stop_button.disabled = True, False
+        self.thread = threading.Thread(target=self._write, daemon=True)
+        self.thread.start()
+        return self.thread
+
+    def _write(self) -> None:
+        prompt, seed = self.prompt.value, self.seed_field.value
+        try:
+            sampling = Sampling(self.temperature.value, self.top_p.value, self.penalty.value, self.length.value)
+            for chooser, text, state in zip(self.choosers, self.texts, self.states, strict=True):
+                if not self._stop.is_set():
+                    self._write_one(chooser.value, prompt, sampling, seed, text, state)
+        except ValueError as error:  # a prompt too long, say: the sentence belongs in the box, not in the log of a thread
+            state.value = str(error)
+        finally:
+            self.write_button.disabled, self.stop_button.disabled = False, True
+
+    def _write_one(self, name: str, prompt: str, sampling: Sampling, seed: int, text: widgets.HTML, state: widgets.Label) -> None:
+        model, tokenizer = self.models[name], self.tokenizers[name]
+
+        def show(written: str) -> None:
+            text.value = f'<div style="white-space: pre-wrap"><b>{html.escape(prompt)}</b>{html.escape(written)}</div>'
+
+        state.value = "writing …"
+        sample = generate_streaming(model, tokenizer, prompt, sampling, seed, show, self._stop.is_set)
+        text.value = choices_html(prompt, token_choices(model, tokenizer, sample))
+        state.value = _speed(sample)
+
+    @cached_property
+    def gallery(self) -> str:
+        """The fixed gallery as HTML: every prompt continued by the chosen models side by side, probabilities on hover."""
+        sampling = Sampling(
+            self.sampling.temperature, self.sampling.top_p, self.sampling.repetition_penalty,
+            min(GALLERY_TOKENS, self.sampling.max_new_tokens),
+        )  # fmt: skip
+        names = [chooser.value for chooser in self.choosers]
+        columns = [generate(self.models[name], self.tokenizers[name], self.prompts, sampling, self.seed) for name in names]
+        cell = "vertical-align: top; text-align: left; width: 50%; padding: 0.5em 1em 0.5em 0"
+        heads = "".join(f'<th style="{cell}">{html.escape(name)}</th>' for name in names)
+        rows = ""
+        for samples in zip(*columns, strict=True):
+            cells = (
+                f'<td style="{cell}">'
+                + choices_html(sample.prompt, token_choices(self.models[name], self.tokenizers[name], sample))
+                + f"<small>{_speed(sample)}</small></td>"
+                for name, sample in zip(names, samples, strict=True)
+            )
+            rows += f"<tr>{''.join(cells)}</tr>"
+        return f'<table style="width: 100%; table-layout: fixed"><tr>{heads}</tr>{rows}</table>'
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        """The widget for a live notebook, the gallery for everything that is only looked at."""
+        bundle = {"text/plain": f"PromptBox of {', '.join(self.models)}", "text/html": self.gallery}
+        if os.environ.get(PROGRESS_VARIABLE):  # a batch job: saved without the widget's state, its view would be an error message
+            return bundle
+        return self.view._repr_mimebundle_() | bundle
+
+
+def _speed(sample: Sample) -> str:
+    count = len(sample.tokens)
+    ending = "ended by itself" if sample.ended else "cut"
+    return f"{count} tokens, {ending}, {(count + sample.ended) / sample.seconds:,.0f} tokens/s"

@@ -1,0 +1,85 @@
+"""Paired differences and rankings that can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kl3m_nb.comparison import differences_table, paired_difference, rank_agreement, summary_table
+from kl3m_nb.prediction import Prediction
+
+
+def prediction(bits_per_byte, size=100, identifiers=None) -> Prediction:
+    bits = np.asarray(bits_per_byte, dtype=float)
+    documents = pd.DataFrame(
+        {
+            "identifier": identifiers or [f"d{number}" for number in range(len(bits))],
+            "domain": "x", "tokens": 25, "bytes": size,
+            "loss": bits * size / 25 * math.log(2), "entropy_bits": 3.0, "bits_per_byte": bits,
+        }
+    )  # fmt: skip
+    return Prediction(documents, pd.DataFrame(), pd.DataFrame({"confidence": [0.5], "accuracy": [0.4], "tokens": [10]}))
+
+
+HARD = np.random.default_rng(3).uniform(1, 5, size=40)  # what makes texts easy or hard for every model
+MODELS = {
+    "source": prediction(HARD),
+    "trained": prediction(HARD - 0.1),
+    "stack": prediction(HARD + 0.2),
+    "twin": prediction(HARD),
+}
+
+
+def test_the_best_comes_first():
+    table = summary_table({name: MODELS[name] for name in ("source", "stack", "trained")})
+    assert list(table.index) == ["trained", "source", "stack"]
+    assert table.loc["trained", "bits_per_byte"] == pytest.approx(HARD.mean() - 0.1)
+
+
+def test_pairing_finds_what_the_two_intervals_hide():
+    source, trained = MODELS["source"], MODELS["trained"]
+    assert trained.bits_per_byte.high > source.bits_per_byte.low, "the intervals of the models overlap"
+    assert paired_difference(trained, source) == pytest.approx((-0.1, -0.1, -0.1))
+
+
+def test_a_verdict_for_every_other_model():
+    noisy = prediction(HARD + np.random.default_rng(1).normal(scale=1, size=40))
+    table = differences_table({**MODELS, "noisy": noisy}, "source").set_index("model")
+    assert table["verdict"].to_dict() == {"trained": "better", "stack": "worse", "twin": "not resolved", "noisy": "not resolved"}
+    assert table["better_on"].to_dict() == pytest.approx({"trained": 1, "stack": 0, "twin": 0, "noisy": table.better_on["noisy"]})
+    with pytest.raises(ValueError, match="no model 'other'"):
+        differences_table(MODELS, "other")
+
+
+def test_long_documents_weigh_more():
+    first, second = prediction([1.0, 1.0], size=[10, 30]), prediction([2.0, 1.0], size=[10, 30])
+    assert paired_difference(second, first).mean == pytest.approx(10 / 40)
+
+
+@pytest.mark.parametrize(
+    "other", [prediction([1.0]), prediction([1.0, 2.0], identifiers=["d1", "d0"]), prediction([1.0, 2.0], size=9)]
+)
+def test_other_documents_are_refused(other):
+    with pytest.raises(ValueError, match="on the same documents in the same order"):
+        paired_difference(prediction([1.0, 2.0]), other)
+
+
+def test_rankings_and_kendalls_tau():
+    figures = pd.DataFrame({"loss": [3.0, 2.0, 1.0], "accuracy": [0.1, 0.3, 0.2], "same": [9.0, 8.0, 7.0]}, index=["a", "b", "c"])
+    table = rank_agreement(figures, "loss", {"loss": True, "accuracy": False, "same": True}).set_index("figure")
+    assert table["ranking"].to_dict() == {"loss": "a < b < c", "accuracy": "a < c < b", "same": "a < b < c"}
+    assert table["tau"].to_dict() == pytest.approx({"loss": 1, "accuracy": 1 / 3, "same": 1})
+    reversed_table = rank_agreement(figures, "loss", {"loss": True, "same": False})
+    assert reversed_table["tau"].tolist() == [1, -1]
+
+
+def test_a_tie_counts_for_nothing_and_a_missing_figure_has_no_tau():
+    figures = pd.DataFrame({"loss": [3.0, 2.0, 1.0], "tied": [1.0, 1.0, 1.0], "missing": [1.0, math.nan, 2.0]})
+    figures.index = ["a", "b", "c"]
+    tau = rank_agreement(figures, "loss", {"loss": True, "tied": True, "missing": True})["tau"].tolist()
+    assert tau[:2] == [1, 0] and math.isnan(tau[2])
+    with pytest.raises(ValueError, match="'speed'"):
+        rank_agreement(figures, "loss", {"loss": True, "speed": True})

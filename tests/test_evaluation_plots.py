@@ -1,0 +1,184 @@
+"""Figures of evaluation: each shows the numbers it was given, says in which unit, and refuses what it cannot draw."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kl3m_nb import evaluation_plots as plots
+from kl3m_nb.growth import forecast_match
+from kl3m_nb.prediction import Prediction
+
+
+def drawn(figure: Figure) -> list[Axes]:
+    figure.canvas.draw()
+    return figure.axes
+
+
+def texts(figure: Figure) -> str:
+    return " | ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+
+
+def title(axes: Axes) -> str:
+    return axes.get_title(loc="left")
+
+
+def prediction(level: float) -> Prediction:
+    documents = pd.DataFrame(
+        {
+            "identifier": list("abcd"), "domain": ["rules", "rules", "cases", "cases"], "tokens": [10, 10, 40, 40],
+            "bytes": [40, 40, 160, 160], "loss": [level, level + 1, level, level], "entropy_bits": 4.0,
+            "bits_per_byte": [level, level + 0.5, level, level],
+        }
+    )  # fmt: skip
+    by_position = pd.DataFrame({"context": range(1, 257), "tokens": 3, "loss": level + 1 / np.arange(1, 257)})
+    calibration = pd.DataFrame({"confidence": [0.1, 0.5], "accuracy": [0.2, 0.4], "tokens": [90, 10]})
+    return Prediction(documents, by_position, calibration)
+
+
+class TestPrediction:
+    def test_every_domain_has_a_row_and_every_model_its_marks(self):
+        predictions = {"source": prediction(2.0), "trained": prediction(1.5)}
+        domains, positions, calibration = drawn(plots.plot_prediction(predictions))
+        assert [label.get_text() for label in domains.get_yticklabels()] == ["all", "cases", "rules"]
+        marks = [line for line in domains.lines if line.get_marker() in plots.MARKERS and len(line.get_xdata()) == 3]
+        np.testing.assert_allclose(marks[0].get_xdata(), [2.05, 2.0, 2.25])
+        np.testing.assert_allclose(marks[1].get_xdata(), [1.55, 1.5, 1.75])
+        assert domains.get_xlabel() == "bits per byte" and positions.get_ylabel() == "nats per token"
+        np.testing.assert_allclose(calibration.lines[1].get_xydata(), [(0.1, 0.2), (0.5, 0.4)])
+
+    def test_every_token_of_context_counts_once(self):
+        by_position = pd.DataFrame({"context": range(1, 4097), "tokens": 1, "loss": 0.0})
+        for place in (0, 1, 30, 4095):
+            by_position["loss"] = 0.0
+            by_position.loc[place, "loss"] = 1.0
+            assert sum(mean > 0 for mean in plots._means_over_ranges(by_position)[1]) == 1
+
+    def test_means_weigh_tokens(self):
+        table = pd.DataFrame({"context": [1], "tokens": [1], "loss": [4.0]})
+        assert plots._means_over_ranges(table) == ([1.0], [4.0])
+        far = pd.DataFrame({"context": range(200, 256), "tokens": [9] * 28 + [1] * 28, "loss": [1.0] * 28 + [11.0] * 28})
+        means = plots._means_over_ranges(far)[1]
+        assert 1.0 == means[0] < means[-1] == 11.0
+
+    def test_none_is_refused(self):
+        with pytest.raises(ValueError, match="no models"):
+            plots.plot_prediction({})
+
+
+DIFFERENCES = pd.DataFrame(
+    {
+        "model": ["trained", "stack"], "difference": [-0.15, 0.16], "low": [-0.16, 0.14], "high": [-0.14, 0.19],
+        "better_on": [1.0, 0.0], "verdict": ["better", "worse"],
+    }
+)  # fmt: skip
+
+
+def test_differences_stand_at_their_place_with_their_verdict():
+    figure = plots.plot_differences(DIFFERENCES, "source")
+    [axes] = drawn(figure)
+    assert axes.get_xlabel() == "bits per byte more than source"
+    assert "−0.150, better; better on 100% of the documents" in texts(figure)
+    points = sorted(line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o")
+    assert points == [-0.15, 0.16]
+    with pytest.raises(ValueError, match="at least two models"):
+        plots.plot_differences(DIFFERENCES.head(0), "source")
+
+
+MEASURES = {
+    "samples": 40, "mean_tokens": 81.5, "end_rate": 0.25, "distinct_1": 0.3, "distinct_2": 0.6, "distinct_3": 0.8,
+    "self_bleu": 0.3, "repetition_rate": 0.1, "loop_rate": 0.0, "balanced_brackets_rate": 0.9, "balanced_quotes_rate": 1.0,
+    "numbering_rate": 0.7, "terms_used_rate": 0.5, "citations_rate": 0.2, "tokens_per_second": 310.0,
+}  # fmt: skip
+
+
+class TestGenerationMeasures:
+    def test_a_panel_a_measure_and_a_bar_a_model(self):
+        frame = pd.DataFrame([{"model": name, **MEASURES} for name in ("source", "stack", "trained")])
+        figure = plots.plot_generation_measures(frame)
+        panels = drawn(figure)
+        assert len(panels) == 12 and all(len(axes.patches) == 3 for axes in panels)
+        assert [panels[0].patches[0].get_height(), panels[1].patches[0].get_height()] == [81.5, 0.25]
+        assert {"source", "stack", "trained"} <= set(texts(figure).split(" | ")) and "40 samples" in texts(figure)
+
+    def test_a_measure_that_had_nothing_to_judge_says_so(self):
+        frame = pd.DataFrame([{"model": "trained", **MEASURES, "citations_rate": math.nan}])
+        figure = plots.plot_generation_measures(frame)
+        assert texts(figure).count("nothing to judge") == 1
+        assert "nothing to judge" in [text.get_text() for text in drawn(figure)[-1].texts]
+
+    def test_a_model_twice_or_none_is_refused(self):
+        frame = pd.DataFrame([{"model": "trained", **MEASURES}] * 2)
+        with pytest.raises(ValueError, match="more than one row"):
+            plots.plot_generation_measures(frame)
+        with pytest.raises(ValueError, match="no measured models"):
+            plots.plot_generation_measures(frame.head(0))
+
+
+def test_the_advised_setting_of_a_sweep_carries_the_star():
+    rows = [
+        {"temperature": temperature, "top_p": top_p, "repetition_penalty": 1.0, "advised": temperature == 0.8 and top_p == 0.95}
+        | MEASURES | {"distinct_2": temperature / 2}
+        for temperature in (0.4, 0.8) for top_p in (0.8, 0.95)
+    ]  # fmt: skip
+    figure = plots.plot_sampling_sweep(pd.DataFrame(rows))
+    first = drawn(figure)[0]
+    [star] = [line for line in first.lines if line.get_marker() == "*"]
+    assert star.get_xydata().tolist() == [[0.8, 0.4]]
+    assert {"top-p 0.8", "top-p 0.95", "the card's advice"} <= set(texts(figure).split(" | "))
+    with pytest.raises(ValueError, match="no sampled settings"):
+        plots.plot_sampling_sweep(pd.DataFrame(rows).head(0))
+
+
+def test_entropy_along_the_sample_with_the_target():
+    table = pd.DataFrame({"position": range(10), "entropy_bits": 5.0, "surprise_bits": 4.0, "samples": 3})
+    figure = plots.plot_entropy_along({"trained": table})
+    [axes] = drawn(figure)
+    heights = {float(np.mean(line.get_ydata())) for line in axes.lines if len(line.get_ydata())}
+    assert heights == {5.0, 4.0, 6.5}
+    assert axes.get_ylabel() == "bits per token" and "target 6.5 bits" in texts(figure)
+
+
+def test_recital_has_a_panel_a_model_and_both_sets():
+    gap = pd.DataFrame({"prefix": [5, 50], "training": [0.2, 0.4], "held_out": [0.2, 0.1]})
+    for column in ("training", "held_out"):
+        gap[f"{column}_low"], gap[f"{column}_high"] = gap[column] - 0.05, gap[column] + 0.05
+    panels = drawn(plots.plot_recital({"source": gap, "trained": gap}))
+    assert [title(axes) for axes in panels] == ["source", "trained"]
+    heights = [list(line.get_ydata()) for line in panels[1].lines if line.get_marker() in "os"]
+    assert heights == [[0.2, 0.4], [0.2, 0.1]]
+    with pytest.raises(ValueError, match="no models"):
+        plots.plot_recital({})
+
+
+def curve(losses) -> pd.DataFrame:
+    return pd.DataFrame({"step": np.arange(1, len(losses) + 1) * 100, "held_out_loss": losses})
+
+
+def test_over_training_shows_what_was_logged_and_what_was_evaluated():
+    checkpoints = pd.DataFrame({"step": [0, 100], "bits_per_byte": [2.2, 2.0]})
+    checkpoints["bits_per_byte_low"], checkpoints["bits_per_byte_high"] = [2.1, 1.9], [2.3, 2.1]
+    logged, evaluated = drawn(plots.plot_over_training({"grown": curve([5.0, 4.0])}, checkpoints))
+    np.testing.assert_array_equal(logged.lines[0].get_xydata(), [[100, 5.0], [200, 4.0]])
+    np.testing.assert_array_equal(evaluated.lines[0].get_xydata(), [[0, 2.2], [100, 2.0]])
+    assert "nats per token" in logged.get_ylabel() and evaluated.get_ylabel() == "bits per byte"
+    with pytest.raises(ValueError, match="no evaluated checkpoints"):
+        plots.plot_over_training({}, checkpoints.head(0))
+
+
+def test_quality_match_marks_what_is_known_and_says_what_is_not():
+    run = curve(2 + 20 / np.sqrt(np.arange(1, 21) * 100) + np.random.default_rng(0).normal(scale=0.001, size=20))
+    forecasts = [forecast_match(run, reference, 10_000) for reference in (3.0, 2.42, 1.5)]
+    assert [forecast.status for forecast in forecasts] == ["met", "forecast", "unknowable"]
+    figure = plots.plot_quality_match(run, forecasts)
+    [axes] = drawn(figure)
+    marks = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "s"]
+    assert marks == [(forecast.step, forecast.reference_loss) for forecast in forecasts[:2]]
+    assert "not to be known" in texts(figure) and "95% interval" in texts(figure)
+    with pytest.raises(ValueError, match="no reference"):
+        plots.plot_quality_match(run, [])

@@ -1,0 +1,124 @@
+"""The tasks are sound; our answers equal explicit log-likelihoods, and lm-eval's own figures where it is installed."""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+
+from kl3m_nb import harness, paths, prediction
+from kl3m_nb.corpus import Document
+from kl3m_nb.harness import ChoiceItem, accuracy, answer_bits, answer_items, load_items
+
+
+@pytest.mark.parametrize("task", harness.TASKS)
+def test_items_are_sound(task):
+    items = load_items(task)
+    assert len(items) >= 60
+    assert len({item.id for item in items}) == len({item.context for item in items}) == len(items)
+    for item in items:
+        assert len(item.choices) == len(set(item.choices)) == 4 and 0 <= item.answer < 4
+        assert item.context == item.context.strip() and all(choice == choice.strip() for choice in item.choices)
+    places = collections.Counter(item.answer for item in items)
+    assert max(places.values()) < len(items) / 2, "a model that always names one place would score high"
+
+
+def test_the_right_section_is_not_given_away_by_its_length():
+    longest = [max(item.choices, key=len) == item.choices[item.answer] for item in load_items("next_section")]
+    assert sum(longest) / len(longest) < 0.5
+
+
+@pytest.mark.parametrize("task", harness.TASKS)
+def test_lm_evals_file_and_ours_name_the_same_items(task):
+    config = harness.task_config(task)
+    assert config["task"] == task and config["output_type"] == "multiple_choice"
+    given = (paths.tasks_dir() / f"{task}.yaml").read_text()
+    assert f"data/tasks/{task}.jsonl" in given
+    first = json.loads((paths.tasks_dir() / f"{task}.jsonl").read_text().splitlines()[0])
+    assert load_items(task)[0].context == first[config["doc_to_text"]]
+
+
+def test_unknown_task():
+    with pytest.raises(ValueError, match="no task 'poems'; choose one of clause_cloze, next_section"):
+        load_items("poems")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained_run):
+    return trained_run[1].checkpoint
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
+
+
+ITEMS = [
+    ChoiceItem("a", "The Tenant shall pay", ("rent", "a very long list of things", "tax"), 0, " "),
+    ChoiceItem("b", "Term.", ("Rent.\nThe rent is due.", "Law.\nOhio."), 1, "\n\n"),
+]
+
+
+def test_answers_equal_explicit_log_likelihoods(loaded):
+    model, tokenizer = loaded
+    table = answer_items(model, tokenizer, ITEMS)
+    for item, row in zip(ITEMS, table.itertuples(), strict=True):
+        start = len(tokenizer(item.context)["input_ids"])
+        sums = []
+        for choice in item.choices:
+            ids = torch.tensor([tokenizer(item.context + item.delimiter + choice)["input_ids"]])
+            with torch.no_grad():
+                logs = model(ids).logits[0].log_softmax(dim=-1)
+            sums.append(sum(logs[place - 1, ids[0, place]].item() for place in range(start, ids.shape[1])))
+        assert row.right_log_likelihood == pytest.approx(sums[item.answer], abs=1e-4)
+        assert row.best_wrong_log_likelihood == pytest.approx(max(sums[: item.answer] + sums[item.answer + 1 :]), abs=1e-4)
+        assert row.correct == (sums[item.answer] == max(sums))
+        by_length = [value / len(choice) for value, choice in zip(sums, item.choices, strict=True)]
+        assert row.correct_per_character == (by_length[item.answer] == max(by_length))
+    total = -table.right_log_likelihood.sum() / math.log(2)
+    assert answer_bits(table) == pytest.approx(total / (len("rent") + len("Law.\nOhio.")))
+
+
+def test_accuracy_is_a_share_with_its_interval(loaded):
+    table = answer_items(*loaded, load_items("clause_cloze"))
+    interval = accuracy(table)
+    assert interval.mean == table.correct.sum() / len(table)
+    assert interval.low < interval.mean < interval.high
+
+
+DOCUMENTS = [
+    Document("a", "x", "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. " * 3),
+    Document("b", "x", "Governing law: Ohio – §3."),
+]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: harness)")
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_gives_the_same_figures(checkpoint, loaded):
+    theirs = harness.run_lm_eval(checkpoint, window=32, documents=DOCUMENTS)
+    for task in harness.TASKS:
+        # the same tokens are seen: items longer than lm-eval's window would be cut by it
+        table = answer_items(*loaded, load_items(task))
+        if task == "clause_cloze":
+            assert theirs[task]["acc"] == pytest.approx(accuracy(table).mean, abs=1e-12)
+            assert theirs[task]["acc_norm"] == pytest.approx(accuracy(table, "correct_per_character").mean, abs=1e-12)
+    ours = prediction.evaluate_documents(*loaded, DOCUMENTS, window=32, stride=32).bits_per_byte.mean
+    assert theirs["held_out_documents"]["bits_per_byte"] == pytest.approx(ours, abs=1e-5)
+    assert theirs["held_out_documents"]["byte_perplexity"] == pytest.approx(2**ours, abs=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_without_lm_eval_the_extra_is_named(checkpoint):
+    with pytest.raises(ImportError, match=r"pip install -e '.\[harness\]'"):
+        harness.run_lm_eval(checkpoint, window=32)
+
+
+def test_documents_without_text_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="decode them first"):
+        harness._document_config([Document("a", "x", "", (4, 5))], tmp_path)

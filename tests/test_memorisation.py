@@ -1,0 +1,105 @@
+"""Recital on models whose memory is known: one that knows the alphabet, one that was overfitted, passages cut by hand."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kl3m_nb.corpus import Document
+from kl3m_nb.memorisation import choose_passages, recital, recital_gap
+
+
+class ByteTokenizer:
+    def encode(self, text, add_special_tokens):
+        return list(text.encode())
+
+
+def documents(lengths) -> list[Document]:
+    return [Document(f"{number}", "x", "", tuple(range(length))) for number, length in enumerate(lengths)]
+
+
+def test_a_passage_a_document_of_the_length_asked_for():
+    passages = choose_passages(documents([30, 5, 12, 10, 9]), ByteTokenizer(), length=10, count=9, seed=1)
+    assert len(passages) == 3
+    for passage in passages:
+        assert passage == list(range(passage[0], passage[0] + 10))
+    assert len(choose_passages(documents([30] * 8), ByteTokenizer(), 10, count=4, seed=1)) == 4
+
+
+def test_passages_are_drawn_by_the_seed():
+    drawn = [choose_passages(documents([200] * 20), ByteTokenizer(), 10, 5, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_texts_are_tokenized_and_short_ones_refused():
+    assert choose_passages([Document("a", "x", "abcd")], ByteTokenizer(), 4, 1, 0) == [list(b"abcd")]
+    with pytest.raises(ValueError, match="None of the 1 documents has 5 tokens"):
+        choose_passages([Document("a", "x", "abcd")], ByteTokenizer(), 5, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def overfitted():
+    """A small model trained on six random passages until it recites them."""
+    torch.manual_seed(1)
+    shape = dict(vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    no_end = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    model = LlamaForCausalLM(LlamaConfig(**shape, **no_end, max_position_embeddings=64))
+    passages = torch.randint(0, 64, (6, 24))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(input_ids=passages, labels=passages).loss.backward()
+        optimizer.step()
+    return model, passages.tolist()
+
+
+def test_what_was_learned_by_heart_is_recited_and_what_was_not_is_not(overfitted):
+    model, seen = overfitted
+    unseen = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(7)).tolist()
+    of_seen, of_unseen = recital(model, seen, [4, 8], continuation=16), recital(model, unseen, [4, 8], continuation=16)
+    assert of_seen[of_seen.prefix == 8].identical.mean() > 0.9 > 0.2 > of_unseen.identical.mean()
+    gap = recital_gap(of_seen, of_unseen).set_index("prefix").loc[8]
+    assert gap.gap_low > 0.5
+    assert gap.longest_training == 16 and gap.longest_held_out < 6
+
+
+def test_every_prefix_is_judged_on_the_same_tokens_against_a_greedy_loop(overfitted):
+    model, seen = overfitted
+    table = recital(model, seen, [2, 8], continuation=16, batch_size=4)
+    for row in table.itertuples():
+        passage = seen[row.passage]
+        ids = passage[8 - row.prefix : 8]
+        for _ in range(16):
+            with torch.no_grad():
+                ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        same = [written == true for written, true in zip(ids[row.prefix :], passage[8:], strict=True)]
+        assert row.identical == sum(same) / 16
+        assert row.recited == (same.index(False) if False in same else 16)
+
+
+def test_a_text_that_was_ended_is_not_recited_further(overfitted):
+    model, seen = overfitted
+    before = recital(model, seen[:1], [8], continuation=16).recited.item()
+    model.generation_config.eos_token_id = seen[0][12]  # the fifth token of the continuation
+    try:
+        after = recital(model, seen[:1], [8], continuation=16)
+    finally:
+        model.generation_config.eos_token_id = None
+    assert before == 16
+    assert after.recited.item() == 5 and after.identical.item() == 5 / 16
+
+
+def test_gap_by_hand():
+    training = pd.DataFrame({"prefix": 5, "identical": [0.5, 0.7], "recited": [2, 9]})
+    held_out = pd.DataFrame({"prefix": 5, "identical": [0.1, 0.1, 0.1], "recited": [0, 1, 0]})
+    row = recital_gap(training, held_out).iloc[0]
+    assert (row.training, row.held_out, row.gap) == pytest.approx((0.6, 0.1, 0.5))
+    assert (row.gap_low, row.gap_high) == pytest.approx((0.4, 0.6))
+    assert (row.longest_training, row.longest_held_out) == (9, 1)
+
+
+def test_passages_of_another_length_are_refused(overfitted):
+    with pytest.raises(ValueError, match="exactly 24 tokens"):
+        recital(overfitted[0], [[1] * 23], [8], continuation=16)
