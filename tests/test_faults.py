@@ -60,7 +60,7 @@ def test_twenty_kills_at_random_moments_change_nothing(warm_processes, tmp_path,
     profile = dict(max_steps=150, checkpoint_every=3, eval_every=50, clamp_every=7, grad_accumulation=2, micro_batch=2, **model)
     answer = warm_processes.call("kill_at_random", kills=20, seed=len(name), run_dir=str(tmp_path / "run"), profile=profile)
     assert answer["code"] == 0, (tmp_path / "run.log").read_text()
-    assert len(answer["reached"]) == 20 and answer["reached"][-1] > 20, "it was killed before it came anywhere"
+    assert len(answer["reached"]) == 20 and answer["reached"][-1] >= 30, answer
     assert warm_processes.train(1, tmp_path / "whole", profile) == [0]
     _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
@@ -144,11 +144,18 @@ def _files_up_to(size: int):
         signal.signal(signal.SIGXFSZ, ignored)
 
 
-@pytest.mark.parametrize("largest", [60_000, 150_000])  # the weights do not fit; they do, the optimizer's state does not
-def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, trained_run, largest):
+def _bytes(checkpoint: Path, name: str) -> int:
+    return next(checkpoint.rglob(name)).stat().st_size
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
+def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, trained_run, file):
+    weights, state = (_bytes(trained_run[1].checkpoint, name) for name in ("model.safetensors", "state.pt"))
+    assert weights < state
+    largest = weights - 1000 if file == "model.safetensors" else (weights + state) // 2
     limits = contextlib.ExitStack()
     full = [_at_step(1, lambda: limits.enter_context(_files_up_to(largest))), _at_step(4, limits.close)]
-    with pytest.warns(UserWarning, match=r"step-000003 could not be written.*next try is at step"):
+    with limits, pytest.warns(UserWarning, match=r"step-000003 could not be written.*next try is at step"):
         training.train(small_profile(), tmp_path / "run", callbacks=full)
     _assert_same_run(tmp_path / "run", trained_run[0])
     assert checkpoints.whole_checkpoints(tmp_path / "run")[0].name in ("step-000004", "step-000005")
@@ -156,9 +163,14 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, trained_run, la
 
 def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_whole_checkpoints(tmp_path, trained_run):
     limits = contextlib.ExitStack()
-    full = _at_step(4, lambda: limits.enter_context(_files_up_to(60_000)))
+
+    def fill():
+        while not (tmp_path / "run" / "checkpoints" / "step-000003").exists():  # it is written in the background
+            time.sleep(0.01)
+        limits.enter_context(_files_up_to(60_000))
+
     with limits, pytest.raises(checkpoints.CheckpointFailed, match="step-000006 could not be written"):
-        training.train(small_profile(), tmp_path / "run", callbacks=[full])
+        training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(4, fill)])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
     training.train(small_profile(), tmp_path / "run")
     _assert_same_run(tmp_path / "run", trained_run[0])
@@ -290,39 +302,42 @@ class _HubGone:
         return self.original(stream)
 
 
-def test_a_hub_that_is_gone_in_mid_stream_ends_the_run_with_nothing_lost(tmp_path, monkeypatch, trained_run):
+def test_a_hub_that_is_gone_in_mid_stream_ends_the_run_with_nothing_lost(tmp_path, monkeypatch):
+    profile = small_profile(seq_len=64, micro_batch=8, max_steps=20)
+    training.train(profile, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        gone = _HubGone(after=33)
+        gone = _HubGone(after=35)  # 32 fill the shuffle buffer
         patch.setattr(packing.PackedStream, "_next_tokens", lambda stream: gone(stream))
-        profile = small_profile(seq_len=32)
-        with pytest.raises(training.TrainingStopped, match=r"data of step \d .*ConnectionError: Server Disconnected"):
+        with pytest.raises(training.TrainingStopped, match=r"data of step \d+ .*ConnectionError: Server Disconnected"):
             training.train(profile, tmp_path / "run")
     reached = int(read_metrics(tmp_path / "run", "train").step.max())
-    assert 0 < reached < 6
+    assert 0 < reached < 20
     assert checkpoints.checkpoint_step(checkpoints.require_checkpoint(tmp_path / "run")) == reached
     training.train(profile, tmp_path / "run")
-    _assert_same_run(tmp_path / "run", trained_run[0])
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_corrupt_parquet_file_ends_the_run_with_its_name_and_nothing_lost(tmp_path):
-    texts = [document.text for document in corpus.preview("package:licensedcode-data", held_out=False, most=400)]
+def test_a_corrupt_parquet_file_ends_the_run_with_nothing_lost(tmp_path):
+    texts = [document.text for document in corpus.preview("package:licensedcode-data", held_out=False, most=200)]
     folder = tmp_path / "data"
     folder.mkdir()
     for number in range(2):
-        half = texts[number * 200 : number * 200 + 200]
-        table = pa.table({"identifier": [f"{number}{i}-x" for i in range(len(half))], "text": [text[:120] for text in half]})
+        half = [text[:200] for text in texts[number * 100 : number * 100 + 100]]
+        table = pa.table({"identifier": [f"{number}{i}-x" for i in range(len(half))], "text": half})
         pq.write_table(table, folder / f"{number}.parquet")
     whole = (folder / "1.parquet").read_bytes()
-    (folder / "1.parquet").write_bytes(whole[:300] + b"\0" * 400 + whole[700:])
-    tokenizer = _saved_tokenizer(tmp_path)
-    profile = small_profile(source=f"files:{folder}/*.parquet", tokenizer=str(tokenizer), max_steps=60, held_out_windows=1)
-    with pytest.raises(training.TrainingStopped, match="could not be read"):
+    (folder / "1.parquet").write_bytes(whole[:300] + b"\0" * 4000 + whole[4300:])
+    profile = small_profile(
+        source=f"files:{folder}/*.parquet", tokenizer=str(_saved_tokenizer(tmp_path)), max_steps=60, held_out_windows=1
+    )
+    with pytest.raises(training.TrainingStopped, match=r"data of step \d+ could not be read"):
         training.train(profile, tmp_path / "run")
     reached = int(read_metrics(tmp_path / "run", "train").step.max())
     assert checkpoints.checkpoint_step(checkpoints.require_checkpoint(tmp_path / "run")) == reached > 0
     (folder / "1.parquet").write_bytes(whole)
     training.train(profile, tmp_path / "run")
-    assert list(read_metrics(tmp_path / "run", "train").step) == list(range(1, 61))
+    training.train(profile, tmp_path / "whole")
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def _saved_tokenizer(folder: Path) -> Path:
