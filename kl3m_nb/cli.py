@@ -17,7 +17,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 import yaml
 
-from kl3m_nb import demo, paths, profiles, runs, spectral_report
+from kl3m_nb import demo, distributed, paths, profiles, run_folder, runs, spectral_report
+from kl3m_nb.checkpoints import CheckpointFailed
 from kl3m_nb.estimate import estimate
 from kl3m_nb.parameters import check_parameters, find_notebook, read_parameters
 from kl3m_nb.progress import clock
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         print(f"kl3m_nb: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    except TrainingStopped as error:
+    except (TrainingStopped, CheckpointFailed) as error:
         print(f"kl3m_nb: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -67,8 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_run)
 
     command = commands.add_parser("train", help="train a profile without a notebook")
-    command.add_argument("profile", help=f"one of {', '.join(profiles.PROFILES)}")
-    command.add_argument("--run", help="folder below runs/ (default: named after the profile)")
+    command.add_argument("profile", nargs="?", default="", help=f"one of {', '.join(profiles.PROFILES)}, or a run's folder, such "
+                         "as runs/x, to go on with it")  # fmt: skip
+    command.add_argument("--run", default="", help="folder below runs/, or a path such as runs/x; without a profile, the run to go "
+                         "on with (default: named after the profile)")  # fmt: skip
     command.add_argument("--init", help="checkpoint folder or hub id to start from (default: random weights)")
     command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
     command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")
@@ -143,6 +146,10 @@ def _notebook_profile(values: dict) -> profiles.Profile:
 
 
 def _set_fields(options: argparse.Namespace) -> profiles.Profile:
+    return profiles.get_profile(options.profile, **_changes(options))
+
+
+def _changes(options: argparse.Namespace) -> dict:
     changes = {}
     for key, text in options.set:
         kind = profiles.FIELD_TYPES.get(key, str)
@@ -152,7 +159,7 @@ def _set_fields(options: argparse.Namespace) -> profiles.Profile:
                 changes[key] = float(text)
             except ValueError:
                 pass  # get_profile says what is wrong with it
-    return profiles.get_profile(options.profile, **changes)
+    return changes
 
 
 def _require_gpu_or_consent(profile: profiles.Profile, consent: bool) -> None:
@@ -170,8 +177,30 @@ def _require_gpu_or_consent(profile: profiles.Profile, consent: bool) -> None:
     print(f"{needed.sentence()}; starting, as asked.", flush=True)
 
 
+def _run_folder(name: str, profile: str = "") -> Path:
+    """A bare name lies below runs/, anything with a slash is a path from here."""
+    return Path.cwd() / name if os.sep in name else runs.run_path(profile, "train", name)
+
+
+def _what_to_train(options: argparse.Namespace) -> tuple[profiles.Profile, Path, str | None]:
+    """Profile, folder and start: of a new run, or of one that was begun before or prepared by a notebook."""
+    if options.profile and os.sep not in options.profile:
+        return _set_fields(options), _run_folder(options.run, options.profile), options.init
+    name = options.profile or options.run
+    if not name:
+        raise Refused("train was given neither a profile nor a run; name a profile, or the folder of a run to go on with.")
+    if options.init or (options.profile and options.run):
+        raise Refused(f"train goes on with the run {name}, which keeps its folder and its start; leave out --init and --run.")
+    folder, changes = _run_folder(name), _changes(options)
+    for key in changes:
+        if profiles.FIELD_SECTIONS.get(key, "runtime") != "runtime":
+            raise Refused(f"train goes on with the run {name}, whose {key} stays as it is; --set takes runtime settings here.")
+    return profiles.override_profile(run_folder.read_run_profile(folder), **changes), folder, run_folder.read_run_init(folder)
+
+
+@distributed.reports_errors
 def _train(options: argparse.Namespace) -> int:
-    profile = _set_fields(options)
+    profile, folder, init = _what_to_train(options)
     _require_gpu_or_consent(profile, options.without_gpu)
     printed = 0.0
 
@@ -187,8 +216,9 @@ def _train(options: argparse.Namespace) -> int:
                 f"{row['tokens_per_second']:,.0f} tokens/s, {clock(left)} left", flush=True,
             )  # fmt: skip
 
-    result = train(profile, runs.run_path(profile.name, "train", options.run or ""), options.init, callbacks=[report])
-    print(f"Finished at step {result.step:,}, held-out loss {result.held_out_loss:.4f}; the model is in {result.checkpoint}")
+    result = train(profile, folder, init, callbacks=[report])
+    if distributed.torchrun_rank() == 0:
+        print(f"Finished at step {result.step:,}, held-out loss {result.held_out_loss:.4f}; the model is in {result.checkpoint}")
     return 0
 
 

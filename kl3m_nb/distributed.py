@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +65,16 @@ def process_group() -> Iterator[World]:
     yield world()  # after an error nothing more is asked of the peers, which may be dead
     gc.collect()  # a DDP reducer that outlives the group frees it while it holds the GIL, and gloo's threads then wait for ever
     dist.destroy_process_group()
+
+
+def torchrun_rank() -> int:
+    """The rank that torchrun gave this process, also when no group is open; 0 without torchrun."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def reports_errors(function: Callable[..., T]) -> Callable[..., T]:
+    """`function`, whose error torchrun will name as the reason when this process is the first to fail."""
+    return record(function) if dist.is_torchelastic_launched() else function
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
@@ -191,7 +202,7 @@ class ParallelModel:
         elif world().size > 1:
             on_gpu = next(model.parameters()).is_cuda
             devices = [torch.cuda.current_device()] if on_gpu else None
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the newer name is not in all versions we take
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of 2.13: its new name is not in 2.11
                 self._root = DistributedDataParallel(self._root, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def __call__(self, work: Callable[..., T], *arguments) -> T:

@@ -1,6 +1,7 @@
 """Watching a run: a callback for `training.train` that keeps one notebook output current and tells the runner how far it is.
 
 What is shown is drawn from metrics.jsonl, so after a closed browser tab or a crash `show_run` gives the same picture again.
+`save_button` asks a run for a checkpoint, wherever it trains.
 """
 
 from __future__ import annotations
@@ -8,21 +9,27 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 from IPython.display import HTML, display
 from matplotlib.figure import Figure
 
 from kl3m_nb import paths, plots
 from kl3m_nb.metrics import read_metrics
-from kl3m_nb.progress import clock, write_progress
+from kl3m_nb.progress import PROGRESS_VARIABLE, clock, write_progress
+from kl3m_nb.run_folder import SAVE_REQUEST, request_checkpoint
 
 
 class LiveView:
-    """Shows a run while it trains: `train(..., callbacks=[LiveView(run_dir)])`. Leaves exactly one output in the notebook."""
+    """Shows a run while it trains: `train(..., callbacks=[LiveView(run_dir)])`.
+
+    Leaves exactly one output in the notebook; in a notebook that somebody looks at, the save button too.
+    """
 
     def __init__(self, run_dir: str | Path, text_seconds: float = 1.0, figure_seconds: float = 10.0):
         self.run_dir = paths.resolve(run_dir)
@@ -39,6 +46,8 @@ class LiveView:
             case "start":
                 self._began, self._first_step, self._max_steps = now, row["step"], row["max_steps"]
                 self._header = f"{row['run']} · {row['runtime']}"
+                if PROGRESS_VARIABLE not in os.environ:  # nobody can press it in a headless run
+                    display(save_button(self.run_dir))
                 self._handle = display(HTML(self._page("starting")), display_id=True)
             case "train":
                 self._last = row
@@ -90,6 +99,18 @@ def show_run(run_dir: str | Path) -> HTML:
     if train.empty:
         raise ValueError(f"{run_dir} holds no training metrics yet; start the run first, or name another.")
     return HTML(figure_html(plots.plot_training(train, held_out)))
+
+
+def save_button(run_dir: str | Path) -> widgets.Button:
+    """A button that has the run save a checkpoint after its present step, in whichever process it trains."""
+    button = widgets.Button(description="Save a checkpoint", tooltip=f"or: touch {paths.resolve(run_dir) / SAVE_REQUEST}")
+
+    def press(_) -> None:
+        request_checkpoint(run_dir)
+        button.description = f"Asked for at {time.strftime('%H:%M:%S')}"
+
+    button.on_click(press)
+    return button
 
 
 def figure_html(figure: Figure) -> str:

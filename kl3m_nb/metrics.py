@@ -75,6 +75,11 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def parse_row(line: bytes) -> dict:
+    """A row as the callbacks of training got it: null is NaN again. Raises ValueError for a line that is none."""
+    return {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+
+
 def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
     """The rows of one kind as a table; for `clamp` a row per matrix and event. Empty when there are none.
 

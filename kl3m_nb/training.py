@@ -86,16 +86,17 @@ def train(
 def _find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, resume: str, lock: RunLock) -> Path | None:
     """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set aside."""
     run_folder.check_run_folder(run_dir, profile, init)
-    newest = checkpoints.latest_checkpoint(run_dir)
+    newest, identity = checkpoints.latest_checkpoint(run_dir), run_folder.run_identity(run_dir)
     if newest and resume == "never":
         raise ValueError(f"The run folder {run_dir} already holds {newest.name}; use resume='auto' or another folder.")
-    if newest and checkpoints.checkpoint_step(newest) >= profile.schedule.max_steps and not checkpoints.flaw_of(newest):
+    is_complete = newest is not None and checkpoints.checkpoint_step(newest) >= profile.schedule.max_steps
+    if is_complete and not checkpoints.flaw_of(newest, identity):
         return newest
     if not run_dir.exists():
         return None  # made, and locked, once the pieces are known to fit
     lock.acquire()
     checkpoints.remove_leftovers(run_dir)
-    checkpoint, flaws = checkpoints.newest_sound_checkpoint(run_dir, run_folder.run_identity(run_dir))
+    checkpoint, flaws = checkpoints.newest_sound_checkpoint(run_dir, identity)
     if flaws and checkpoint is None:
         raise ValueError(
             f"No checkpoint of {run_dir} can be loaded ({'; '.join(flaws.values())}); "

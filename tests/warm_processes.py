@@ -1,7 +1,7 @@
 """A warm interpreter that forks processes for the tests: torch imported anew in each would take most of their time.
 
-`WarmProcesses` starts this file as a script and sends it one job a line. The server itself computes nothing, so that what it
-forks finds no threads of a matrix library half dead.
+`WarmProcesses` starts this file as a script and sends it one job a line. The server computes with a single thread, so that what
+it forks finds none of a matrix library's half dead.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -69,13 +70,20 @@ def run_ranks(ranks: int, work: str, arguments: dict) -> list[int]:
 
 
 def kill_at_random(kills: int, seed: int, run_dir: str, profile: dict) -> dict:
-    """Trains in one process after another, killed at random moments `kills` times and then left alone; steps reached by each."""
+    """Trains in one process after another, killed at random moments `kills` times and then left alone.
+
+    Half of the processes are killed soon after they begin, half soon after they have saved a checkpoint. Gives the steps reached.
+    """
+    from kl3m_nb.checkpoints import latest_checkpoint
     from kl3m_nb.metrics import read_metrics
 
     rng, reached = random.Random(seed), []
-    for _ in range(kills):
+    for number in range(kills):
+        before = latest_checkpoint(run_dir)
         child = _fork("train", dict(run_dir=run_dir, profile=profile), {}, Path(run_dir).with_suffix(".log"))
-        time.sleep(rng.uniform(0.02, 0.6))
+        while number % 2 and latest_checkpoint(run_dir) == before:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0.0, 0.1 if number % 2 else 0.5))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
@@ -168,11 +176,13 @@ def _free_port() -> int:
 
 
 def serve() -> None:
-    """Imports and reads what every job needs, then takes jobs until standard input ends."""
-    from kl3m_nb import corpus, training
+    """Trains once, so that all that every job needs is imported and read, then takes jobs until standard input ends."""
+    from conftest import small_profile
 
-    assert training.train
-    corpus.preview("package:licensedcode-data", held_out=False)
+    from kl3m_nb import training
+
+    with tempfile.TemporaryDirectory() as folder:
+        training.train(small_profile(max_steps=2), Path(folder) / "run")
     for line in sys.stdin:
         job, arguments = json.loads(line)
         print(json.dumps(globals()[job](**arguments)), flush=True)

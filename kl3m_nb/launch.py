@@ -1,0 +1,151 @@
+"""Training in processes of its own, under torchrun: for several GPUs, and for a run that outlives the notebook that started it.
+
+The processes belong to no kernel. `train_with_torchrun` only follows their metrics.jsonl: when the kernel or the notebook server
+goes, the run goes on, and the same call finds it again: torchrun and its processes inherit a lock on the log they write to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from kl3m_nb import paths, run_folder
+from kl3m_nb.checkpoints import checkpoint_step, latest_checkpoint
+from kl3m_nb.metrics import FILE_NAME, parse_row
+from kl3m_nb.profiles import Profile
+from kl3m_nb.progress import replace_text
+from kl3m_nb.training import Callback, TrainingStopped, TrainResult, train
+
+LOG_FILE, JOB_FILE = "torchrun.log", "torchrun.json"
+POLL_SECONDS = 0.5
+
+
+def train_with_torchrun(
+    profile: Profile,
+    run_dir: str | Path,
+    processes: int,
+    init: str | Path | None = None,
+    callbacks: Iterable[Callback] = (),
+    max_restarts: int = 3,
+) -> TrainResult:
+    """`training.train` in `processes` processes of this machine, started by torchrun; follows a run that is under way already.
+
+    Callbacks get the rows of metrics.jsonl as they come. An interrupt is passed on: the run saves and ends. What the processes
+    print is in the run's torchrun.log. When one dies, all are ended and started again up to `max_restarts` times.
+    Raises ValueError for input that does not fit, TrainingStopped with the last words of the log when the job has failed.
+    """
+    run_dir = paths.resolve(run_dir)
+    if processes < 1:
+        raise ValueError(f"processes is {processes}; at least 1 is needed.")
+    run_folder.check_run_folder(run_dir, profile, init)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tell = _teller(callbacks)
+    max_steps = profile.schedule.max_steps
+    tell({"kind": "start", "step": 0, "max_steps": max_steps, "run": run_dir.name, "runtime": f"torchrun, {processes} processes"})
+    if not is_running(run_dir):
+        run_folder.write_run_file(run_dir, profile, init, f"torchrun, {processes} processes")
+        _start(run_dir, processes, max_restarts)
+    step = 0
+    try:
+        for row in _rows(run_dir):
+            step = max(step, row.get("step", 0))
+            tell(row)
+    except KeyboardInterrupt:
+        _stop(run_dir)
+        raise
+    finally:
+        tell({"kind": "end", "step": step, "max_steps": max_steps})
+    newest = latest_checkpoint(run_dir)
+    if newest is None or checkpoint_step(newest) < max_steps:
+        raise TrainingStopped(f"The processes of {run_dir} have ended before the last step: {_last_words(run_dir)}")
+    return train(profile, run_dir, init)  # complete: says where it stands
+
+
+def is_running(run_dir: Path) -> bool:
+    """Whether torchrun, or a process it has started, is at work in `run_dir`."""
+    try:
+        with open(run_dir / LOG_FILE, "rb") as log:
+            fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _teller(callbacks: Iterable[Callback]) -> Callback:
+    callbacks = list(callbacks)
+
+    def tell(row: Mapping) -> None:
+        for callback in callbacks:
+            callback(row)
+
+    return tell
+
+
+def _start(run_dir: Path, processes: int, max_restarts: int) -> None:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+        f"--max-restarts={max_restarts}", "-m", "kl3m_nb", "train", str(run_dir), "--without-gpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(paths.project_root()), os.environ.get("PYTHONPATH", "")])}
+    with open(run_dir / LOG_FILE, "ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        job = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=run_dir, start_new_session=True
+        )
+    replace_text(run_dir / JOB_FILE, json.dumps({"pid": job.pid, "host": socket.gethostname()}) + "\n")
+    threading.Thread(target=job.wait, daemon=True).start()  # or it stays a zombie
+
+
+def _rows(run_dir: Path) -> Iterator[dict]:
+    """The rows of metrics.jsonl as they are written, until the job has ended.
+
+    A restart cuts the file back to the last checkpoint: some rows then come twice or are missed, and a line may come in pieces.
+    """
+    position, rest = 0, b""
+    while True:
+        ended = not is_running(run_dir)
+        path = run_dir / FILE_NAME
+        size = path.stat().st_size if path.is_file() else 0
+        if size < position:
+            position, rest = 0, b""
+        if size > position:
+            with open(path, "rb") as file:
+                file.seek(position)
+                lines = (rest + file.read(size - position)).split(b"\n")
+            position, rest = size, lines.pop()
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    yield parse_row(line)
+        elif ended:
+            return
+        else:
+            time.sleep(POLL_SECONDS)
+
+
+def _stop(run_dir: Path) -> None:
+    """Asks torchrun to have the processes save and end, and waits for that."""
+    job = json.loads((run_dir / JOB_FILE).read_text())
+    if job["host"] != socket.gethostname():
+        raise ValueError(f"{run_dir} is in use by torchrun, process {job['pid']} on {job['host']}; stop it there.")
+    os.kill(job["pid"], signal.SIGTERM)
+    while is_running(run_dir):
+        time.sleep(POLL_SECONDS)
+
+
+def _last_words(run_dir: Path) -> str:
+    """The line of torchrun.log that names the reason, as far as there is one, and where the rest stands."""
+    lines = [line.strip() for line in (run_dir / LOG_FILE).read_text(errors="replace").splitlines() if line.strip()]
+    reasons = [line for line in lines if line.startswith(("kl3m_nb:", "traceback :")) or "Error: " in line]
+    return f"{(reasons or lines or ['nothing was printed'])[-1]} (all of it in {run_dir / LOG_FILE})"

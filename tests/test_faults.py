@@ -1,0 +1,404 @@
+"""What goes wrong around a long run, tried: see docs/faults.md, which names the test of every fault."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import small_profile
+from safetensors.torch import load_file
+
+from kl3m_nb import checkpoints, corpus, packing, run_folder, training
+from kl3m_nb.metrics import read_metrics
+
+MIXTURE = {"experts": 4, "active_experts": 2, "router_aux_loss": 0.05}
+
+
+def _weights(run_dir) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints.require_checkpoint(run_dir) / "model.safetensors")
+
+
+def _assert_same_run(run_dir, other):
+    """Bit for bit the same losses, of every step once, and the same weights."""
+    ours, theirs = read_metrics(run_dir, "train"), read_metrics(other, "train")
+    assert list(ours.step) == list(range(1, len(theirs) + 1)) and list(ours.loss) == list(theirs.loss)
+    ours, theirs = _weights(run_dir), _weights(other)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def _at_step(step: int, act):
+    """A callback that calls `act` once, when `step` has been trained."""
+
+    def callback(row):
+        if row["kind"] == "train" and row["step"] == step:
+            act()
+
+    return callback
+
+
+@pytest.fixture
+def run_dir(trained_run, tmp_path):
+    """A copy of a run of six steps with checkpoints at 3 and 6."""
+    shutil.copytree(trained_run[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(("name", "model"), [("llama", {}), ("mixtral", MIXTURE)])
+def test_twenty_kills_at_random_moments_change_nothing(warm_processes, tmp_path, name, model):
+    profile = dict(max_steps=150, checkpoint_every=3, eval_every=50, clamp_every=7, grad_accumulation=2, micro_batch=2, **model)
+    answer = warm_processes.call("kill_at_random", kills=20, seed=len(name), run_dir=str(tmp_path / "run"), profile=profile)
+    assert answer["code"] == 0, (tmp_path / "run.log").read_text()
+    assert len(answer["reached"]) == 20 and answer["reached"][-1] >= 30, answer
+    assert warm_processes.train(1, tmp_path / "whole", profile) == [0]
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("model", [{}, MIXTURE])
+def test_a_stop_inside_an_accumulation_changes_nothing(tmp_path, monkeypatch, model):
+    profile = small_profile(micro_batch=1, grad_accumulation=4, max_steps=4, **model)
+    training.train(profile, tmp_path / "whole")
+    original, calls = training.activation_penalty, []
+
+    def stop_in_the_third_step(*arguments):
+        calls.append(1)
+        if len(calls) == 10:  # the second micro-batch of step 3
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(training, "activation_penalty", stop_in_the_third_step)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(profile, tmp_path / "run")
+    assert len(calls) == 10 and checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000002"
+    training.train(profile, tmp_path / "run")
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_checkpoint_on_demand(tmp_path):
+    run_dir = tmp_path / "run"
+    training.train(small_profile(), run_dir, callbacks=[_at_step(4, lambda: run_folder.request_checkpoint(run_dir))])
+    assert [path.name for path in checkpoints.whole_checkpoints(run_dir)] == ["step-000003", "step-000004", "step-000006"]
+    assert not (run_dir / run_folder.SAVE_REQUEST).exists()
+    with pytest.raises(ValueError, match="no run folder"):
+        run_folder.request_checkpoint(tmp_path)
+
+
+def _damage(checkpoint: Path, how: str) -> None:
+    weights = checkpoint / "model.safetensors"
+    content = weights.read_bytes()
+    if how == "cut off":
+        weights.write_bytes(content[:-1])
+    elif how == "a flipped bit":
+        weights.write_bytes(content[:2000] + bytes([content[2000] ^ 1]) + content[2001:])
+    elif how == "no manifest":
+        (checkpoint / "training_state" / "manifest.json").unlink()
+    else:
+        manifest = checkpoint / "training_state" / "manifest.json"
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "run": "another"}))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("cut off", "bytes instead of"), ("a flipped bit", "damaged"), ("no manifest", "no whole"), ("foreign", "another run")],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run_dir, trained_run, how, words):
+    _damage(run_dir / "checkpoints" / "step-000006", how)
+    (run_dir / "checkpoints" / ".saving-step-000009-1").mkdir()
+    with pytest.warns(UserWarning, match=f"step-000006.*{words}.*step-000006.damaged"):
+        training.train(small_profile(), run_dir)
+    _assert_same_run(run_dir, trained_run[0])
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert names == {"step-000003", "step-000006", "step-000006.damaged"}
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run_dir):
+    for name in ("step-000003", "step-000006"):
+        _damage(run_dir / "checkpoints" / name, "a flipped bit")
+    before = sorted((run_dir / "checkpoints").rglob("*"))
+    with pytest.raises(ValueError, match=r"No checkpoint of .*step-000006.*damaged.*step-000003"):
+        training.train(small_profile(), run_dir)
+    assert sorted((run_dir / "checkpoints").rglob("*")) == before
+
+
+@contextlib.contextmanager
+def _files_up_to(size: int):
+    """The operating system refuses to let any file of this process grow beyond `size` bytes, as it does on a full disk."""
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, previous[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def _bytes(checkpoint: Path, name: str) -> int:
+    return next(checkpoint.rglob(name)).stat().st_size
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
+def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, trained_run, file):
+    weights, state = (_bytes(trained_run[1].checkpoint, name) for name in ("model.safetensors", "state.pt"))
+    assert weights < state
+    largest = weights - 1000 if file == "model.safetensors" else (weights + state) // 2
+    limits = contextlib.ExitStack()
+    full = [_at_step(1, lambda: limits.enter_context(_files_up_to(largest))), _at_step(4, limits.close)]
+    with limits, pytest.warns(UserWarning, match=r"step-000003 could not be written.*next try is at step"):
+        training.train(small_profile(), tmp_path / "run", callbacks=full)
+    _assert_same_run(tmp_path / "run", trained_run[0])
+    assert checkpoints.whole_checkpoints(tmp_path / "run")[0].name in ("step-000004", "step-000005")
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_whole_checkpoints(tmp_path, trained_run):
+    limits = contextlib.ExitStack()
+
+    def fill():
+        while not (tmp_path / "run" / "checkpoints" / "step-000003").exists():  # it is written in the background
+            time.sleep(0.01)
+        limits.enter_context(_files_up_to(60_000))
+
+    with limits, pytest.raises(checkpoints.CheckpointFailed, match="step-000006 could not be written"):
+        training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(4, fill)])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
+    training.train(small_profile(), tmp_path / "run")
+    _assert_same_run(tmp_path / "run", trained_run[0])
+
+
+def test_too_little_room_is_seen_before_the_disk_is_full(run_dir, monkeypatch):
+    (run_dir / "checkpoints" / "step-000006").rename(run_dir / "gone")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(checkpoints.CheckpointFailed, match=r"needs 0.00 GB and 0.00 GB are free"):
+        training.train(small_profile(), run_dir)
+
+
+def test_a_disk_that_is_full_while_logging_costs_no_row(tmp_path, trained_run):
+    path = tmp_path / "run" / "metrics.jsonl"
+    saved = []
+
+    def the_log() -> int:
+        return next(int(fd) for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(path.resolve()))
+
+    def fill():
+        number = the_log()
+        saved.extend([number, os.dup(number)])
+        with open("/dev/full", "ab") as full:
+            os.dup2(full.fileno(), number)
+
+    with pytest.warns(UserWarning, match=r"metrics.jsonl cannot be written: No space left on device; rows wait"):
+        training.train(
+            small_profile(), tmp_path / "run", callbacks=[_at_step(2, fill), _at_step(5, lambda: os.dup2(saved[1], saved[0]))]
+        )
+    os.close(saved[1])
+    _assert_same_run(tmp_path / "run", trained_run[0])
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for folder in (tmp_path / "file" / "run", Path("/proc/kl3m-nb/run")):  # permissions do not stop root, these do
+        with pytest.raises(ValueError, match="cannot be written to"):
+            training.train(small_profile(), folder)
+
+
+def test_a_folder_that_becomes_read_only_is_a_failed_checkpoint_with_its_reason(tmp_path, monkeypatch):
+    """A remount cannot be tried without rights; the system's refusal to make the folder is put in its place."""
+    original = Path.mkdir
+
+    def refused(self, *arguments, **options):
+        if self.name.startswith(".saving-"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.warns(UserWarning, match="Read-only file system"), pytest.raises(checkpoints.CheckpointFailed, match="Read-only"):
+        training.train(small_profile(), tmp_path / "run")
+    assert len(read_metrics(tmp_path / "run", "train")) == 6
+
+
+def test_a_metrics_file_cut_in_the_middle_of_a_line(run_dir, trained_run):
+    """Cut before the checkpoint's position: the cut row is lost and said to be, every later one is whole."""
+    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    kept = next(number for number, line in enumerate(lines) if b'"step": 3' in line and b'"train"' in line)
+    path.write_bytes(b"\n".join(lines[:kept]) + b"\n" + lines[kept][:40])
+    assert list(read_metrics(run_dir, "train").step) == [1, 2]
+    with pytest.warns(UserWarning, match="has lost its end"):
+        training.train(small_profile(), run_dir)
+    assert list(read_metrics(run_dir, "train").step) == [1, 2, 4, 5, 6]
+    weights, expected = _weights(run_dir), _weights(trained_run[0])
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_second_process_on_the_same_folder_is_refused(tmp_path):
+    refused = []
+
+    def second():
+        assert run_folder.running_process(tmp_path / "run") == f"process {os.getpid()} on {os.uname().nodename}"
+        with pytest.raises(run_folder.RunIsBusy, match=rf"in use by process {os.getpid()} on") as error:
+            training.train(small_profile(), tmp_path / "run")
+        refused.append(error)
+
+    training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(2, second)])
+    assert refused and len(read_metrics(tmp_path / "run", "train")) == 6
+    assert run_folder.running_process(tmp_path / "run") is None and not (tmp_path / "run" / run_folder.LOCK_FILE).exists()
+
+
+def test_the_lock_of_a_killed_process_is_recognised(warm_processes, tmp_path, trained_run):
+    assert warm_processes.train(1, tmp_path / "run", {}, {"rank": 0, "call": 5, "kind": "kill"}) == [-signal.SIGKILL]
+    assert (tmp_path / "run" / run_folder.LOCK_FILE).exists() and run_folder.running_process(tmp_path / "run") is None
+    with pytest.warns(UserWarning, match=r"process \d+ on .* was killed; its lock is taken over"):
+        training.train(small_profile(), tmp_path / "run")
+    _assert_same_run(tmp_path / "run", trained_run[0])
+
+
+def test_a_gradient_that_is_not_a_number_is_skipped(tmp_path, monkeypatch):
+    """Only the gradient is poisoned, the loss is finite: the step changes neither weights nor optimizers."""
+    original, calls = training.activation_penalty, []
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.nan
+
+    def poisoned(residual, *rest):
+        calls.append(1)
+        penalty = original(residual, *rest)
+        return Poison.apply(penalty) if len(calls) == 3 else penalty
+
+    monkeypatch.setattr(training, "activation_penalty", poisoned)
+    training.train(small_profile(max_steps=4, clamp_every=0), tmp_path / "run")
+    train = read_metrics(tmp_path / "run", "train")
+    assert list(train.skipped) == [False, False, True, False] and train.loss.notna().all()
+    assert all(torch.isfinite(weight).all() for weight in _weights(tmp_path / "run").values())
+
+
+class _HubGone:
+    """Documents until the connection breaks, as a stream from the hub does when its retries are used up."""
+
+    def __init__(self, after: int):
+        self.left = after
+        self.original = packing.PackedStream._next_tokens
+
+    def __call__(self, stream):
+        if self.left == 0:
+            raise ConnectionError("Server Disconnected")
+        self.left -= 1
+        return self.original(stream)
+
+
+def test_a_hub_that_is_gone_in_mid_stream_ends_the_run_with_nothing_lost(tmp_path, monkeypatch):
+    profile = small_profile(seq_len=64, micro_batch=8, max_steps=20)
+    training.train(profile, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        gone = _HubGone(after=35)  # 32 fill the shuffle buffer
+        patch.setattr(packing.PackedStream, "_next_tokens", lambda stream: gone(stream))
+        with pytest.raises(training.TrainingStopped, match=r"data of step \d+ .*ConnectionError: Server Disconnected"):
+            training.train(profile, tmp_path / "run")
+    reached = int(read_metrics(tmp_path / "run", "train").step.max())
+    assert 0 < reached < 20
+    assert checkpoints.checkpoint_step(checkpoints.require_checkpoint(tmp_path / "run")) == reached
+    training.train(profile, tmp_path / "run")
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_corrupt_parquet_file_ends_the_run_with_nothing_lost(tmp_path):
+    texts = [document.text for document in corpus.preview("package:licensedcode-data", held_out=False, most=200)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(2):
+        half = [text[:200] for text in texts[number * 100 : number * 100 + 100]]
+        table = pa.table({"identifier": [f"{number}{i}-x" for i in range(len(half))], "text": half})
+        pq.write_table(table, folder / f"{number}.parquet")
+    whole = (folder / "1.parquet").read_bytes()
+    (folder / "1.parquet").write_bytes(whole[:300] + b"\0" * 4000 + whole[4300:])
+    profile = small_profile(
+        source=f"files:{folder}/*.parquet", tokenizer=str(_saved_tokenizer(tmp_path)), max_steps=60, held_out_windows=1
+    )
+    with pytest.raises(training.TrainingStopped, match=r"data of step \d+ could not be read"):
+        training.train(profile, tmp_path / "run")
+    reached = int(read_metrics(tmp_path / "run", "train").step.max())
+    assert checkpoints.checkpoint_step(checkpoints.require_checkpoint(tmp_path / "run")) == reached > 0
+    (folder / "1.parquet").write_bytes(whole)
+    training.train(profile, tmp_path / "run")
+    training.train(profile, tmp_path / "whole")
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def _saved_tokenizer(folder: Path) -> Path:
+    from kl3m_nb.tokenizer import load_tokenizer
+
+    load_tokenizer("corpus", "package:licensedcode-data", 512).save_pretrained(folder / "tokenizer")
+    return folder / "tokenizer"
+
+
+def test_a_second_sigterm_at_once_is_the_same_request_a_later_one_interrupts(tmp_path, monkeypatch, trained_run):
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(4, twice)])
+    assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004"
+    monkeypatch.setattr(training.StopRequest, "SAME_REQUEST_SECONDS", 0.0)
+
+    def later():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(5, later)])
+    assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004", "nothing is saved after the second, nothing lost"
+    training.train(small_profile(), tmp_path / "run")
+    _assert_same_run(tmp_path / "run", trained_run[0])
+
+
+def test_a_clock_that_is_set_back_changes_nothing(run_dir, trained_run, monkeypatch):
+    """Newer checkpoints look older, and every look at the clock shows an earlier time."""
+    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+    now = iter(range(2_000_000_000, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    os.utime(run_dir / "checkpoints" / "step-000003", (1, 1))
+
+    def stop_with_an_old_checkpoint():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(small_profile(), run_dir, callbacks=[_at_step(5, stop_with_an_old_checkpoint)])
+    for path in (run_dir / "checkpoints" / "step-000005").rglob("*"):
+        os.utime(path, (0, 0))
+    training.train(small_profile(), run_dir)
+    _assert_same_run(run_dir, trained_run[0])
+    assert (read_metrics(run_dir, "train").tokens_per_second > 0).all()
+
+
+def test_memory_files_and_threads_do_not_grow_with_checkpoints_clamps_and_resumes(tmp_path):
+    """The short form of benchmarks/soak.py."""
+
+    def counts() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    seen = []
+    for resume in range(5):
+        stop = _at_step(4 * (resume + 1), lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            training.train(small_profile(max_steps=60, checkpoint_every=1, eval_every=50), tmp_path / "run", callbacks=[stop])
+        seen.append(counts())
+    assert seen[1] == seen[-1]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3

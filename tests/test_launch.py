@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from conftest import small_profile
+
+from kl3m_nb import launch, run_folder, training
+from kl3m_nb.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+PROFILE = dict(max_steps=60, checkpoint_every=10, eval_every=30, clamp_every=20)
+
+
+def _process_of_rank(rank: int, run_dir: Path) -> int:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:  # it has ended meanwhile
+            continue
+        if str(run_dir).encode() in words and f"\0RANK={rank}\0".encode() in environment:
+            return int(folder.name)
+    raise AssertionError(f"there is no process of rank {rank}")
+
+
+def test_a_run_outlives_its_notebook_and_a_rank_that_is_killed(tmp_path):
+    """The notebook's process is killed; the same call elsewhere follows the run; a rank is killed; torchrun goes on to the end."""
+    run_dir = tmp_path / "run"
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(ROOT / "tests")!r})
+        from conftest import small_profile
+        from kl3m_nb import launch
+        launch.train_with_torchrun(small_profile(**{PROFILE!r}), {str(run_dir)!r}, processes=2)
+    """
+    notebook = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not launch.is_running(run_dir):
+        assert notebook.poll() is None and time.monotonic() < deadline, "torchrun was not started"
+        time.sleep(0.1)
+    time.sleep(0.2)
+    notebook.kill()
+    notebook.wait()
+    killed = []
+
+    def kill_rank_1(row):
+        if row["kind"] == "train" and row["step"] >= 12 and not killed:
+            killed.append(_process_of_rank(1, run_dir))
+            os.kill(killed[0], signal.SIGKILL)
+
+    result = launch.train_with_torchrun(small_profile(**PROFILE), run_dir, processes=2, callbacks=[kill_rank_1])
+    log = (run_dir / "torchrun.log").read_text()
+    assert killed and f"{killed[0]}" in log and "SIGKILL" in log or "exitcode: -9" in log
+    assert result.step == 60 and run_folder.running_process(run_dir) is None and not launch.is_running(run_dir)
+    training.train(small_profile(**PROFILE), tmp_path / "alone")
+    alone, together = read_metrics(tmp_path / "alone", "train"), read_metrics(run_dir, "train")
+    assert list(together.step) == list(range(1, 61))
+    assert list(together.loss) == pytest.approx(list(alone.loss), rel=2e-4)
+
+
+def test_what_cannot_be_started_is_refused(tmp_path, trained_run):
+    with pytest.raises(ValueError, match="at least 1"):
+        launch.train_with_torchrun(small_profile(), tmp_path / "run", processes=0)
+    with pytest.raises(ValueError, match="max_steps = 6, now it is 9"):
+        launch.train_with_torchrun(small_profile(max_steps=9), trained_run[0], processes=2)
+    assert not (tmp_path / "run").exists()
