@@ -23,11 +23,11 @@ _MANIFEST = Path("training_state") / "manifest.json"
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict, keep: int
+    run_dir: Path, step: int, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, state: dict, keep: int, card: str
 ) -> Path:
     """Writes `run_dir/checkpoints/step-NNNNNN`, keeps the `keep` newest, returns the folder. Weights are stored as float32.
 
-    `state` may hold numbers, strings, lists, dicts and tensors. Raises OSError when the disk is full or read-only; earlier
+    `card` becomes its README.md. `state` may hold numbers, strings, lists, dicts and tensors. Raises OSError when the disk is full or read-only; earlier
     checkpoints are untouched then.
     """
     folder = Path(run_dir) / "checkpoints"
@@ -37,6 +37,7 @@ def save_checkpoint(
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         (temporary / _STATE.parent).mkdir()
         torch.save(state, temporary / _STATE)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())

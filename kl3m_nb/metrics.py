@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, the record every figure is drawn from.
 
-Rows have a `kind`: `train` (a step), `held_out` (an evaluation), `clamp` (one event, its matrices as parallel lists),
-`checkpoint`, `skipped`. A resumed run cuts the file back to where its checkpoint was written, so no step stands twice.
+Rows have a `kind`: `train` (a step), `held_out` (an evaluation), `clamp` (one event, its matrices as parallel lists), `experts`
+(of a mixture, at each evaluation, the share of a layer's choices that each expert got in the step before). A resumed run cuts the file back to where its checkpoint was written, so no step stands twice.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def _finite(value):
 
 
 def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
-    """The rows of one kind as a table; for `clamp` a row per matrix and event. Empty when there are none.
+    """The rows of one kind as a table; for `clamp` a row per matrix and event, for
+    `experts` one per expert. Empty when there are none.
 
     A last line that was cut off by a crash is passed over.
     """
@@ -62,7 +63,7 @@ def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
             if row.pop("kind") == kind:
                 rows.append(row)
     frame = pd.DataFrame(rows)
-    if kind == "clamp" and rows:
+    if kind in ("clamp", "experts") and rows:
         lists = [column for column in frame.columns if isinstance(frame[column].iloc[0], list)]
         frame = frame.explode(lists, ignore_index=True).infer_objects()
     return frame

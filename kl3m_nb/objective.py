@@ -72,7 +72,7 @@ def chunked_objective(
         num_valid = valid.sum()
     elif not isinstance(num_valid, Tensor):
         num_valid = torch.full((), num_valid, dtype=torch.int64, device=hidden.device)
-    if not hidden.is_cuda and not valid.all():  # on CUDA a count of the rows to keep would wait for the device
+    if hidden.device.type == "cpu" and not valid.all():  # elsewhere a count of the rows to keep would wait for the device
         hidden, labels, valid = hidden[valid], labels[valid], valid[valid]
 
     device_type = hidden.device.type

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
-from kl3m_nb import checkpoints, evaluation, models, paths, profiles, roles
+from kl3m_nb import cards, checkpoints, evaluation, models, paths, profiles, roles
 from kl3m_nb.clamping import SpectralClamp
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import MetricsLog, read_metrics
@@ -27,7 +28,7 @@ from kl3m_nb.objective import activation_penalty, chunked_objective
 from kl3m_nb.packing import PackedStream, held_out_windows
 from kl3m_nb.profiles import Profile
 from kl3m_nb.runtime import choose_runtime, prepare_model
-from kl3m_nb.schedule import AdaptiveClip, lr_factor
+from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
 from kl3m_nb.tokenizer import load_tokenizer
 
 Callback = Callable[[Mapping], None]
@@ -59,7 +60,9 @@ def train(
 ) -> TrainResult:
     """Trains `profile` in the folder `run_dir` up to its max_steps and returns where the run stands.
 
-    `init` names a checkpoint to start from with fresh optimizers; without it the weights are random. With `resume="auto"` a run
+    `init` names a checkpoint to start from with fresh optimizers; without it the weights are random. One of the family, a folder or
+    hub id whose name ends in -stepN, is continued: steps and tokens are counted on from its card, the schedule goes on at that step
+    after a warmup of its own, and the data begins anew. With `resume="auto"` a run
     folder that holds a checkpoint is continued (at once finished when it is complete); `resume="never"` refuses such a folder.
     Raises ValueError before anything is written when the pieces do not fit, TrainingStopped after ten non-finite steps in a row,
     KeyboardInterrupt after the checkpoint of an interrupted run is saved.
@@ -160,7 +163,12 @@ class _Run:
 
     def __init__(self, profile: Profile, run_dir: Path, init, checkpoint: Path | None, callbacks: list[Callback]):
         self.profile, self.run_dir, self.init, self.callbacks = profile, run_dir, init, callbacks
-        self.runtime = choose_runtime(profile.runtime)
+        self.runtime = choose_runtime(profile)
+        carried = cards.carried_counts(init)
+        if not checkpoint and carried.step >= profile.schedule.max_steps:
+            raise ValueError(
+                f"{init} has {carried.step:,} steps behind it and max_steps is {profile.schedule.max_steps:,}; raise max_steps."
+            )
         self.tokenizer = load_tokenizer(profile.data.tokenizer, profile.data.source, profile.model.vocabulary)
         self.stream = PackedStream(profile.data, self.tokenizer)
         self.held_out = held_out_windows(profile.data, self.tokenizer)
@@ -170,7 +178,7 @@ class _Run:
         else:
             model = models.load_model(start, attention=self.runtime.attention)
             models.check_fits(model.config.to_dict(), profile, start)
-        self.model = prepare_model(model, self.runtime, profile.runtime.gradient_checkpointing)
+        self.model = prepare_model(model, self.runtime)
         self.parameters = list(self.model.parameters())
         rules = roles.role_table(self.model, profile)
         self.muon, self.aux = roles.build_optimizers(self.model, rules, profile)
@@ -179,8 +187,12 @@ class _Run:
         self.rules = {rule.name: rule for rule in rules}
         self.clip = AdaptiveClip(profile.schedule)
         self.flops_per_token = flops_per_token(profile.model, profile.data.seq_len)
-        self.counters = {"step": 0, "tokens": 0, "valid_tokens": 0, "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0}
-        self.last_held_out = float("nan")
+        self.counters = {
+            "first_step": carried.step, "step": carried.step, "tokens": carried.tokens, "valid_tokens": carried.valid_tokens,
+            "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0,
+        }  # fmt: skip
+        self.last_held_out = self.last_cross_entropy = float("nan")
+        self.conditions: dict = {"step": 0, "by_role": {}}
         self._started = time.monotonic()
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
@@ -193,7 +205,7 @@ class _Run:
         self._tell({"kind": "start", "step": self.counters["step"], "max_steps": schedule.max_steps, "run": self.run_dir.name,
                     "runtime": self.runtime.describe()})  # fmt: skip
         try:
-            if self.counters["step"] == 0 and self.log.position == 0:
+            if self.counters["step"] == self.counters["first_step"] and self.log.position == 0:
                 self._evaluate()
             saved_at = self.counters["step"]
             while self.counters["step"] < schedule.max_steps:
@@ -205,7 +217,7 @@ class _Run:
                 step, is_last = self.counters["step"], self.counters["step"] == schedule.max_steps
                 if self.profile.clamp.clamp_every and step % self.profile.clamp.clamp_every == 0:
                     self._clamp()
-                if step % runtime.eval_every == 0 or is_last:
+                if self._evaluates_after(step):
                     self._evaluate()
                 if step % runtime.checkpoint_every == 0 or is_last:
                     self._save()
@@ -224,11 +236,12 @@ class _Run:
         """One optimizer step over all its micro-batches. False when a stop was requested before they were through."""
         began = time.perf_counter()
         data, step = self.profile.data, self.counters["step"]
-        windows = self.stream.next_batch(data.micro_batch * data.grad_accumulation)
+        with record_function("kl3m_nb data"):
+            windows = self.stream.next_batch(data.micro_batch * data.grad_accumulation)
         inputs, labels = windows[:, :-1], windows[:, 1:]
         # All micro-batches are divided by the labels of the whole step: a mean of means would weigh short ones too high.
         valid_tokens = int((labels != -100).sum())
-        factor = lr_factor(step, self.profile.schedule)
+        factor = self._lr_factor(step)
         for group in (*self.muon.param_groups, *self.aux.param_groups):
             group["lr"] = group["peak_lr"] * factor
         terms: dict[str, torch.Tensor] = {}
@@ -238,12 +251,17 @@ class _Run:
                 return False
             for name, value in self._forward_backward(micro_inputs, micro_labels, valid_tokens).items():
                 terms[name] = terms[name] + value if name in terms else value
-        values = {name: value.item() for name, value in terms.items()}
-        clipped = self.clip.clip_(self.parameters)
+        expert_counts = terms.pop("expert_counts")
+        # One transfer a step, after everything is queued: until here a GPU never waits for the host, nor the host for it.
+        norm = global_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        *numbers, norm = torch.stack([*terms.values(), norm]).tolist()
+        values = dict(zip(terms, numbers, strict=True))
+        clipped = self.clip.clip_(self.parameters, norm)
         usable = clipped.finite and np.isfinite(values["loss"])
         if usable:
-            self.muon.step()
-            self.aux.step()
+            with record_function("kl3m_nb optimizer"):
+                self.muon.step()
+                self.aux.step()
             bounds = self.muon.movement_bounds()
             self.clamp.note_movement({self.names[parameter]: bound for parameter, bound in bounds.items()})
         bad = None if usable else self._first_bad_tensor()
@@ -265,6 +283,9 @@ class _Run:
                     "skipped": not usable, "tokens_per_second": labels.numel() / seconds, "epoch": self.stream.epoch,
                 }
             )  # fmt: skip
+        self.last_cross_entropy = values["cross_entropy"]
+        if expert_counts.numel() and self._evaluates_after(counters["step"]):
+            self._record_experts(expert_counts)
         if counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
             checkpoint = self._save()
             raise TrainingStopped(
@@ -278,15 +299,18 @@ class _Run:
         spec = self.profile.objective
         inputs = inputs.to(self.runtime.device, non_blocking=True)
         labels = labels.to(self.runtime.device, non_blocking=True)
-        with self.runtime.autocast():
+        with record_function("kl3m_nb forward"), self.runtime.autocast():
             body = models.forward_body(self.model, inputs)
             head = self.model.get_output_embeddings().weight
-            terms = chunked_objective(body.hidden, head, labels, spec, num_valid=valid_tokens)
+            terms = chunked_objective(
+                body.hidden, head, labels, spec, num_valid=valid_tokens, compiled=self.runtime.compile_blocks
+            )
             activation = activation_penalty(body.residual, labels, spec.activation_norm, valid_tokens)
             # the router's loss is a mean over its tokens: weighted by their share, micro-batches add up to the mean
             router = self.profile.model.router_aux_loss * body.router_loss * ((labels != -100).sum() / valid_tokens)
             total = terms.total + activation + router
-        total.backward()
+        with record_function("kl3m_nb backward"):
+            total.backward()
         values = {
             "loss": total.detach(),
             "cross_entropy": terms.cross_entropy,
@@ -295,8 +319,18 @@ class _Run:
             "entropy_bonus": terms.entropy_bonus,
             "entropy_target": terms.entropy_target,
             "activation_norm": activation.detach(),
+            "expert_counts": body.expert_counts,
         }
         return {**values, "router_loss": router.detach()} if self.profile.model.experts else values
+
+    def _lr_factor(self, step: int) -> float:
+        """The schedule's factor, below a warmup of its own where a run with fresh optimizers begins far from step 0."""
+        schedule = self.profile.schedule
+        begun = step - self.counters["first_step"] + 1
+        return min(lr_factor(step, schedule), begun / max(1, schedule.warmup_steps))
+
+    def _evaluates_after(self, step: int) -> bool:
+        return step % self.profile.runtime.eval_every == 0 or step == self.profile.schedule.max_steps
 
     def _zero_gradients(self) -> None:
         self.muon.zero_grad(set_to_none=True)
@@ -312,7 +346,8 @@ class _Run:
 
     def _clamp(self) -> None:
         began = time.perf_counter()
-        events = self.clamp.clamp()
+        with record_function("kl3m_nb clamp"):
+            events = self.clamp.clamp()
         self.counters["seconds"] += time.perf_counter() - began
         row: dict = {"kind": "clamp", **self._progress(), "clamp_seconds": time.perf_counter() - began}
         for column in ("name", "sigma_max", "sigma_min", "tau", "raised", "route"):
@@ -321,6 +356,16 @@ class _Run:
         row["role"] = [rule.role for rule in parents]
         row["layer"] = [_layer(rule.name) for rule in parents]
         row["max_condition"] = [rule.max_condition for rule in parents]
+        self._record(row)
+        self.conditions = {"step": self.counters["step"], "by_role": _conditions(row)}
+
+    def _record_experts(self, counts: torch.Tensor) -> None:
+        """counts [layers, experts]: of the step's tokens that chose each expert. Logged as shares of a layer's choices."""
+        shares = (counts / counts.sum(1, keepdim=True)).tolist()
+        row: dict = {"kind": "experts", **self._progress()}
+        row["layer"] = [layer for layer, of_layer in enumerate(shares) for _ in of_layer]
+        row["expert"] = [expert for of_layer in shares for expert in range(len(of_layer))]
+        row["share"] = [round(share, 5) for of_layer in shares for share in of_layer]
         self._record(row)
 
     def _evaluate(self) -> None:
@@ -338,6 +383,8 @@ class _Run:
         state = {
             "counters": dict(self.counters),
             "last_held_out": self.last_held_out,
+            "last_cross_entropy": self.last_cross_entropy,
+            "conditions": self.conditions,
             "muon": self.muon.state_dict(),
             "aux": self.aux.state_dict(),
             "clip": self.clip.state_dict(),
@@ -347,14 +394,29 @@ class _Run:
             "metrics_position": self.log.position,
         }
         checkpoint = checkpoints.save_checkpoint(
-            self.run_dir, self.counters["step"], self.model, self.tokenizer, state, self.profile.runtime.keep_checkpoints
-        )
+            self.run_dir, self.counters["step"], self.model, self.tokenizer, state, self.profile.runtime.keep_checkpoints,
+            cards.model_card(self.profile, self._card_facts()),
+        )  # fmt: skip
         self._tell({"kind": "checkpoint", "step": self.counters["step"], "path": str(checkpoint)})
         return checkpoint
+
+    def _card_facts(self) -> cards.CardFacts:
+        counts = cards.Counts(*(self.counters[key] for key in ("step", "tokens", "valid_tokens")))
+        return cards.CardFacts(
+            counts=counts,
+            init=_init_name(self.init),
+            runtime=self.runtime.describe(),
+            held_out_loss=self.last_held_out,
+            cross_entropy=self.last_cross_entropy,
+            conditions=self.conditions["by_role"],
+            conditions_step=self.conditions["step"],
+            stack=cards.read_stack(self.init),
+        )
 
     def _load_state(self, state: dict) -> None:
         self.counters = dict(state["counters"])
         self.last_held_out = state["last_held_out"]
+        self.last_cross_entropy, self.conditions = state["last_cross_entropy"], state["conditions"]
         self.muon.load_state_dict(state["muon"])
         self.aux.load_state_dict(state["aux"])
         self.clip.load_state_dict(state["clip"])
@@ -379,6 +441,16 @@ class _Run:
     def _tell(self, row: Mapping) -> None:
         for callback in self.callbacks:
             callback(row)
+
+
+def _conditions(clamped: Mapping) -> dict[str, tuple[float, float]]:
+    """Median and maximum of σ₁/σ_min over attention, MLP and head, from a row of the clamp."""
+    groups: dict[str, list[float]] = {}
+    for role, sigma_max, sigma_min in zip(clamped["role"], clamped["sigma_max"], clamped["sigma_min"], strict=True):
+        group = "attention" if role in profiles.ATTENTION_ROLES else "MLP" if role in profiles.MLP_ROLES else "LM head"
+        if sigma_min > 0:
+            groups.setdefault(group, []).append(sigma_max / sigma_min)
+    return {group: (float(np.median(values)), max(values)) for group, values in groups.items()}
 
 
 def _layer(name: str) -> int:

@@ -7,6 +7,8 @@ import torch
 from conftest import small_profile
 
 from kl3m_nb import models, roles
+from kl3m_nb.experts import use_grouped_experts
+from kl3m_nb.objective import activation_penalty, chunked_objective
 from kl3m_nb.profiles import get_profile
 
 
@@ -34,9 +36,40 @@ def test_the_forward_pass_without_a_head_is_the_models_own(experts):
     inputs = torch.randint(0, 512, (2, 32))
     body = models.forward_body(model, inputs)
     reference = model(input_ids=inputs, output_hidden_states=True, **({"output_router_logits": True} if experts else {}))
+    assert body.expert_counts.shape == ((2, 4) if experts else (0, 0)) and body.expert_counts.sum() == 2 * 2 * 64 * bool(experts)
     torch.testing.assert_close(model.lm_head(body.hidden), reference.logits)
     torch.testing.assert_close(model.model.norm(body.residual), body.hidden)
     assert body.router_loss.item() == pytest.approx(reference.aux_loss.item() if experts else 0.0)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_position_sees_those_before_it_and_no_farther_than_the_window(experts, attention):
+    profile = small_profile(layers=1, experts=experts, active_experts=min(2, experts), sliding_window=8 if experts else 0)
+    model = models.build_model(profile, attention=attention)
+    embedded = model.get_input_embeddings().register_forward_hook(lambda *arguments: arguments[-1].requires_grad_().retain_grad())
+    inputs, seen = torch.randint(0, 512, (1, 32)), []
+    model.get_input_embeddings().register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    models.forward_body(model, inputs).hidden[0, 20].sum().backward()
+    embedded.remove()
+    reached = seen[0].grad[0].abs().sum(-1).nonzero().flatten().tolist()
+    assert reached == list(range(13 if experts else 0, 21))
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_forward_and_backward_never_ask_an_accelerator_for_a_number(experts):
+    """On the meta device, where no tensor has a value, reading one is an error; on a GPU it would make the host wait."""
+    profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
+    model = models.build_model(profile, device="meta")
+    use_grouped_experts(model)
+    labels = torch.zeros(2, 32, dtype=torch.int64, device="meta")
+    body = models.forward_body(model, labels)
+    terms = chunked_objective(body.hidden, model.get_output_embeddings().weight, labels, profile.objective, num_valid=64)
+    penalty = activation_penalty(body.residual, labels, 0.1, 64)
+    (terms.total + penalty + body.router_loss).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(terms.total > 0)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe", "kl3m-007-500m", "kl3m-002-520m"])
@@ -100,3 +133,13 @@ def test_a_checkpoint_of_another_shape_is_refused_by_its_first_difference(traine
     models.check_fits(config, small_profile(), result.checkpoint)
     with pytest.raises(ValueError, match="num_hidden_layers 2"):
         models.check_fits(config, small_profile(layers=4), result.checkpoint)
+    with pytest.raises(ValueError, match="rope_theta 100000.0"):
+        models.check_fits(config, small_profile(rope_theta=10_000.0), result.checkpoint)
+
+
+def test_the_config_of_an_older_transformers_fits_as_well(trained_run):
+    _, result = trained_run
+    config = json.loads((result.checkpoint / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    del config["head_dim"]
+    models.check_fits(config, small_profile(), result.checkpoint)

@@ -72,7 +72,7 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path):
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     training.train(small_profile(max_steps=3), tmp_path / "plain")
-    training.train(small_profile(max_steps=3, gradient_checkpointing=True), tmp_path / "recomputed")
+    training.train(small_profile(max_steps=3, gradient_checkpointing="on"), tmp_path / "recomputed")
     assert _losses(tmp_path / "plain") == pytest.approx(_losses(tmp_path / "recomputed"), rel=1e-6)
 
 
