@@ -72,7 +72,7 @@ def chunked_objective(
         num_valid = valid.sum()
     elif not isinstance(num_valid, Tensor):
         num_valid = torch.full((), num_valid, dtype=torch.int64, device=hidden.device)
-    if hidden.device.type == "cpu" and not valid.all():  # elsewhere a count of the rows to keep would wait for the device
+    if not hidden.is_cuda and not valid.all():  # on CUDA a count of the rows to keep would wait for the device
         hidden, labels, valid = hidden[valid], labels[valid], valid[valid]
 
     device_type = hidden.device.type
@@ -232,7 +232,7 @@ def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _product_in_pieces(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right in `dtype`; on a CPU the long inner dimension is summed in pieces, which at least halves the rounding error."""
+    """left @ right in `dtype`; on a CPU the long inner sum is taken in pieces, which at least halves the rounding error."""
     if left.is_cuda:
         return (left @ right).to(dtype)
     pieces = zip(left.split(_CPU_SUM_LENGTH, dim=1), right.split(_CPU_SUM_LENGTH), strict=True)

@@ -41,6 +41,7 @@ def test_under_autocast_the_products_run_in_bfloat16(monkeypatch):
     model = _mixture()
     exact = model(torch.arange(32).view(1, -1)).logits
     experts.use_grouped_experts(model)
+    dtypes.clear()
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(torch.arange(32).view(1, -1)).logits
     assert dtypes == {torch.bfloat16}
@@ -69,7 +70,7 @@ def test_the_choice_of_products_stays_out_of_the_checkpoint(tmp_path):
 def test_counts_by_hand():
     logits = torch.tensor([[3.0, 2.0, 1.0], [0.0, 5.0, 4.0], [9.0, 0.0, 8.0], [1.0, 2.0, 3.0]])
     counts = experts.expert_counts((logits, -logits), active=2)
-    assert counts.tolist() == [[2, 3, 3], [3, 2, 3]]
+    assert counts.tolist() == [[2, 3, 3], [2, 3, 3]]
     mask = torch.tensor([[True, True], [False, True]])
     assert experts.expert_counts((logits, -logits), 2, mask).tolist() == [[1, 3, 2], [2, 2, 2]]
 
