@@ -161,8 +161,8 @@ def model_card(profile: Profile, facts: CardFacts) -> str:
         "Spectra": _spectra(profile, facts),
         "Usage": _usage(profile, name),
         "Limitations": (
-            "A small base model: it continues text in the manner of its data and does not know whether a sentence is true. Nothing "
-            "it writes is legal advice."
+            "A small base model: it continues text in the manner of its data and does not know whether a sentence is true. "
+            "Nothing it writes is legal advice."
         ),
         "Citation": _CITATION if profile.growth_factor > 1 else "",
         "License": "Apache 2.0. The text it was trained on has its own terms.",
@@ -174,7 +174,9 @@ def model_card(profile: Profile, facts: CardFacts) -> str:
 def _summary(profile: Profile, facts: CardFacts) -> str:
     total = count_parameters(profile.model).total
     kind = "mixture-of-experts" if profile.model.experts else "dense"
-    grown = f", grown from {profile.model.layers // profile.growth_factor} layers by stacking" if profile.growth_factor > 1 else ""
+    grown = (
+        f", grown from {profile.model.layers // profile.growth_factor} layers by stacking" if profile.growth_factor > 1 else ""
+    )
     return (
         f"A {kind} language model of {_millions(total)} parameters and {profile.model.layers} layers{grown}, after "
         f"{facts.counts.step:,} training steps."
@@ -246,9 +248,10 @@ def _configuration(profile: Profile) -> str:
     spec, clamp, objective = profile.optimizer, profile.clamp, profile.objective
     optimizer = _items(
         {
-            "Muon": f"learning rate {profile.muon_lr:.5g} = {spec.base_lr:g} × √(16/{profile.model.layers}), momentum {spec.momentum}, "
-            f"{spec.ns_steps} Newton-Schulz steps, weight decay {spec.weight_decay:g}",
-            "AdamW": f"learning rate {spec.aux_lr:g} for embedding, LM head, norms and router, weight decay {spec.aux_weight_decay:g}",
+            "Muon": f"learning rate {profile.muon_lr:.5g} = {spec.base_lr:g} × √(16/{profile.model.layers}), momentum "
+            f"{spec.momentum}, {spec.ns_steps} Newton-Schulz steps, weight decay {spec.weight_decay:g}",
+            "AdamW": f"learning rate {spec.aux_lr:g} for embedding, LM head, norms and router, weight decay "
+            f"{spec.aux_weight_decay:g}",
             "Multipliers": f"q/o {spec.attention_outer_multiplier:g}, k/v {spec.attention_inner_multiplier:g}, "
             f"MLP {spec.mlp_multiplier:g}, LM head {spec.lm_head_multiplier:g}",
         }
@@ -282,9 +285,9 @@ def _training_details(profile: Profile, facts: CardFacts) -> str:
     schedule, data = profile.schedule, profile.data
     return _items(
         {
-            "Data": f"{data.source}, tokenizer {data.tokenizer}, shuffle buffer {data.shuffle_buffer}, `<|end|>` after each document",
-            "Schedule": f"linear warmup over {schedule.warmup_steps} steps, cosine to {schedule.min_lr_ratio:g} of the peak at step "
-            f"{schedule.max_steps:,}",
+            "Data": f"{data.source}, tokenizer {data.tokenizer}, shuffle buffer {data.shuffle_buffer}, `<|end|>` after documents",
+            "Schedule": f"linear warmup over {schedule.warmup_steps} steps, cosine to {schedule.min_lr_ratio:g} of the peak at "
+            f"step {schedule.max_steps:,}",
             "Gradient clipping": f"{schedule.clip_mode}, maximum {schedule.clip_max_norm:g}, coefficient "
             f"{schedule.clip_coefficient:g}, beta {schedule.clip_beta:g}",
             "Runtime": facts.runtime,
@@ -297,8 +300,8 @@ def _spectra(profile: Profile, facts: CardFacts) -> str:
         return "No matrix has been measured in this run yet."
     rows = "\n".join(f"| {role} | {median:,.1f} | {most:,.1f} |" for role, (median, most) in facts.conditions.items())
     return (
-        f"Condition σ₁/σ_min of the weight matrices at step {facts.conditions_step:,}, as the clamp found them (for a matrix that it "
-        f"only proved to be healthy, an upper bound):\n\n| matrices | median | maximum |\n|---|---|---|\n{rows}"
+        f"Condition σ₁/σ_min of the weight matrices at step {facts.conditions_step:,}, as the clamp found them (an upper bound for "
+        f"a matrix that it only proved to be healthy):\n\n| matrices | median | maximum |\n|---|---|---|\n{rows}"
     )
 
 

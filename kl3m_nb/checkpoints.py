@@ -27,8 +27,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes `run_dir/checkpoints/step-NNNNNN`, keeps the `keep` newest, returns the folder. Weights are stored as float32.
 
-    `card` becomes its README.md. `state` may hold numbers, strings, lists, dicts and tensors. Raises OSError when the disk is full or read-only; earlier
-    checkpoints are untouched then.
+    `state` may hold numbers, strings, lists, dicts and tensors; `card` becomes the README.md. Raises OSError when the disk is
+    full or read-only; earlier checkpoints are untouched then.
     """
     folder = Path(run_dir) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ _LOGITS_MOVED = 16  # bytes per token and vocabulary entry, with the element-wis
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet: dense bfloat16 products in operations, memory traffic in bytes, both per second, and memory in bytes."""
+    """A GPU's data sheet: dense bfloat16 products (operations a second), memory traffic (bytes a second), memory in bytes."""
 
     name: str
     products: float
@@ -168,9 +168,7 @@ def _seconds_on_gpu(profile: Profile, gpu: Gpu, compiled: bool, recompute: bool)
     moved = (1 + recompute) * _MOVED_FORWARD + _MOVED_BACKWARD
     moved *= (_MOVED_COMPILED if compiled else 1.0) * spec.layers * _block_elements(spec) * 2
     moved += _LOGITS_MOVED * spec.vocabulary
-    per_token = (
-        products / (_PRODUCTS * gpu.products) + attention / (_ATTENTION * gpu.products) + moved / (_MEMORY * gpu.traffic)
-    )
+    per_token = products / (_PRODUCTS * gpu.products) + attention / (_ATTENTION * gpu.products) + moved / (_MEMORY * gpu.traffic)
     orthogonalising = flops.muon_flops_per_step(spec, profile.optimizer.ns_steps) / (_ATTENTION * gpu.products)
     return profile.tokens_per_step * per_token + orthogonalising
 

@@ -14,7 +14,7 @@ from kl3m_nb.profiles import ModelSpec, Profile
 
 USABLE = 0.9  # share of a device's memory that a plan may fill
 _FLOAT32 = 4
-# Elements kept per token of a block: multiples of hidden (of a dense block, of a mixture's beside 2 per active expert) and of mlp.
+# Elements kept per token of a block: multiples of hidden (dense; of a mixture beside 2 per active expert) and of mlp.
 _KEPT = {
     ("float32", False): (8, 10, 4),
     ("float32", True): (7, 10, 3),
@@ -82,7 +82,7 @@ def step_memory(profile: Profile, precision: str, compiled: bool, recompute: boo
 
 
 def largest_micro_batch(profile: Profile, memory: int, precision: str, compiled: bool, recompute: bool) -> int:
-    """The most windows of `profile.data.seq_len` that go through the model at once within nine tenths of `memory` bytes; 0: none."""
+    """The most windows of `profile.data.seq_len` that go through the model at once in nine tenths of `memory` bytes, maybe 0."""
 
     def needed(windows: int) -> int:
         data = dataclasses.replace(profile.data, micro_batch=windows)

@@ -1,7 +1,8 @@
 """metrics.jsonl: one JSON object a line, the record every figure is drawn from.
 
 Rows have a `kind`: `train` (a step), `held_out` (an evaluation), `clamp` (one event, its matrices as parallel lists), `experts`
-(of a mixture, at each evaluation, the share of a layer's choices that each expert got in the step before). A resumed run cuts the file back to where its checkpoint was written, so no step stands twice.
+(of a mixture, with each evaluation: the share of a layer's choices that each expert got in the step before), `checkpoint`,
+`skipped`. A resumed run cuts the file back to where its checkpoint was written, so no step stands twice.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ def _finite(value):
 
 
 def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
-    """The rows of one kind as a table; for `clamp` a row per matrix and event, for
-    `experts` one per expert. Empty when there are none.
+    """The rows of one kind as a table; for `clamp` and `experts` a row per matrix or expert. Empty when there are none.
 
     A last line that was cut off by a crash is passed over.
     """

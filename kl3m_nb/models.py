@@ -140,7 +140,8 @@ def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:
     wanted = model_config(profile.model).to_dict()
     for key in (
         "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-        "head_dim", "vocab_size", "tie_word_embeddings", "num_local_experts", "num_experts_per_tok", "sliding_window", "rope_theta",
+        "head_dim", "vocab_size", "tie_word_embeddings", "rope_theta", "num_local_experts", "num_experts_per_tok",
+        "sliding_window",
     ):  # fmt: skip
         expected, found = (_setting(values, key) for values in (wanted, config))
         if expected != found:

@@ -30,7 +30,19 @@ NEW_BLOCK = -1  # the "source" of a block that is drawn at random
 
 _BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
 _COPY_CHUNK = 16 * 2**20
-_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", "stack.json", "README.md")
+_NOT_COPIED = (
+    ".safetensors",
+    ".index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    "stack.json",
+    "README.md",
+)
 # What writes into the residual stream; with these at zero a block passes its input on unchanged. w2 is Mixtral's down_proj.
 _WRITES_RESIDUAL = re.compile(r"\.(o_proj|down_proj|w2)(\.(weight|bias))?$")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -101,7 +113,7 @@ def stack_checkpoint(
     source: a Hugging Face folder of a decoder whose blocks are `model.layers.N.` (Llama, Mistral, Qwen, Mixtral and their like),
         its weights in one safetensors file or several. Everything else in it that is no weight is copied along.
     order: see `block_order`. noise: the share a of noise in every matrix of every copied block, W ← (1 - a)·W + a·ε, with ε
-        normal and of W's own standard deviation (inferred: the paper gives a and no scale); for the orders cyclic and interpolated.
+        normal and of W's own standard deviation (inferred: no scale is given); for the orders cyclic and interpolated.
     seed: of the noise and of random blocks.
 
     The target appears whole or not at all. A target that already holds this very stack is left as it is; one that holds
@@ -166,7 +178,9 @@ def verify_stack(source: str | Path, target: str | Path) -> int:
         same = (wanted.dtype, wanted.shape) == (stored.dtype, stored.shape)
         # a copy is compared piece by piece: a vocabulary matrix twice in memory would be the most that verifying takes
         if not same or any(a != b for a, b in zip(tensor.pieces(), stored.pieces(), strict=True)):
-            raise ValueError(f"{tensor.name} in {target} is not what {source} gives in the order {made['order']}; stack it again.")
+            raise ValueError(
+                f"{tensor.name} in {target} is not what {source} gives in the order {made['order']}; stack it again."
+            )
     return len(plan)
 
 
@@ -254,7 +268,7 @@ def _block_count(source: Path, config: dict, tensors: dict[str, _StoredTensor]) 
     found = {int(match[1]) for name in tensors if (match := _BLOCK.match(name))}
     if not found:
         raise ValueError(
-            f"{source} is a {config.get('model_type', 'model of unknown type')} with tensors like {min(tensors, default='none')}; "
+            f"{source} is a {config.get('model_type', 'model')} with tensors like {min(tensors, default='none')}; "
             "only a decoder whose blocks are named model.layers.N. can be stacked, such as Llama, Mistral, Qwen or Mixtral."
         )
     layers = config.get("num_hidden_layers", 0)
@@ -264,7 +278,7 @@ def _block_count(source: Path, config: dict, tensors: dict[str, _StoredTensor]) 
             "a decoder checkpoint that holds all of its blocks is needed."
         )
     if foreign := sorted({tensor.dtype for tensor in tensors.values()} - _DTYPES.keys()):
-        raise ValueError(f"{source} holds tensors of the type {foreign[0]}; a quantised model cannot be stacked, use its original.")
+        raise ValueError(f"{source} holds tensors of the type {foreign[0]}; stack the original of a quantised model.")
     kinds = {
         tuple(sorted((name.partition(f".{block}.")[2], tensor.shape) for name, tensor in tensors.items() if _in(name, block)))
         for block in found

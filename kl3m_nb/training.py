@@ -60,8 +60,8 @@ def train(
 ) -> TrainResult:
     """Trains `profile` in the folder `run_dir` up to its max_steps and returns where the run stands.
 
-    `init` names a checkpoint to start from with fresh optimizers; without it the weights are random. One of the family, a folder or
-    hub id whose name ends in -stepN, is continued: steps and tokens are counted on from its card, the schedule goes on at that step
+    `init` names a checkpoint to start from with fresh optimizers; without it the weights are random. One of the family, a folder
+    or hub id whose name ends in -stepN, is continued: steps and tokens are counted on from its card, the schedule goes on there
     after a warmup of its own, and the data begins anew. With `resume="auto"` a run
     folder that holds a checkpoint is continued (at once finished when it is complete); `resume="never"` refuses such a folder.
     Raises ValueError before anything is written when the pieces do not fit, TrainingStopped after ten non-finite steps in a row,

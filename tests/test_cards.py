@@ -11,8 +11,8 @@ from kl3m_nb import cards
 from kl3m_nb.profiles import PROFILES, get_profile
 
 SECTIONS = [
-    "Model Details", "Training Progress", "Model Architecture", "G_stack", "Training Configuration", "Training Details", "Spectra",
-    "Usage", "Limitations", "Citation", "License",
+    "Model Details", "Training Progress", "Model Architecture", "G_stack", "Training Configuration", "Training Details",
+    "Spectra", "Usage", "Limitations", "Citation", "License",
 ]  # fmt: skip
 FACTS = cards.CardFacts(
     counts=cards.Counts(37_000, 3_917_824_000, 3_914_825_728),
@@ -63,7 +63,10 @@ def test_what_a_card_says_is_what_continuing_from_it_counts_on(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["  • Tokens Processed: 3,917,824,000 (~3.92B)\n  • Valid Tokens: 3,914,825,728", "- **Tokens processed:** 3917824000\nvalid tokens: 3914825728"],
+    [
+        "  • Tokens Processed: 3,917,824,000 (~3.92B)\n  • Valid Tokens: 3,914,825,728",
+        "- **Tokens processed:** 3917824000\nvalid tokens: 3914825728",
+    ],
 )
 def test_counts_are_read_from_the_familys_cards(tmp_path, text):
     folder = tmp_path / "kl3m-007-500m-checkpoint-37000"

@@ -24,7 +24,10 @@ def test_no_gpu_is_faster_than_its_products_and_its_memory_allow():
     ideal = {"kl3m-007-500m": 158_000, "kl3m-006-170m": 498_000, "kl3m-002-520m": 448_000}
     for name, ceiling in ideal.items():
         assert estimate(get_profile(name), "h200").tokens_per_second < ceiling
-        assert estimate(get_profile(name, compile="off"), "h200").tokens_per_second < estimate(get_profile(name), "h200").tokens_per_second
+        assert (
+            estimate(get_profile(name, compile="off"), "h200").tokens_per_second
+            < estimate(get_profile(name), "h200").tokens_per_second
+        )
 
 
 def test_checkpointing_is_switched_on_where_memory_asks_for_it():

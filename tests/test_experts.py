@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 from conftest import small_profile
 

@@ -27,7 +27,9 @@ def test_the_published_number_of_active_parameters():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("experts", [0, 4])
 def test_activations_are_the_tensors_that_autograd_keeps(experts, precision):
-    settings = dict(hidden=64, head_size=16, mlp=128, experts=experts, active_experts=experts // 2, sliding_window=16 if experts else 0)
+    settings = dict(
+        hidden=64, head_size=16, mlp=128, experts=experts, active_experts=experts // 2, sliding_window=16 if experts else 0
+    )
     kept = {}
     for layers in (1, 3):
         for windows in (2, 4):
@@ -61,7 +63,9 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
         for recompute in (False, True):
             windows = memory.largest_micro_batch(profile, gigabytes * 10**9, "bfloat16", True, recompute)
             totals = [
-                memory.step_memory(get_profile("kl3m-007-500m", micro_batch=count), "bfloat16", True, recompute).total if count else 0
+                memory.step_memory(get_profile("kl3m-007-500m", micro_batch=count), "bfloat16", True, recompute).total
+                if count
+                else 0
                 for count in (windows, windows + 1)
             ]
             assert totals[0] <= memory.USABLE * gigabytes * 10**9 < totals[1]

@@ -263,7 +263,8 @@ def test_how_a_mixture_uses_its_experts_is_logged(tmp_path):
     used = read_metrics(tmp_path / "run", "experts")
     assert sorted(used.step.unique()) == [3, 6] and len(used) == 2 * 2 * 4
     assert used.groupby(["step", "layer"]).share.sum().tolist() == pytest.approx([1.0] * 4, abs=1e-4)
-    assert (used.share * 2 * 256 % 1).round(2).isin([0.0, 1.0]).all(), "shares of the choices of all micro-batches: 2 × 256 tokens"
+    # of the choices of all micro-batches: 2 × 256 tokens
+    assert (used.share * 2 * 256 % 1).round(2).isin([0.0, 1.0]).all()
     assert (read_metrics(tmp_path / "run", "train").router_loss > 0).all()
 
 

@@ -20,7 +20,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "kl3m_nb").glob("*.py"))
 FLOORS = {
     1: "display paths profiles progress flops memory parameters",
-    2: "instructions tokenizer corpus packing experts models roles runtime stacking muon clamping gram objective schedule evaluation",
+    2: "instructions tokenizer corpus packing experts models roles runtime stacking muon clamping gram objective schedule "
+    "evaluation",
     3: "checkpoints metrics cards training",
     4: "spectra matrices generation growth estimate",
     5: "figures plots spectral_plots live runs report html run_status runner demo cli __main__",
