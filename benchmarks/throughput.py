@@ -12,8 +12,9 @@ in a process of its own: `warmup` steps, then `steps` that count; cases take tur
 * plain loop: forward, backward, AdamW, with the same loss as Trainer.
 
 Tokens are synthetic (uniform over the vocabulary, from a parquet file) or real (licence texts). The real models' own tokenizers
-are on the hub; here all text goes through one of 4,096 entries, trained on the spot, unless --tokenizer names another. MFU relates
-to the data sheet of the GPU, in two conventions: causal attention counted exactly, and PaLM's 6N + 12LHT. Needs `accelerate`.
+are on the hub; here all text goes through one of 4,096 entries, trained on the spot, unless --tokenizer names another. MFU is
+relative to the data sheet of the GPU, in two conventions: causal attention counted exactly, and PaLM's 6N + 12LHT. Needs
+`accelerate`, which Trainer does.
 """
 
 from __future__ import annotations

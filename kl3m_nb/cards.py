@@ -300,8 +300,8 @@ def _spectra(profile: Profile, facts: CardFacts) -> str:
         return "No matrix has been measured in this run yet."
     rows = "\n".join(f"| {role} | {median:,.1f} | {most:,.1f} |" for role, (median, most) in facts.conditions.items())
     return (
-        f"Condition σ₁/σ_min of the weight matrices at step {facts.conditions_step:,}, as the clamp found them (an upper bound for "
-        f"a matrix that it only proved to be healthy):\n\n| matrices | median | maximum |\n|---|---|---|\n{rows}"
+        f"Condition σ₁/σ_min of the weight matrices at step {facts.conditions_step:,}, as the clamp found them (an upper bound "
+        f"for a matrix that it only proved to be healthy):\n\n| matrices | median | maximum |\n|---|---|---|\n{rows}"
     )
 
 

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source")
     command.add_argument("target")
     command.add_argument("--factor", type=int, default=4)
-    command.add_argument("--order", default="cyclic", choices=ORDERS, help="how the blocks are laid out (default: cyclic)")
+    command.add_argument("--order", default="cyclic", help=f"one of {', '.join(ORDERS)} (default: cyclic)")
     command.add_argument("--noise", type=float, default=0.0, metavar="SHARE", help="noise in the copied matrices, such as 0.2")
     command.add_argument("--seed", type=int, default=0, help="of noise and random blocks")
     command.set_defaults(command=_stack)

@@ -58,7 +58,8 @@ def test_a_sharded_source_and_a_mixtral_stack_as_well(tmp_path):
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 def test_the_stack_of_any_such_decoder_is_what_transformers_loads(tmp_path, family):
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8,
     )  # fmt: skip
     small = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16)
     small.save_pretrained(tmp_path / "source")
@@ -150,7 +151,7 @@ def test_sources_that_cannot_be_stacked_are_refused_with_the_reason(tmp_path):
         ("shards", "lacks the .safetensors shard model-00002"),
         ("bin", "holds pytorch_model.bin"),
         ("odd", "not of one kind"),
-        ("int8", "I8; a quantised model"),
+        ("int8", "type I8; stack the original"),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             stacking.stack_checkpoint(tmp_path / name, tmp_path / "target")
