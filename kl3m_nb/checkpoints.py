@@ -65,15 +65,16 @@ def write_checkpoint(
     snapshot: Snapshot,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    card: str,
     identity: str,
     keep: int,
     keep_every: int = 0,
 ) -> Path:
     """Writes `snapshot` to `run_dir/checkpoints/step-NNNNNN` and returns the folder. Weights are stored as float32.
 
-    `model` gives its configuration only. `identity` names the run. The `keep` newest checkpoints stay, and those whose step is
-    a multiple of `keep_every` (0: no others). Raises CheckpointFailed when the disk is full or the folder read-only; earlier
-    checkpoints are untouched then.
+    `model` gives its configuration only; `card` becomes the README.md. `identity` names the run. The `keep` newest checkpoints
+    stay, and those whose step is a multiple of `keep_every` (0: no others). Raises CheckpointFailed when the disk is full or the
+    folder read-only; earlier checkpoints are untouched then.
     """
     folder = Path(run_dir) / "checkpoints"
     name = f"step-{snapshot.step:06d}"
@@ -83,7 +84,7 @@ def write_checkpoint(
         free = shutil.disk_usage(folder).free
         if free < snapshot.bytes:
             raise OSError(f"it needs {_gigabytes(snapshot.bytes)} and {_gigabytes(free)} are free")
-        _write_files(temporary, snapshot, model, tokenizer, identity)
+        _write_files(temporary, snapshot, model, tokenizer, card, identity)
         if target.exists():
             _remove(target)
         os.rename(temporary, target)
@@ -219,9 +220,10 @@ def _has_all_files(checkpoint: Path) -> bool:
         return False
 
 
-def _write_files(folder: Path, snapshot: Snapshot, model: PreTrainedModel, tokenizer, identity: str) -> None:
+def _write_files(folder: Path, snapshot: Snapshot, model: PreTrainedModel, tokenizer, card: str, identity: str) -> None:
     model.save_pretrained(folder, state_dict=dict(snapshot.weights))
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / _STATE.parent).mkdir()
     torch.save(snapshot.state, folder / _STATE)
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""The command line: `python -m kl3m_nb {demo, run, train, stack, estimate, spectra, runs}`.
+"""The command line: `python -m kl3m_nb {demo, run, train, stack, estimate, spectra, export, runs}`.
 
 Bad input ends with one sentence on standard error and exit code 2, before anything runs or is written.
 """
@@ -17,9 +17,9 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 import yaml
 
-from kl3m_nb import demo, distributed, paths, profiles, run_folder, runs, spectral_report
+from kl3m_nb import cards, demo, distributed, paths, profiles, run_folder, runs, spectral_report
 from kl3m_nb.checkpoints import CheckpointFailed
-from kl3m_nb.estimate import estimate
+from kl3m_nb.estimate import GPUS, estimate
 from kl3m_nb.parameters import check_parameters, find_notebook, read_parameters
 from kl3m_nb.progress import clock
 from kl3m_nb.runner import EXIT_INTERRUPTED, run_notebook
@@ -81,11 +81,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source")
     command.add_argument("target")
     command.add_argument("--factor", type=int, default=4)
-    command.add_argument("--order", default="cyclic", help=f"one of {', '.join(ORDERS)}")
+    command.add_argument("--order", default="cyclic", help=f"one of {', '.join(ORDERS)} (default: cyclic)")
+    command.add_argument("--noise", type=float, default=0.0, metavar="SHARE", help="noise in the copied matrices, such as 0.2")
+    command.add_argument("--seed", type=int, default=0, help="of noise and random blocks")
     command.set_defaults(command=_stack)
 
     command = commands.add_parser("estimate", help="memory and time of a profile, before it is started")
-    command.add_argument("profile")
+    command.add_argument("profile", help=f"one of {', '.join(profiles.PROFILES)}")
+    command.add_argument("--gpu", default="", help=f"one of {', '.join(GPUS)} (default: this machine)")
+    command.add_argument("--micro-batch", type=int, help="windows that go through the model at once")
     command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
     command.set_defaults(command=_estimate)
 
@@ -98,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--no-alpha", action="store_true", help="do not fit power laws to the tails")
     command.add_argument("-o", "--output", type=Path, help="folder of the report (default: runs/NAME-spectra)")
     command.set_defaults(command=_spectra)
+
+    command = commands.add_parser("export", help="copy a checkpoint as a model under the family's name, without training state")
+    command.add_argument("checkpoint")
+    command.add_argument("folder", help="where the model's folder is made")
+    command.add_argument("--push-to-hub", metavar="OWNER", help="also upload it, as a private repository of OWNER")
+    command.set_defaults(command=_export)
 
     command = commands.add_parser("runs", help="a table of all runs")
     command.set_defaults(command=_runs)
@@ -210,7 +220,7 @@ def _train(options: argparse.Namespace) -> int:
             print(f"step {row['step']:,}: held-out loss {row['held_out_loss']:.4f}", flush=True)
         elif row["kind"] == "train" and row["seconds"] - printed >= 5:
             printed = row["seconds"]
-            left = (profile.schedule.max_steps - row["step"]) * row["seconds"] / row["step"]
+            left = (profile.schedule.max_steps - row["step"]) * profile.tokens_per_step / row["tokens_per_second"]
             print(
                 f"step {row['step']:,}/{profile.schedule.max_steps:,}: loss {row['cross_entropy']:.4f}, "
                 f"{row['tokens_per_second']:,.0f} tokens/s, {clock(left)} left", flush=True,
@@ -223,8 +233,9 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _stack(options: argparse.Namespace) -> int:
-    summary = stack_checkpoint(Path.cwd() / options.source, Path.cwd() / options.target, options.factor, options.order)
-    compared = verify_stack(Path.cwd() / options.source, Path.cwd() / options.target)
+    source, target = Path.cwd() / options.source, Path.cwd() / options.target
+    summary = stack_checkpoint(source, target, options.factor, options.order, options.noise, options.seed)
+    compared = verify_stack(source, target)
     for key, value in summary.table().items():
         print(f"{key:12} {value}")
     print(f"{'verified':12} {compared} tensors, byte by byte")
@@ -232,8 +243,18 @@ def _stack(options: argparse.Namespace) -> int:
 
 
 def _estimate(options: argparse.Namespace) -> int:
-    for key, value in estimate(_set_fields(options)).table().items():
-        print(f"{key:22} {value}")
+    if options.micro_batch is not None:
+        options.set.append(("micro_batch", str(options.micro_batch)))
+    for key, value in estimate(_set_fields(options), options.gpu).table().items():
+        print(f"{key:30} {value}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    checkpoint = Path.cwd() / options.checkpoint
+    print(f"the model is in {cards.export_model(checkpoint, Path.cwd() / options.folder)}")
+    if options.push_to_hub:
+        print(f"uploaded to {cards.push_to_hub(checkpoint, options.push_to_hub)}")
     return 0
 
 

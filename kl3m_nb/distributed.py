@@ -230,9 +230,8 @@ class ParallelModel:
             yield
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter], norm_of: Callable[[list[Tensor]], Tensor]) -> float:
-    """Global 2-norm of the gradients, each shard counted once; `norm_of` takes a list of tensors."""
-    norm = float(norm_of([local(parameter.grad) for parameter in parameters if parameter.grad is not None]))
+def whole_norm(norm: float, parameters: Sequence[nn.Parameter]) -> float:
+    """2-norm over the gradients of all ranks, from this rank's `norm` over what it holds of them: each shard counts once."""
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return sum_over_ranks([norm * norm])[0] ** 0.5
     return norm

@@ -1,7 +1,10 @@
-"""What a run will need, before it begins: memory by part, operations, and how long this machine would take.
+"""What a run will need, before it begins: memory by part, operations, time, on this machine or on a named GPU.
 
-Parameters are counted on the meta device, so the real models can be estimated on any laptop. Activations follow a formula
-fitted to a measured run (120 layers, micro-batch 5 × 4096, eager, bfloat16 autocast: 60 GB); treat them as good to a quarter.
+Everything follows from a profile's numbers, so the real models are estimated on any laptop in no time. Memory is that of
+`memory`; operations are those of `flops`. On a GPU the time is the sum of three: matrix products at 80% of the data sheet's
+rate, attention at 40% of it, and what the element-wise work moves at 90% of the memory's rate. The shares, and the bytes moved,
+are what was measured on an H200 for single operations of kl3m-007-500m; no whole training step has been timed there. Take
+a GPU's time as good to a quarter. This machine's rate is measured, with one matrix product, when it is asked for.
 """
 
 from __future__ import annotations
@@ -11,37 +14,75 @@ from dataclasses import dataclass
 
 import torch
 
-from kl3m_nb import flops, models, roles
+from kl3m_nb import flops
 from kl3m_nb.display import table_html
-from kl3m_nb.profiles import Profile
+from kl3m_nb.memory import StepMemory, count_parameters, largest_micro_batch, step_memory
+from kl3m_nb.profiles import ModelSpec, Profile
 from kl3m_nb.progress import clock
-from kl3m_nb.runtime import choose_runtime
+from kl3m_nb.runtime import Runtime, choose_runtime, device_memory
 
-_EFFICIENCY = 0.45  # share of the speed of large matrix products that a training step reaches
 _GIB = 2**30
+_PRODUCTS, _ATTENTION, _MEMORY = 0.80, 0.40, 0.90  # shares of the data sheet's rates; 790 of 989 TFLOP/s on an H200
+_HERE = 0.45  # share of the speed of large matrix products that a training step reaches
+# Bytes that the element-wise work of a block moves per token and unit of 2·(12·hidden + 3.5·mlp): for kl3m-007 1.63 GB forward
+# and 3.70 GB backward at 5 × 4096; compiled per block 56% of that.
+_MOVED_FORWARD, _MOVED_BACKWARD, _MOVED_COMPILED = 3.24, 7.35, 0.56
+_LOGITS_MOVED = 16  # bytes per token and vocabulary entry, with the element-wise work fused
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU's data sheet: dense bfloat16 products (operations a second), memory traffic (bytes a second), memory in bytes."""
+
+    name: str
+    products: float
+    traffic: float
+    memory: int
+
+
+GPUS = {
+    "h200": Gpu("NVIDIA H200", 989e12, 4.8e12, 141 * 10**9),
+    "h100": Gpu("NVIDIA H100 SXM", 989e12, 3.35e12, 80 * 10**9),
+    "a100": Gpu("NVIDIA A100 80 GB", 312e12, 2.04e12, 80 * 10**9),
+    "l40s": Gpu("NVIDIA L40S", 362e12, 0.864e12, 48 * 10**9),
+    "4090": Gpu("NVIDIA RTX 4090", 165e12, 1.01e12, 24 * 10**9),
+}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes in bytes, work in floating-point operations, time in seconds on this machine."""
+    """Sizes in bytes, work in floating-point operations, time in seconds. `memory` is a step's as it will be carried out.
+
+    `kept` and `recomputed` are the same step without and with gradient checkpointing, `largest_kept` and `largest_recomputed` the
+    most windows that fit into `device_bytes` each way (0: not one).
+    """
 
     profile: str
+    device: str
+    device_bytes: int
+    precision: str
     parameters: int
-    weights: int
-    gradients: int
-    optimizer_states: int
-    activations: int
-    logits: int
+    active_parameters: int
+    recompute: bool
+    kept: StepMemory
+    recomputed: StepMemory
+    largest_kept: int
+    largest_recomputed: int
     flops_per_token: float
+    palm_flops_per_token: float
+    tokens_per_second: float
     tokens_per_step: int
     max_steps: int
-    seconds: float
-    device: str
 
     @property
     def memory(self) -> int:
         """Bytes at the peak of a step."""
-        return self.weights + self.gradients + self.optimizer_states + self.activations + self.logits
+        return (self.recomputed if self.recompute else self.kept).total
+
+    @property
+    def seconds(self) -> float:
+        """Of all training steps; evaluations and checkpoints come on top."""
+        return self.max_steps * self.tokens_per_step / self.tokens_per_second
 
     def sentence(self) -> str:
         """The two numbers that decide whether to start."""
@@ -52,58 +93,119 @@ class Estimate:
 
     def table(self) -> dict[str, str]:
         """Every figure in words, for a shell or a notebook."""
-        size = {
-            name: f"{getattr(self, name) / _GIB:.2f} GiB"
-            for name in ("weights", "gradients", "optimizer_states", "activations", "logits", "memory")
-        }
+        active = f", {self.active_parameters:,} of them active per token" if self.active_parameters < self.parameters else ""
+        states = f"{_gib(self.kept.weights)} + {_gib(self.kept.gradients)} + {_gib(self.kept.optimizer_states)} GiB"
+        chosen = "with" if self.recompute else "without"
         return {
             "profile": self.profile,
-            "parameters": f"{self.parameters:,}",
-            **{name.replace("_", " "): text for name, text in size.items()},
-            "operations per token": f"{self.flops_per_token / 1e9:.2f} GFLOP (forward and backward, causal attention exactly)",
-            "tokens per step": f"{self.tokens_per_step:,}",
-            "steps": f"{self.max_steps:,}",
-            "time on this machine": f"{clock(self.seconds)} ({self.device})",
+            "on": f"{self.device}, {_gib(self.device_bytes)} GiB, {self.precision}",
+            "parameters": f"{self.parameters:,}{active}",
+            "weights + gradients + optimizer": states,
+            "activations": f"{_gib(self.kept.activations)} GiB, {_gib(self.recomputed.activations)} with gradient checkpointing",
+            "logits": f"{_gib(self.kept.logits)} GiB",
+            "a step": f"{_gib(self.memory)} GiB, {chosen} gradient checkpointing",
+            "largest micro_batch that fits": f"{self.largest_kept}, {self.largest_recomputed} with gradient checkpointing",
+            "operations per token": (
+                f"{self.flops_per_token / 1e9:.2f} GFLOP (forward and backward, attention counted causally); "
+                f"{self.palm_flops_per_token / 1e9:.2f} in PaLM's convention, 6N + 12LHT"
+            ),
+            "tokens per second": f"{self.tokens_per_second:,.0f}",
+            "a run": f"{self.max_steps:,} steps of {self.tokens_per_step:,} tokens: {clock(self.seconds)}",
         }
 
     def _repr_html_(self) -> str:
         return table_html(self.table())
 
 
-def estimate(profile: Profile) -> Estimate:
-    """Sizes and time of training `profile` on this machine; nothing of the model is allocated."""
-    model = models.build_model(profile, device="meta")
-    rules = roles.role_table(model, profile)
-    sizes = {rule.name: _elements(rule.shape) for rule in rules}
-    parameters = sum(sizes.values())
-    states = sum(sizes[rule.name] * (4 if rule.optimizer == "muon" else 8) for rule in rules)
-    runtime = choose_runtime(profile.runtime)
-    width = 2 if runtime.precision == "bfloat16" else 4
-    spec, data = profile.model, profile.data
-    micro_tokens = data.micro_batch * data.seq_len
-    per_layer = micro_tokens * (12 * spec.hidden + 7 * spec.mlp // 2 * max(1, spec.active_experts)) * width
-    checkpointed = profile.runtime.gradient_checkpointing
-    activations = per_layer + spec.layers * micro_tokens * spec.hidden * 4 if checkpointed else spec.layers * per_layer
-    per_token = flops.flops_per_token(spec, data.seq_len, recompute=checkpointed)
-    work = per_token * profile.tokens_per_step * profile.schedule.max_steps
+def estimate(profile: Profile, gpu: str = "") -> Estimate:
+    """Sizes and time of training `profile` on this machine, or on one of `GPUS`; nothing of the model is allocated.
+
+    Raises ValueError for a GPU that is not known.
+    """
+    if gpu and gpu not in GPUS:
+        raise ValueError(f"The GPU {gpu!r} is not known; choose one of {', '.join(GPUS)}, or none for this machine.")
+    if gpu:
+        device, device_bytes, precision = GPUS[gpu].name, GPUS[gpu].memory, "bfloat16"
+        compiled = profile.runtime.compile != "off"
+    else:
+        runtime = choose_runtime(profile)
+        device, device_bytes = runtime.device.type.upper(), device_memory(runtime.device)
+        precision, compiled = runtime.precision, runtime.compile_blocks
+    kept, recomputed = (step_memory(profile, precision, compiled, recompute) for recompute in (False, True))
+    largest = [largest_micro_batch(profile, device_bytes, precision, compiled, recompute) for recompute in (False, True)]
+    recompute = profile.runtime.gradient_checkpointing == "on"
+    if profile.runtime.gradient_checkpointing == "auto":
+        recompute = largest[0] < profile.data.micro_batch
+    count = count_parameters(profile.model)
+    seconds = _seconds_on_gpu(profile, GPUS[gpu], compiled, recompute) if gpu else _seconds_here(profile, runtime, recompute)
     return Estimate(
         profile=profile.name,
-        parameters=parameters,
-        weights=4 * parameters,
-        gradients=4 * parameters,
-        optimizer_states=states,
-        activations=activations,
-        logits=2 * 4 * min(profile.objective.chunk_tokens, micro_tokens) * spec.vocabulary,
-        flops_per_token=per_token,
+        device=device,
+        device_bytes=device_bytes,
+        precision=precision,
+        parameters=count.total,
+        active_parameters=count.active,
+        recompute=recompute,
+        kept=kept,
+        recomputed=recomputed,
+        largest_kept=largest[0],
+        largest_recomputed=largest[1],
+        flops_per_token=flops.flops_per_token(profile.model, profile.data.seq_len, recompute),
+        palm_flops_per_token=flops.palm_flops_per_token(profile.model, profile.data.seq_len),
+        tokens_per_second=profile.tokens_per_step / seconds,
         tokens_per_step=profile.tokens_per_step,
         max_steps=profile.schedule.max_steps,
-        seconds=work / (_matmul_speed(runtime.device, runtime.precision) * _EFFICIENCY),
-        device=runtime.device.type.upper(),
     )
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def _seconds_on_gpu(profile: Profile, gpu: Gpu, compiled: bool, recompute: bool) -> float:
+    """Of one optimizer step."""
+    spec, seq_len = profile.model, profile.data.seq_len
+    forward = flops.forward_flops_per_token(spec, seq_len)
+    passes = 1 + flops.MATMUL_BACKWARD
+    products = passes * (forward.blocks + forward.lm_head) + recompute * forward.blocks
+    attention = (1 + flops.ATTENTION_BACKWARD + recompute) * forward.attention
+    moved = (1 + recompute) * _MOVED_FORWARD + _MOVED_BACKWARD
+    moved *= (_MOVED_COMPILED if compiled else 1.0) * spec.layers * _block_elements(spec) * 2
+    moved += _LOGITS_MOVED * spec.vocabulary
+    per_token = products / (_PRODUCTS * gpu.products) + attention / (_ATTENTION * gpu.products) + moved / (_MEMORY * gpu.traffic)
+    orthogonalising = flops.muon_flops_per_step(spec, profile.optimizer.ns_steps) / (_ATTENTION * gpu.products)
+    return profile.tokens_per_step * per_token + orthogonalising
+
+
+def _seconds_here(profile: Profile, runtime: Runtime, recompute: bool) -> float:
+    """Of one optimizer step."""
+    work = profile.tokens_per_step * flops.flops_per_token(profile.model, profile.data.seq_len, recompute)
+    work += flops.muon_flops_per_step(profile.model, profile.optimizer.ns_steps)
+    return work / (_HERE * _matmul_speed(runtime.device, runtime.precision))
+
+
+def _block_elements(spec: ModelSpec) -> float:
+    return 12 * spec.hidden + 3.5 * spec.mlp * max(1, spec.active_experts)
+
+
+def estimate_table(profiles: list[Profile], gpus: list[str]) -> list[dict[str, str]]:
+    """A row per profile and GPU, the figures that are compared: for a table in a notebook or a text."""
+    rows = []
+    for profile in profiles:
+        for gpu in gpus:
+            needed = estimate(profile, gpu)
+            rows.append(
+                {
+                    "profile": profile.name,
+                    "on": needed.device,
+                    "GiB a step": _gib(needed.memory),
+                    "gradient checkpointing": "yes" if needed.recompute else "no",
+                    "largest micro_batch": str(needed.largest_recomputed if needed.recompute else needed.largest_kept),
+                    "tokens/s": f"{needed.tokens_per_second:,.0f}",
+                    "days": f"{needed.seconds / 86_400:.1f}",
+                }
+            )
+    return rows
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f}" if size < 10 * _GIB else f"{size / _GIB:.0f}"
 
 
 def _matmul_speed(device: torch.device, precision: str) -> float:

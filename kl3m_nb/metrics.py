@@ -1,8 +1,9 @@
 """metrics.jsonl: one JSON object a line, the record every figure is drawn from.
 
-Rows have a `kind`: `train` (a step), `held_out` (an evaluation), `clamp` (one event, its matrices as parallel lists),
-`checkpoint` (one that was written, and how long training waited for it). A resumed run cuts the file back to where its
-checkpoint was written, so no step stands twice.
+Rows have a `kind`: `train` (a step), `held_out` (an evaluation), `clamp` (one event, its matrices as parallel lists), `experts`
+(of a mixture, with each evaluation: the share of a layer's choices that each expert got in the step before), `checkpoint` (one
+that was written, and how long training waited for it). A resumed run cuts the file back to where its checkpoint was written, so
+no step stands twice.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def parse_row(line: bytes) -> dict:
 
 
 def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
-    """The rows of one kind as a table; for `clamp` a row per matrix and event. Empty when there are none.
+    """The rows of one kind as a table; for `clamp` and `experts` a row per matrix or expert. Empty when there are none.
 
     Lines that a crash has cut off, or that are not the log's, are passed over.
     """
@@ -96,7 +97,7 @@ def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
             if isinstance(row, dict) and row.pop("kind", None) == kind:
                 rows.append(row)
     frame = pd.DataFrame(rows)
-    if kind == "clamp" and rows:
+    if kind in ("clamp", "experts") and rows:
         lists = [column for column in frame.columns if isinstance(frame[column].iloc[0], list)]
         frame = frame.explode(lists, ignore_index=True).infer_objects()
     return frame

@@ -18,6 +18,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.utils.logging import disable_progress_bar
 
 from kl3m_nb import paths
+from kl3m_nb.experts import expert_counts
 from kl3m_nb.profiles import ModelSpec, Profile
 from kl3m_nb.roles import parameter_roles, role_table
 from kl3m_nb.tokenizer import END_ID, PAD_ID, START_ID
@@ -33,6 +34,7 @@ __all__ = [
     "parameter_counts",
     "parameter_roles",
     "role_table",
+    "weight_files",
 ]
 
 disable_progress_bar()  # transformers' own bars for files that take milliseconds would drown the one that counts
@@ -104,10 +106,7 @@ def check_checkpoint(folder: str | Path) -> dict:
         raise ValueError(f"There is no checkpoint folder {folder}; train one first, or name another.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json, so it is no checkpoint; name a Hugging Face model folder.")
-    weight_files = sorted(folder.glob("*.safetensors"))
-    if not weight_files:
-        raise ValueError(f"The checkpoint {folder} holds no .safetensors file; it was not written to its end, name another.")
-    for path in weight_files:
+    for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as tensors:
                 tensors.keys()
@@ -116,18 +115,49 @@ def check_checkpoint(folder: str | Path) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would load from `folder`: model.safetensors, or the shards its index names.
+
+    Raises ValueError when there are none or a shard is missing.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
+        raise ValueError(
+            f"The checkpoint {folder} holds {others[0]} and neither model.safetensors nor an index of .safetensors shards; "
+            "it was not written to its end or is in another format, name another."
+        )
+    shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if missing := [path.name for path in shards if not path.is_file()]:
+        raise ValueError(f"The checkpoint {folder} lacks the .safetensors shard {missing[0]}; fetch it whole.")
+    return shards
+
+
 def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:
     """Raises ValueError naming the first number in which a checkpoint's `config.json` differs from `profile`'s shape."""
     wanted = model_config(profile.model).to_dict()
     for key in (
         "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-        "head_dim", "vocab_size", "tie_word_embeddings", "num_local_experts",
+        "head_dim", "vocab_size", "tie_word_embeddings", "rope_theta", "num_local_experts", "num_experts_per_tok",
+        "sliding_window",
     ):  # fmt: skip
-        if key in wanted and config.get(key) != wanted[key]:
+        expected, found = (_setting(values, key) for values in (wanted, config))
+        if expected != found:
             raise ValueError(
-                f"The checkpoint {folder} has {key} {config.get(key)}, the profile {profile.name} wants {wanted[key]}; "
+                f"The checkpoint {folder} has {key} {found}, the profile {profile.name} wants {expected}; "
                 "choose a matching checkpoint or profile."
             )
+
+
+def _setting(config: dict, key: str):
+    """A number of a config.json, also where an older transformers left it out or kept it elsewhere; None where it has none."""
+    if key == "rope_theta":
+        return config.get(key) or (config.get("rope_parameters") or {}).get(key)
+    if key == "head_dim" and not config.get(key):
+        return config["hidden_size"] // config["num_attention_heads"]
+    return config.get(key) or None
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -155,12 +185,14 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 class BodyOutput:
     """hidden and residual, both [batch, seq_len, hidden], e.g. [8, 256, 128]: after and before the final norm.
 
-    `router_loss` is the load-balancing loss of a Mixtral (0-d, not yet weighted), exactly zero for a dense model.
+    Of a Mixtral, `router_loss` is the load-balancing loss (0-d, not yet weighted) and `expert_counts` [layers, experts] how many
+    tokens chose each expert. For a dense model the loss is exactly zero and there are no counts, [0, 0].
     """
 
     hidden: torch.Tensor
     residual: torch.Tensor
     router_loss: torch.Tensor
+    expert_counts: torch.Tensor
 
 
 def forward_body(
@@ -174,26 +206,52 @@ def forward_body(
     `attention_mask`, bool [batch, seq_len], is False on padding. Packed windows are causal and full and have none: a mask would
     switch off the fast causal path. `position_ids`, int64 [batch, seq_len], that begin anew inside a row keep attention within
     what they delimit, unless there is an attention mask. Raises ValueError where FlashAttention would drop that limit.
+
+    Full windows never make the host wait for a GPU, which transformers' search for packed sequences would.
     """
-    keeps_apart = position_ids is not None and attention_mask is None
-    if keeps_apart and len(input_ids) > 1 and "flash" in model.config._attn_implementation:
+    attention = model.config._attn_implementation
+    full_windows = attention_mask is None and position_ids is None
+    if position_ids is not None and attention_mask is None and len(input_ids) > 1 and "flash" in attention:
         raise ValueError("FlashAttention keeps documents apart in one row at a time only; use attention 'sdpa' or micro_batch 1.")
+    experts = getattr(model.config, "num_local_experts", 0)
+    if full_windows and not experts and attention != "eager":  # eager attention is causal by its mask alone
+        return _full_causal_windows(model.model, input_ids)
+    mask = attention_mask
+    if full_windows and attention == "sdpa" and model.config.sliding_window:
+        mask = _window_mask(input_ids.shape[1], model.config.sliding_window, input_ids.device)
     residuals = []
     hook = model.model.norm.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0]))
-    experts = getattr(model.config, "num_local_experts", 0)
     try:
         output = model.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=position_ids,
             use_cache=False,
             **({"output_router_logits": True} if experts else {}),
         )
     finally:
         hook.remove()
-    router_loss = residuals[0].new_zeros(())
+    residual = residuals[0]
+    router_loss, counts = residual.new_zeros(()), residual.new_zeros(0, 0)
     if experts:
-        router_loss = load_balancing_loss_func(
-            output.router_logits, experts, model.config.num_experts_per_tok, attention_mask
-        )
-    return BodyOutput(output.last_hidden_state, residuals[0], router_loss)
+        active = model.config.num_experts_per_tok
+        router_loss = load_balancing_loss_func(output.router_logits, experts, active, attention_mask)
+        counts = expert_counts(output.router_logits, active, attention_mask)
+    return BodyOutput(output.last_hidden_state, residual, router_loss, counts)
+
+
+def _full_causal_windows(body: nn.Module, input_ids: torch.Tensor) -> BodyOutput:
+    """The forward pass of a Llama for windows without padding or borders: no mask is built and none is looked for."""
+    residual = body.embed_tokens(input_ids)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+    rotary = body.rotary_emb(residual, position_ids=positions)
+    for layer in body.layers:
+        residual = layer(residual, attention_mask=None, position_embeddings=rotary, use_cache=False)
+    return BodyOutput(body.norm(residual), residual, residual.new_zeros(()), residual.new_zeros(0, 0))
+
+
+def _window_mask(seq_len: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool [1, 1, seq_len, seq_len]: True where a query may look, at itself and the `window` - 1 positions before it."""
+    positions = torch.arange(seq_len, device=device)
+    distance = positions[:, None] - positions[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]

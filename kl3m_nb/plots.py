@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from kl3m_nb import growth
 from kl3m_nb.figures import (
@@ -35,7 +35,8 @@ from kl3m_nb.figures import (
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
 
 __all__ = [
-    "plot_clamp_events", "plot_growth", "plot_objective_terms", "plot_stack_map", "plot_training", "save_figure", "use_style",
+    "plot_clamp_events", "plot_expert_use", "plot_growth", "plot_objective_terms", "plot_stack_map", "plot_training",
+    "save_figure", "use_style",
 ]  # fmt: skip
 
 
@@ -201,6 +202,37 @@ def plot_clamp_events(clamp: pd.DataFrame) -> Figure:
     axes[1, 0].set_ylabel("singular values raised")
     named = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named))
+    return figure
+
+
+@styled
+def plot_expert_use(experts: pd.DataFrame) -> Figure:
+    """How a mixture's router shares out the tokens: each expert of each layer at the last step, and each layer over the steps.
+
+    `experts` has a row per step, layer and expert with `share`, of the layer's choices. Raises ValueError when it is empty.
+    """
+    experts = _require_rows(experts, "expert shares")
+    even = 1.0 / experts["expert"].nunique()
+    last = experts[experts["step"] == experts["step"].max()].pivot(index="layer", columns="expert", values="share")
+    by_layer = experts.groupby(["step", "layer"])["share"].agg(["min", "max"]).unstack("layer")
+    figure, (now, over_time) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 3))
+    image = now.imshow(last, cmap="PuOr_r", vmin=0, vmax=2 * even, aspect="auto")
+    now.set(xlabel="expert", ylabel="layer", title=f"step {experts['step'].max():,}")
+    now.set_xticks(range(last.shape[1]))
+    now.yaxis.set_major_locator(MaxNLocator(9, integer=True))
+    now.grid(visible=False)
+    figure.colorbar(image, ax=now, label="share of the layer's choices", format=PercentFormatter(1.0, decimals=0))
+    for extreme, color, label in (("max", VERMILLION, "busiest"), ("min", BLUE, "idlest")):
+        shares = by_layer[extreme]
+        over_time.fill_between(shares.index, shares.min(axis=1), shares.max(axis=1), color=color, alpha=0.2, linewidth=0)
+        median = shares.median(axis=1)
+        over_time.plot(median.index, median, color=color, marker="o", markersize=3.5, label=f"{label} expert of a layer")
+    over_time.axhline(even, color=BLACK, linewidth=0.9, linestyle="--")
+    over_time.annotate("even", (1, even), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
+    over_time.set(ylim=(0, None), ylabel="share (line: median layer, band: all layers)", title="over the run")
+    over_time.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    step_axis(over_time)
+    over_time.legend()
     return figure
 
 

@@ -135,7 +135,8 @@ class RuntimeSpec:
     precision: str = "auto"  # auto | float32 | bfloat16 (autocast over float32 weights)
     attention: str = "auto"  # auto | sdpa | flash_attention_2 | eager
     compile: str = "auto"  # auto | on | off: torch.compile of each block
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str = "auto"  # auto: where memory asks for it | on: as the kl3m-007 card has it | off
+    tf32: str = "auto"  # auto | on | off: float32 products of a GPU with shorter mantissas
     log_every: int = 1
     eval_every: int = 500
     checkpoint_every: int = 500
@@ -354,6 +355,8 @@ _CHOICES = {
     "attention": ("auto", "sdpa", "flash_attention_2", "eager"),
     "compile": ("auto", "on", "off"),
     "parallel": ("ddp", "fsdp"),
+    "gradient_checkpointing": ("auto", "on", "off"),
+    "tf32": ("auto", "on", "off"),
     "adjust_lr": ("original", "match_rms_adamw"),
     "packing": ("dense", "segments"),
     "document_borders": ("ignored", "positions", "mask"),

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 
-from kl3m_nb import checkpoints, distributed, evaluation, models, packing, paths, roles, run_folder
+from kl3m_nb import cards, checkpoints, distributed, evaluation, models, packing, paths, profiles, roles, run_folder
 from kl3m_nb.checkpoints import CheckpointFailed
 from kl3m_nb.clamping import SpectralClamp
 from kl3m_nb.flops import flops_per_token
@@ -67,7 +68,9 @@ def train(
 ) -> TrainResult:
     """Trains `profile` in the folder `run_dir` up to its max_steps and returns where the run stands.
 
-    `init` names a checkpoint to start from with fresh optimizers; without it the weights are random. With `resume="auto"` a run
+    `init` names a checkpoint to start from with fresh optimizers; without it the weights are random. One of the family, a folder
+    or hub id whose name ends in -stepN, is continued: steps and tokens are counted on from its card, the schedule goes on there
+    after a warmup of its own, and the data begins anew. With `resume="auto"` a run
     folder that holds a checkpoint is continued (at once finished when it is complete); `resume="never"` refuses such a folder.
     Raises ValueError before anything is written when the pieces do not fit or another process trains there, TrainingStopped
     when steps are not finite or the data breaks off, CheckpointFailed when the last checkpoint cannot be written,
@@ -119,10 +122,15 @@ class _Run:
     def __init__(
         self, profile: Profile, run_dir: Path, init, checkpoint: Path | None, callbacks: list[Callback], lock: RunLock
     ):
-        self.profile, self.run_dir, self.callbacks = profile, run_dir, callbacks
+        self.profile, self.run_dir, self.init, self.callbacks = profile, run_dir, init, callbacks
         self.world = distributed.world()
         packing.check_shares(profile.data.micro_batch * profile.data.grad_accumulation, self.world.size)
-        self.runtime = choose_runtime(profile.runtime)
+        self.runtime = choose_runtime(profile)
+        carried = cards.carried_counts(init)
+        if not checkpoint and carried.step >= profile.schedule.max_steps:
+            raise ValueError(
+                f"{init} has {carried.step:,} steps behind it and max_steps is {profile.schedule.max_steps:,}; raise max_steps."
+            )
         self.tokenizer = load_tokenizer(profile.data.tokenizer, profile.data.source, profile.model.vocabulary)
         self.stream = open_stream(profile.data, self.tokenizer, profile.runtime.prefetch_batches)
         self.held_out = held_out_windows(profile.data, self.tokenizer)
@@ -141,8 +149,12 @@ class _Run:
         self.rules = {rule.name: rule for rule in rules}
         self.clip = AdaptiveClip(profile.schedule)
         self.flops_per_token = flops_per_token(profile.model, profile.data.seq_len)
-        self.counters = {"step": 0, "tokens": 0, "valid_tokens": 0, "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0}
-        self.last_held_out = float("nan")
+        self.counters = {
+            "first_step": carried.step, "step": carried.step, "tokens": carried.tokens, "valid_tokens": carried.valid_tokens,
+            "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0,
+        }  # fmt: skip
+        self.last_held_out = self.last_cross_entropy = float("nan")
+        self.conditions: dict = {"step": 0, "by_role": {}}
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
             self._load_state(state)
@@ -163,7 +175,7 @@ class _Run:
         self._tell({"kind": "start", "step": self.counters["step"], "max_steps": schedule.max_steps, "run": self.run_dir.name,
                     "runtime": self._described()})  # fmt: skip
         try:
-            if self.counters["step"] == 0 and self._begins:
+            if self.counters["step"] == self.counters["first_step"] and self._begins:
                 self._evaluate()
             while self.counters["step"] < schedule.max_steps:
                 stopping, saving = self._requests(stop)
@@ -180,7 +192,7 @@ class _Run:
                 step, is_last = self.counters["step"], self.counters["step"] == schedule.max_steps
                 if self.profile.clamp.clamp_every and step % self.profile.clamp.clamp_every == 0:
                     self._clamp()
-                if step % runtime.eval_every == 0 or is_last:
+                if self._evaluates_after(step):
                     self._evaluate()
                 if step % runtime.checkpoint_every == 0 and not is_last:
                     self._save()
@@ -198,7 +210,7 @@ class _Run:
         """The model, held as the profile says. FSDP2 shards it before it is moved, as it may be too large for one device."""
         runtime, blocks = self.profile.runtime, self.model.model.layers
         sharded = distributed.ParallelModel(self.model, blocks, "fsdp") if runtime.parallel == "fsdp" else None
-        prepare_model(self.model, self.runtime, runtime.gradient_checkpointing)
+        prepare_model(self.model, self.runtime)
         return sharded or distributed.ParallelModel(self.model, blocks, "ddp")
 
     def _open_folder(self, lock: RunLock, init: str | Path | None) -> str:
@@ -240,9 +252,9 @@ class _Run:
         """One optimizer step over all its micro-batches. False when a stop was requested before they were through."""
         began = time.perf_counter()
         # All micro-batches are divided by the labels of the whole step: a mean of means would weigh short ones too high.
-        micro_batches, valid_tokens = self._read_share()
-        step = self.counters["step"]
-        factor = lr_factor(step, self.profile.schedule)
+        with record_function("kl3m_nb data"):
+            micro_batches, valid_tokens = self._read_share()
+        factor = self._lr_factor(self.counters["step"])
         for group in (*self.muon.param_groups, *self.aux.param_groups):
             group["lr"] = group["peak_lr"] * factor
         terms: dict[str, torch.Tensor] = {}
@@ -254,13 +266,17 @@ class _Run:
                 values = self._forward_backward(batch, valid_tokens)
             for name, value in values.items():
                 terms[name] = terms[name] + value if name in terms else value
-        sums = distributed.sum_over_ranks([value.item() for value in terms.values()])
-        values = dict(zip(terms, sums, strict=True))
-        clipped = self.clip.clip_(self.parameters, distributed.gradient_norm(self.parameters, global_norm))
+        expert_counts = terms.pop("expert_counts")
+        norm = global_norm([distributed.local(parameter.grad) for parameter in self.parameters if parameter.grad is not None])
+        # One transfer a step, after everything is queued: until here a GPU never waits for the host, nor the host for it.
+        *numbers, norm = torch.stack([*terms.values(), norm]).tolist()
+        values = dict(zip(terms, distributed.sum_over_ranks(numbers), strict=True))
+        clipped = self.clip.clip_(self.parameters, distributed.whole_norm(norm, self.parameters))
         usable = clipped.finite and np.isfinite(values["loss"])
         if usable:
-            self.muon.step()
-            self.aux.step()
+            with record_function("kl3m_nb optimizer"):
+                self.muon.step()
+                self.aux.step()
             bounds = self.muon.movement_bounds()
             self.clamp.note_movement({self.names[parameter]: bound for parameter, bound in bounds.items()})
         bad = None if usable else self._first_bad_tensor()
@@ -283,6 +299,9 @@ class _Run:
                     "epoch": self.stream.epoch,
                 }
             )  # fmt: skip
+        self.last_cross_entropy = values["cross_entropy"]
+        if expert_counts.numel() and self._evaluates_after(counters["step"]):
+            self._record_experts(expert_counts)
         if counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
             raise self._stopped(
                 f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {bad}; lower the learning rate or see their data"
@@ -298,9 +317,10 @@ class _Run:
 
     def _forward_backward(self, batch: Batch, valid_tokens: int) -> dict[str, torch.Tensor]:
         """Adds the gradients of one micro-batch, returns its terms of the loss."""
-        with self.runtime.autocast():
+        with record_function("kl3m_nb forward"), self.runtime.autocast():
             total, values = self.parallel(self._losses, batch.to(self.runtime.device), valid_tokens)
-        (total * self.world.size).backward()  # the mean over the ranks is then the sum of their parts
+        with record_function("kl3m_nb backward"):
+            (total * self.world.size).backward()  # the mean over the ranks is then the sum of their parts
         return values
 
     def _losses(self, batch: Batch, valid_tokens: int) -> tuple[torch.Tensor, dict]:
@@ -308,7 +328,9 @@ class _Run:
         spec, labels = self.profile.objective, batch.labels
         body = models.forward_body(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)
         head = self.model.get_output_embeddings().weight
-        terms = chunked_objective(body.hidden, head, labels, spec, num_valid=valid_tokens)
+        terms = chunked_objective(
+            body.hidden, head, labels, spec, num_valid=valid_tokens, compiled=self.runtime.compile_blocks
+        )
         activation = activation_penalty(body.residual, labels, spec.activation_norm, valid_tokens)
         # the router's loss is a mean over its tokens: weighted by their share, micro-batches add up to the mean
         router = self.profile.model.router_aux_loss * body.router_loss * ((labels != -100).sum() / valid_tokens)
@@ -321,8 +343,18 @@ class _Run:
             "entropy_bonus": terms.entropy_bonus,
             "entropy_target": terms.entropy_target,
             "activation_norm": activation.detach(),
+            "expert_counts": body.expert_counts,
         }
         return total, {**values, "router_loss": router.detach()} if self.profile.model.experts else values
+
+    def _lr_factor(self, step: int) -> float:
+        """The schedule's factor, below a warmup of its own where a run with fresh optimizers begins far from step 0."""
+        schedule = self.profile.schedule
+        begun = step - self.counters["first_step"] + 1
+        return min(lr_factor(step, schedule), begun / max(1, schedule.warmup_steps))
+
+    def _evaluates_after(self, step: int) -> bool:
+        return step % self.profile.runtime.eval_every == 0 or step == self.profile.schedule.max_steps
 
     def _zero_gradients(self) -> None:
         self.muon.zero_grad(set_to_none=True)
@@ -338,7 +370,8 @@ class _Run:
 
     def _clamp(self) -> None:
         began = time.perf_counter()
-        events = self.clamp.clamp()
+        with record_function("kl3m_nb clamp"):
+            events = self.clamp.clamp()
         self.counters["seconds"] += time.perf_counter() - began
         row: dict = {"kind": "clamp", **self._progress(), "clamp_seconds": time.perf_counter() - began}
         for column in ("name", "sigma_max", "sigma_min", "tau", "raised", "route"):
@@ -347,6 +380,17 @@ class _Run:
         row["role"] = [rule.role for rule in parents]
         row["layer"] = [_layer(rule.name) for rule in parents]
         row["max_condition"] = [rule.max_condition for rule in parents]
+        self._record(row)
+        self.conditions = {"step": self.counters["step"], "by_role": _conditions(row)}
+
+    def _record_experts(self, counts: torch.Tensor) -> None:
+        """counts [layers, experts]: tokens of this rank's share of the step that chose each expert. Logged as shares of all choices."""
+        counts = torch.tensor(distributed.sum_over_ranks(counts.flatten().tolist())).view_as(counts)
+        shares = (counts / counts.sum(1, keepdim=True)).tolist()
+        row: dict = {"kind": "experts", **self._progress()}
+        row["layer"] = [layer for layer, of_layer in enumerate(shares) for _ in of_layer]
+        row["expert"] = [expert for of_layer in shares for expert in range(len(of_layer))]
+        row["share"] = [round(share, 5) for of_layer in shares for share in of_layer]
         self._record(row)
 
     def _evaluate(self) -> None:
@@ -368,6 +412,8 @@ class _Run:
         state = {
             "counters": dict(self.counters),
             "last_held_out": self.last_held_out,
+            "last_cross_entropy": self.last_cross_entropy,
+            "conditions": self.conditions,
             "muon": self.muon.state_dict(),
             "aux": self.aux.state_dict(),
             "clip": self.clip.state_dict(),
@@ -378,15 +424,15 @@ class _Run:
         }
         snapshot = checkpoints.take_snapshot(self.counters["step"], self.model, state)
         if snapshot is not None:
-            self._writer.start(self._write, snapshot)
+            self._writer.start(self._write, snapshot, cards.model_card(self.profile, self._card_facts()))
             self._saved_step, self._retry_at = snapshot.step, None
         self._waited = time.perf_counter() - began
 
-    def _write(self, snapshot: checkpoints.Snapshot) -> Path:
+    def _write(self, snapshot: checkpoints.Snapshot, card: str) -> Path:
         """Runs in the writer's thread."""
         runtime = self.profile.runtime
         keep = runtime.keep_checkpoints, runtime.keep_every
-        return checkpoints.write_checkpoint(self.run_dir, snapshot, self.model, self.tokenizer, self.identity, *keep)
+        return checkpoints.write_checkpoint(self.run_dir, snapshot, self.model, self.tokenizer, card, self.identity, *keep)
 
     def _collect(self, waiting: bool) -> None:
         """Takes note of a checkpoint that has been written. When it failed, training goes on and tries again before long."""
@@ -415,9 +461,23 @@ class _Run:
         self._note_written(self._writer.collect(waiting=True))
         return self._saved
 
+    def _card_facts(self) -> cards.CardFacts:
+        counts = cards.Counts(*(self.counters[key] for key in ("step", "tokens", "valid_tokens")))
+        return cards.CardFacts(
+            counts=counts,
+            init=run_folder.init_name(self.init),
+            runtime=self._described(),
+            held_out_loss=self.last_held_out,
+            cross_entropy=self.last_cross_entropy,
+            conditions=self.conditions["by_role"],
+            conditions_step=self.conditions["step"],
+            stack=cards.read_stack(self.init),
+        )
+
     def _load_state(self, state: dict) -> None:
         self.counters = dict(state["counters"])
         self.last_held_out = state["last_held_out"]
+        self.last_cross_entropy, self.conditions = state["last_cross_entropy"], state["conditions"]
         for optimizer, saved in ((self.muon, state["muon"]), (self.aux, state["aux"])):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for index, values in saved["state"].items():
@@ -443,6 +503,16 @@ class _Run:
 
 def _laid_out(value, parameter: torch.nn.Parameter):
     return distributed.laid_out(value, parameter) if isinstance(value, torch.Tensor) else value
+
+
+def _conditions(clamped: Mapping) -> dict[str, tuple[float, float]]:
+    """Median and maximum of σ₁/σ_min over attention, MLP and head, from a row of the clamp."""
+    groups: dict[str, list[float]] = {}
+    for role, sigma_max, sigma_min in zip(clamped["role"], clamped["sigma_max"], clamped["sigma_min"], strict=True):
+        group = "attention" if role in profiles.ATTENTION_ROLES else "MLP" if role in profiles.MLP_ROLES else "LM head"
+        if sigma_min > 0:
+            groups.setdefault(group, []).append(sigma_max / sigma_min)
+    return {group: (float(np.median(values)), max(values)) for group, values in groups.items()}
 
 
 def _layer(name: str) -> int:

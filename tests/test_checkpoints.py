@@ -62,7 +62,7 @@ def test_only_the_newest_are_kept(run_dir, monkeypatch, trained_run):
             (folder / "config.json").write_text("{}")
 
     for step in (7, 8, 9):
-        checkpoints.save_checkpoint(run_dir, step, Saved(), Saved(), {}, keep=2)
+        checkpoints.save_checkpoint(run_dir, step, Saved(), Saved(), {}, keep=2, card="")
     assert [path.name for path in checkpoints.whole_checkpoints(run_dir)] == ["step-000008", "step-000009"]
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == {"step-000008", "step-000009"}
 
@@ -75,5 +75,5 @@ def test_a_save_that_fails_leaves_the_earlier_ones(run_dir):
 
     before = sorted((run_dir / "checkpoints").iterdir())
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.save_checkpoint(run_dir, 7, Full(), Full(), {}, keep=1)
+        checkpoints.save_checkpoint(run_dir, 7, Full(), Full(), {}, keep=1, card="")
     assert sorted((run_dir / "checkpoints").iterdir()) == before

@@ -44,7 +44,11 @@ def _notebook(path: Path, code: str) -> Path:
         (["train", "tiny", "--set", "color", "red"], "no field 'color'"),
         (["train", "tiny", "--init", "nowhere"], "no checkpoint folder"),
         (["stack", "nowhere", "target"], "no checkpoint folder"),
+        (["stack", "nowhere", "target", "--order", "spiral", "--noise", "0.2"], "for cyclic or interpolated"),
         (["estimate", "huge"], "no profile"),
+        (["estimate", "kl3m-007-500m", "--gpu", "h300"], "choose one of h200"),
+        (["estimate", "kl3m-007-500m", "--micro-batch", "0"], "at least 1"),
+        (["export", "nowhere", "models"], "holds no README.md"),
     ],
 )
 def test_bad_input_is_one_sentence_exit_code_2_and_nothing_on_disk(arguments, words, capsys, tmp_path, monkeypatch):
@@ -85,11 +89,24 @@ def test_train_stack_and_runs_work_from_the_shell(tmp_path):
         return ended.stdout
 
     assert "Finished at step 2" in call("train", "tiny", "--run", "a", "--set", "growth_factor", "1", *changes)
-    assert "verified" in call("stack", "runs/a/checkpoints/step-000002", "grown", "--factor", "2")
-    assert (tmp_path / "grown" / "stack.json").is_file()
+    assert "verified" in call("stack", "runs/a/checkpoints/step-000002", "grown", "--factor", "2", "--noise", "0.1")
+    assert '"noise": 0.1' in (tmp_path / "grown" / "stack.json").read_text()
+    assert "tiny-step2" in call("export", "runs/a/checkpoints/step-000002", "models")
+    assert (tmp_path / "models" / "tiny-step2" / "model.safetensors").is_file()
     assert "tiny" in call("runs")
     table = runs.load_runs(tmp_path / "runs")
     assert table.loc[0, ["run", "layers", "step", "max_steps", "tokens"]].tolist() == ["a", 2, 2, 2, 512]
+
+
+def test_an_estimate_names_the_gpu_and_follows_the_micro_batch(capsys):
+    printed = []
+    for extra in ([], ["--micro-batch", "20"]):
+        assert cli.main(["estimate", "kl3m-007-500m", "--gpu", "h200", *extra]) == 0
+        printed.append(capsys.readouterr().out)
+    assert all("NVIDIA H200" in text and "500,309,568" in text for text in printed)
+    assert "655,360 tokens" in printed[0] and "2,621,440 tokens" in printed[1]
+    steps = [next(line for line in text.splitlines() if line.startswith("a step")) for text in printed]
+    assert "without gradient checkpointing" in steps[0] and "with gradient checkpointing" in steps[1]
 
 
 def test_no_runs_is_said(capsys):

@@ -9,8 +9,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kl3m_nb.flops import block_matmul_parameters, flops_per_token, forward_flops_per_token, mean_keys_seen, palm_flops_per_token
-from kl3m_nb.profiles import PROFILES, ModelSpec
+from kl3m_nb import models, muon, roles
+from kl3m_nb.flops import (
+    block_matmul_parameters,
+    flops_per_token,
+    forward_flops_per_token,
+    mean_keys_seen,
+    muon_flops_per_step,
+    palm_flops_per_token,
+)
+from kl3m_nb.profiles import PROFILES, ModelSpec, get_profile
 
 SMALL = ModelSpec(layers=3, hidden=48, mlp=80, heads=6, kv_heads=2, head_size=8, vocabulary=96, context=64)
 
@@ -77,3 +85,15 @@ def test_palm_counts_36_percent_more_than_three_causal_forwards():
 def test_an_empty_sequence_is_refused():
     with pytest.raises(ValueError, match="seq_len is 0"):
         flops_per_token(SMALL, 0)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
+def test_muons_products_agree_with_torchs_counter(name):
+    profile = get_profile(name, layers=2, growth_factor=1)
+    rules = [rule for rule in roles.role_table(models.build_model(profile, "meta"), profile) if rule.optimizer == "muon"]
+    with FlopCounterMode(display=False) as counter:
+        for rule in rules:
+            rows, cols = rule.shape[-2] // rule.fused, rule.shape[-1]
+            count = torch.Size(rule.shape).numel() // (rows * cols)
+            muon.orthogonalize(torch.randn(count, rows, cols), steps=3)
+    assert counter.get_total_flops() == muon_flops_per_step(profile.model, 3)

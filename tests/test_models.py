@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 from conftest import small_profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kl3m_nb import models, roles
+from kl3m_nb.experts import use_grouped_experts
+from kl3m_nb.objective import activation_penalty
 from kl3m_nb.profiles import get_profile
 
 
@@ -34,9 +37,53 @@ def test_the_forward_pass_without_a_head_is_the_models_own(experts):
     inputs = torch.randint(0, 512, (2, 32))
     body = models.forward_body(model, inputs)
     reference = model(input_ids=inputs, output_hidden_states=True, **({"output_router_logits": True} if experts else {}))
+    assert body.expert_counts.shape == ((2, 4) if experts else (0, 0)) and body.expert_counts.sum() == 2 * 2 * 64 * bool(experts)
     torch.testing.assert_close(model.lm_head(body.hidden), reference.logits)
     torch.testing.assert_close(model.model.norm(body.residual), body.hidden)
     assert body.router_loss.item() == pytest.approx(reference.aux_loss.item() if experts else 0.0)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_position_sees_those_before_it_and_no_farther_than_the_window(experts, attention):
+    profile = small_profile(layers=1, experts=experts, active_experts=min(2, experts), sliding_window=8 if experts else 0)
+    model = models.build_model(profile, attention=attention)
+    embedded = model.get_input_embeddings().register_forward_hook(lambda *arguments: arguments[-1].requires_grad_().retain_grad())
+    inputs, seen = torch.randint(0, 512, (1, 32)), []
+    model.get_input_embeddings().register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    models.forward_body(model, inputs).hidden[0, 20].sum().backward()
+    embedded.remove()
+    reached = seen[0].grad[0].abs().sum(-1).nonzero().flatten().tolist()
+    assert reached == list(range(13 if experts else 0, 21))
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_forward_and_backward_never_read_a_number_back(experts):
+    """On a GPU each of these would make the host wait for all that is queued."""
+    profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
+    model = models.build_model(profile)
+    use_grouped_experts(model)
+    inputs = torch.randint(0, 512, (2, 32))
+    with _ReadBacks() as read_backs:
+        body = models.forward_body(model, inputs)
+        (body.hidden.square().mean() + activation_penalty(body.residual, inputs, 0.1, 64) + body.router_loss).backward()
+        assert not read_backs.found
+        bool(body.hidden.sum() > 0)
+    assert read_backs.found == ["_local_scalar_dense"], "the watch itself works"
+
+
+class _ReadBacks(TorchDispatchMode):
+    """Notes every operation whose result the host has to know before it can go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "_unique2"):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe", "kl3m-007-500m", "kl3m-002-520m"])
@@ -100,3 +147,13 @@ def test_a_checkpoint_of_another_shape_is_refused_by_its_first_difference(traine
     models.check_fits(config, small_profile(), result.checkpoint)
     with pytest.raises(ValueError, match="num_hidden_layers 2"):
         models.check_fits(config, small_profile(layers=4), result.checkpoint)
+    with pytest.raises(ValueError, match="rope_theta 100000"):
+        models.check_fits(config, small_profile(rope_theta=10_000.0), result.checkpoint)
+
+
+def test_the_config_of_an_older_transformers_fits_as_well(trained_run):
+    _, result = trained_run
+    config = json.loads((result.checkpoint / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    del config["head_dim"]
+    models.check_fits(config, small_profile(), result.checkpoint)

@@ -215,3 +215,24 @@ class TestStackMap:
     def test_impossible_orders_are_refused(self, order):
         with pytest.raises(ValueError, match="from 0 to 2"):
             plots.plot_stack_map(order, 3)
+
+
+class TestExpertUse:
+    def test_the_last_step_is_mapped_and_every_step_has_its_extremes(self):
+        shares = {1: [[0.1, 0.4, 0.3, 0.2], [0.25] * 4], 5: [[0.0, 0.5, 0.3, 0.2], [0.2, 0.3, 0.25, 0.25]]}
+        rows = [
+            {"step": step, "layer": layer, "expert": expert, "share": share}
+            for step, layers in shares.items()
+            for layer, of_layer in enumerate(layers)
+            for expert, share in enumerate(of_layer)
+        ]
+        figure = plots.plot_expert_use(pd.DataFrame(rows))
+        figure.canvas.draw()
+        now, over_time = figure.axes[:2]
+        np.testing.assert_allclose(now.images[0].get_array(), shares[5])
+        np.testing.assert_allclose(line(over_time, "busiest expert of a layer").get_ydata(), [(0.4 + 0.25) / 2, (0.5 + 0.3) / 2])
+        np.testing.assert_allclose(line(over_time, "idlest expert of a layer").get_ydata(), [(0.1 + 0.25) / 2, 0.1])
+
+    def test_a_dense_run_is_refused(self):
+        with pytest.raises(ValueError, match="no expert shares"):
+            plots.plot_expert_use(pd.DataFrame(columns=["step", "layer", "expert", "share"]))

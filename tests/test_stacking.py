@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import small_profile
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from kl3m_nb import models, stacking
@@ -53,6 +55,115 @@ def test_a_sharded_source_and_a_mixtral_stack_as_well(tmp_path):
             assert torch.equal(copied, original)
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_the_stack_of_any_such_decoder_is_what_transformers_loads(tmp_path, family):
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8,
+    )  # fmt: skip
+    small = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16)
+    small.save_pretrained(tmp_path / "source")
+    stacking.stack_checkpoint(tmp_path / "source", tmp_path / "stack", factor=2)
+    stacking.verify_stack(tmp_path / "source", tmp_path / "stack")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "stack", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and loaded.dtype == torch.bfloat16
+    for layer, block in enumerate(loaded.model.layers):
+        for copied, original in zip(block.parameters(), small.model.layers[layer % 2].parameters(), strict=True):
+            assert torch.equal(copied, original)
+
+
+def test_zero_initialised_copies_compute_what_the_source_does(source, tmp_path):
+    stacking.stack_checkpoint(source, tmp_path / "stack", factor=3, order="zero_initialised")
+    stacking.verify_stack(source, tmp_path / "stack")
+    tokens = torch.randint(0, 512, (2, 16))
+    small, large = (AutoModelForCausalLM.from_pretrained(folder) for folder in (source, tmp_path / "stack"))
+    assert torch.equal(large(tokens).logits, small(tokens).logits)
+    assert large.model.layers[2].mlp.up_proj.weight.abs().sum() > 0, "only what writes into the residual stream is zero"
+
+
+def test_zero_initialised_experts_compute_what_the_source_does(tmp_path):
+    profile = small_profile(experts=4, active_experts=2, tied_embeddings=False)
+    models.build_model(profile).save_pretrained(tmp_path / "moe")
+    stacking.stack_checkpoint(tmp_path / "moe", tmp_path / "stack", factor=2, order="zero_initialised")
+    tokens = torch.randint(0, 512, (2, 16))
+    small, large = (MixtralForCausalLM.from_pretrained(tmp_path / name) for name in ("moe", "stack"))
+    assert torch.equal(large(tokens).logits, small(tokens).logits)
+
+
+def test_noise_is_a_share_of_each_matrix_and_the_same_seed_gives_the_same(source, tmp_path):
+    summary = stacking.stack_checkpoint(source, tmp_path / "stack", factor=2, noise=0.2, seed=3)
+    assert list(summary.block_sources) == [0, 1, 0, 1] and summary.noise == 0.2
+    stacking.verify_stack(source, tmp_path / "stack")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "stack" / "model.safetensors")
+    original = before["model.layers.1.mlp.up_proj.weight"]
+    noise = [(after[f"model.layers.{layer}.mlp.up_proj.weight"] - 0.8 * original) / 0.2 for layer in (1, 3)]
+    assert noise[0].std() == pytest.approx(original.std().item(), rel=0.1)
+    correlation = torch.corrcoef(torch.stack([original.flatten(), *(part.flatten() for part in noise)]))
+    assert (correlation - torch.eye(3)).abs().max() < 0.1, "copies get noise of their own, independent of the weight"
+    assert torch.equal(after["model.layers.2.input_layernorm.weight"], before["model.layers.0.input_layernorm.weight"])
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    stacking.stack_checkpoint(source, tmp_path / "again", factor=2, noise=0.2, seed=3)
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in after.items())
+    with pytest.raises(ValueError, match="already holds"):
+        stacking.stack_checkpoint(source, tmp_path / "stack", factor=2, noise=0.2, seed=4)
+
+
+def test_random_blocks_are_those_of_a_fresh_model(source, tmp_path):
+    summary = stacking.stack_checkpoint(source, tmp_path / "stack", factor=3, order="random")
+    assert list(summary.block_sources) == [0, 1, -1, -1, -1, -1]
+    stacking.verify_stack(source, tmp_path / "stack")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "stack" / "model.safetensors")
+    drawn = [after[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in (2, 3)]
+    fresh = models.build_model(small_profile(layers=6)).model.layers[2].mlp.up_proj.weight
+    assert drawn[0].std() == pytest.approx(fresh.std().item(), rel=0.1) and not torch.equal(*drawn)
+    assert (after["model.layers.4.input_layernorm.weight"] == 1).all()
+    assert torch.equal(after["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_what_is_no_weight_is_copied_and_other_formats_of_the_weights_are_not(source, tmp_path):
+    folder = tmp_path / "source"
+    shutil.copytree(source, folder)
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "notes.txt"):
+        (folder / name).write_bytes(b"x")
+    summary = stacking.stack_checkpoint(folder, tmp_path / "stack", factor=2)
+    names = {path.name for path in (tmp_path / "stack").iterdir()}
+    assert {"tokenizer.json", "generation_config.json", "notes.txt", "stack.json"} <= names
+    assert not names & {"pytorch_model.bin", "consolidated.safetensors", "README.md", "training_state"}
+    assert summary.source_sha256.keys() == {"model.safetensors"}
+
+
+def test_sources_that_cannot_be_stacked_are_refused_with_the_reason(tmp_path):
+    gpt2 = transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=64)
+    transformers.GPT2LMHeadModel(gpt2).save_pretrained(tmp_path / "gpt2")
+    model = models.build_model(small_profile())
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    next((tmp_path / "shards").glob("model-00002*")).unlink()
+    torch.save(model.state_dict(), _folder_of(model, tmp_path / "bin") / "pytorch_model.bin")
+    tensors = dict(model.state_dict())
+    tensors.pop("lm_head.weight")
+    odd = {**tensors, "model.layers.1.mlp.up_proj.bias": torch.zeros(64)}
+    save_file(odd, _folder_of(model, tmp_path / "odd") / "model.safetensors")
+    quantised = {name: tensor.to(torch.int8) if "mlp" in name else tensor for name, tensor in tensors.items()}
+    save_file(quantised, _folder_of(model, tmp_path / "int8") / "model.safetensors")
+    for name, words in (
+        ("gpt2", r"gpt2 with tensors like transformer\.h"),
+        ("shards", "lacks the .safetensors shard model-00002"),
+        ("bin", "holds pytorch_model.bin"),
+        ("odd", "not of one kind"),
+        ("int8", "type I8; stack the original"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            stacking.stack_checkpoint(tmp_path / name, tmp_path / "target")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "target").exists()
+
+
+def _folder_of(model, folder):
+    model.config.save_pretrained(folder)
+    return folder
+
+
 def test_the_same_stack_again_is_left_alone_and_another_is_refused(source, tmp_path):
     target = tmp_path / "stack"
     stacking.stack_checkpoint(source, target, factor=2)
@@ -73,9 +184,10 @@ def test_a_source_that_does_not_fit_leaves_nothing_behind(source, tmp_path):
         (tmp_path / "nowhere", 2, "cyclic", "no checkpoint folder"),
         (source, 0, "cyclic", "at least 1"),
         (source, 2, "spiral", "interpolated"),
+        (source, 2, "zero_initialised", "for cyclic or interpolated"),
     ):
         with pytest.raises(ValueError, match=words):
-            stacking.stack_checkpoint(folder, tmp_path / "target", factor=factor, order=order)
+            stacking.stack_checkpoint(folder, tmp_path / "target", factor, order, noise=0.5 * (order == "zero_initialised"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
@@ -85,7 +197,7 @@ def test_verify_finds_a_changed_byte(source, tmp_path):
     content = bytearray((target / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (target / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="no copy"):
+    with pytest.raises(ValueError, match="is not what"):
         stacking.verify_stack(source, target)
 
 

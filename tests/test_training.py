@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import small_profile
 from safetensors.torch import load_file
 
-from kl3m_nb import checkpoints, models, packing, tokenizer, training
+from kl3m_nb import cards, checkpoints, models, packing, schedule, tokenizer, training
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import get_profile
 
@@ -72,7 +72,7 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path):
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
     training.train(small_profile(max_steps=3), tmp_path / "plain")
-    training.train(small_profile(max_steps=3, gradient_checkpointing=True), tmp_path / "recomputed")
+    training.train(small_profile(max_steps=3, gradient_checkpointing="on"), tmp_path / "recomputed")
     assert _losses(tmp_path / "plain") == pytest.approx(_losses(tmp_path / "recomputed"), rel=1e-6)
 
 
@@ -230,3 +230,62 @@ def test_run_json_names_what_was_run(trained_run):
     assert json.loads((run_dir / "run.json").read_text())["init"] == "random weights"
     with pytest.raises(ValueError, match="no run folder"):
         training.read_run_profile(run_dir.parent)
+
+
+def _family_folder(checkpoint: Path, folder: Path) -> Path:
+    """`checkpoint` as the family publishes a model: its files, an older transformers' config, and the kl3m-007 card's lines."""
+    folder.mkdir()
+    for name in ("model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((checkpoint / name).read_bytes())
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+    config["torch_dtype"] = config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text(
+        "# KL3M 500M, 7th Gen Model, Step 37000 (4x Stacked Architecture)\n\n## Training Progress\n\n"
+        "- **Steps**: 37,000 / 100,000 planned\n- **Tokens Processed**: 3,917,824,000 (~3.92B)\n"
+        "- **Valid Tokens**: 3,914,825,728\n- **Dataset**: alea-institute/kl3m-data-sample-006-medium\n"
+    )
+    return folder
+
+
+def test_a_checkpoint_of_the_family_is_continued(trained_run, tmp_path):
+    folder = _family_folder(trained_run[1].checkpoint, tmp_path / "kl3m-007-500m-step37000")
+    profile = small_profile(max_steps=100_000, warmup_steps=3, eval_every=2, checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(profile, tmp_path / "run", init=folder, callbacks=[_interrupt_at(37_005)])
+    train, held_out = read_metrics(tmp_path / "run", "train"), read_metrics(tmp_path / "run", "held_out")
+    assert list(train.step) == list(range(37_001, 37_006)) and held_out.step.iloc[0] == 37_000
+    assert train.tokens.iloc[0] == 3_917_824_000 + 128 and train.valid_tokens.iloc[0] == 3_914_825_728 + 128
+    assert held_out.held_out_loss.iloc[0] == pytest.approx(trained_run[1].held_out_loss, abs=1e-5)
+    cosine = schedule.lr_factor(37_004, profile.schedule)
+    assert list(train.lr_muon / profile.muon_lr) == pytest.approx([1 / 3, 2 / 3, *[cosine] * 3], abs=1e-4)
+    checkpoint = checkpoints.latest_checkpoint(tmp_path / "run")
+    assert checkpoints.checkpoint_step(checkpoint) == 37_005
+    assert cards.carried_counts(cards.export_model(checkpoint, tmp_path)).tokens == train.tokens.iloc[-1]
+    with pytest.raises(KeyboardInterrupt):
+        training.train(profile, tmp_path / "run", init=folder, callbacks=[_interrupt_at(37_006)])
+    assert list(read_metrics(tmp_path / "run", "train").step) == list(range(37_001, 37_007))
+    with pytest.raises(ValueError, match="37,000 steps behind it and max_steps is 6"):
+        training.train(small_profile(), tmp_path / "other", init=folder)
+
+
+def test_how_a_mixture_uses_its_experts_is_logged(tmp_path):
+    profile = small_profile(experts=4, active_experts=2, sliding_window=16, router_aux_loss=0.05, grad_accumulation=2)
+    training.train(profile, tmp_path / "run")
+    used = read_metrics(tmp_path / "run", "experts")
+    assert sorted(used.step.unique()) == [3, 6] and len(used) == 2 * 2 * 4
+    assert used.groupby(["step", "layer"]).share.sum().tolist() == pytest.approx([1.0] * 4, abs=1e-4)
+    # of the choices of all micro-batches: 2 × 256 tokens
+    assert (used.share * 2 * 256 % 1).round(2).isin([0.0, 1.0]).all()
+    assert (read_metrics(tmp_path / "run", "train").router_loss > 0).all()
+
+
+def test_every_checkpoint_has_a_card_of_its_own(trained_run):
+    run_dir, result = trained_run
+    for checkpoint in checkpoints.whole_checkpoints(run_dir):
+        text = (checkpoint / "README.md").read_text()
+        step = checkpoints.checkpoint_step(checkpoint)
+        assert f"# tiny-step{step}\n" in text and f"**Tokens Processed**: {128 * step:,}\n" in text
+    assert f"**Held-out loss**: {result.held_out_loss:.4f} nats per token" in text
+    assert "| attention |" in text and "random weights" in text

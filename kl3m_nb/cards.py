@@ -1,0 +1,347 @@
+"""The model card of a checkpoint: written from the run into its README.md, and read where a run continues from one.
+
+A card states what was done and measured, in the sections that the cards of the KL3M family have. `carried_counts` reads steps and
+tokens from any card of the family, so training goes on counting where the checkpoint it starts from stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from kl3m_nb import paths
+from kl3m_nb.memory import count_parameters
+from kl3m_nb.profiles import Profile
+
+CARD_FILE = "README.md"
+_STEP_IN_NAME = re.compile(r"-(?:step|checkpoint-)(\d+)$")
+_COUNT = r"{}\W*:\W*([\d,]+)"  # "**Valid Tokens**: 3,914,825,728", with or without Markdown around it
+_NOT_PUBLISHED = "training_state"  # optimizer states, for resuming on this machine
+_CITATION = """```bibtex
+@inproceedings{gstack2024,
+  title={Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM Pre-Training},
+  author={Du, Wenyu and Luo, Tongxu and Qiu, Zihan and Huang, Zeyu and Shen, Yikang and Cheng, Reynold and Guo, Yike and Fu, Jie},
+  booktitle={NeurIPS},
+  year={2024},
+  note={arXiv:2405.15319}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Optimizer steps behind a model, and the tokens and valid labels they saw."""
+
+    step: int = 0
+    tokens: int = 0
+    valid_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says of a run beyond its profile. Losses are in nats per token; NaN stands for one that was not measured.
+
+    `conditions` is {role group: (median, maximum)} of σ₁/σ_min over the matrices of attention, MLP and head at the clamp of
+    `conditions_step`, empty before the first clamp. `stack` is the `stack.json` of the checkpoint the run started from, or {}.
+    """
+
+    counts: Counts
+    init: str
+    runtime: str
+    held_out_loss: float = float("nan")
+    cross_entropy: float = float("nan")
+    conditions: dict[str, tuple[float, float]] = field(default_factory=dict)
+    conditions_step: int = 0
+    stack: dict = field(default_factory=dict)
+
+
+def published_name(profile: Profile, step: int) -> str:
+    """The family's way of naming a checkpoint: kl3m-007-500m-step37000."""
+    return f"{profile.name}-step{step}"
+
+
+def carried_counts(init: str | Path | None) -> Counts:
+    """The steps and tokens that a run started from `init` carries on, a folder or hub id; all zero for any other start.
+
+    A name that ends in -stepN or -checkpoint-N, as the family's do, says that N steps are behind the model, and its card how many
+    tokens. Every other checkpoint is a beginning. Raises ValueError when such a model's card does not name its tokens.
+    """
+    match = _STEP_IN_NAME.search(str(init).rstrip("/")) if init else None
+    if match is None or int(match[1]) == 0:
+        return Counts()
+    folder = paths.resolve(init)
+    text = _read_card(folder) if folder.is_dir() else _fetch_card(str(init))
+    found = {name: re.search(_COUNT.format(name), text, re.IGNORECASE) for name in ("Tokens Processed", "Valid Tokens")}
+    if found["Tokens Processed"] is None:
+        raise ValueError(
+            f"{init} has {match[1]} steps behind it by its name, and its {CARD_FILE} has no line 'Tokens Processed: …' to go on "
+            "counting from; add it, or rename the folder so that counting starts at 0."
+        )
+    tokens = _number(found["Tokens Processed"])
+    return Counts(int(match[1]), tokens, _number(found["Valid Tokens"]) if found["Valid Tokens"] else tokens)
+
+
+def _number(match: re.Match) -> int:
+    return int(match[1].replace(",", ""))
+
+
+def _read_card(folder: Path) -> str:
+    path = folder / CARD_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _fetch_card(hub_id: str) -> str:
+    try:
+        return Path(hf_hub_download(hub_id, CARD_FILE)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        return ""
+
+
+def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
+    """Copies `checkpoint` without its training state to `folder`/NAME, NAME as the family names it, and returns that folder.
+
+    What is copied has the layout of a published model: it loads with transformers alone, and `init` continues from it. Raises
+    ValueError when the checkpoint has no card, or the target exists.
+    """
+    checkpoint = paths.resolve(checkpoint)
+    target = paths.resolve(folder) / card_name(checkpoint)
+    if target.exists():
+        raise ValueError(f"{target} exists; remove it or choose another folder.")
+    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(_NOT_PUBLISHED))
+    return target
+
+
+def push_to_hub(checkpoint: str | Path, owner: str, private: bool = True) -> str:
+    """Uploads `checkpoint` without its training state to OWNER/NAME on the hub and returns that id.
+
+    Nothing else in the project uploads anything. The login is huggingface_hub's own. Raises ValueError when the checkpoint has
+    no card.
+    """
+    checkpoint = paths.resolve(checkpoint)
+    repository = f"{owner}/{card_name(checkpoint)}"
+    api = HfApi()
+    api.create_repo(repository, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repository, folder_path=checkpoint, ignore_patterns=[f"{_NOT_PUBLISHED}/*"])
+    return repository
+
+
+def card_name(checkpoint: Path) -> str:
+    """The name that a checkpoint's card gives it. Raises ValueError when it has none."""
+    match = re.search(r"^model_name: (\S+)$", _read_card(checkpoint), re.MULTILINE)
+    if match is None:
+        raise ValueError(f"{checkpoint} holds no {CARD_FILE} with a model_name; name a checkpoint folder of a run.")
+    return match[1]
+
+
+def model_card(profile: Profile, facts: CardFacts) -> str:
+    """The Markdown of a checkpoint's README.md, with the metadata block that the hub reads."""
+    name = published_name(profile, facts.counts.step)
+    metadata = {
+        "model_name": name,
+        "language": "en",
+        "license": "apache-2.0",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["kl3m", "legal", *(["g_stack"] if profile.growth_factor > 1 else [])],
+    }
+    sections = {
+        "Model Details": _details(profile, facts),
+        "Training Progress": _progress(profile, facts),
+        "Model Architecture": _architecture(profile),
+        "G_stack": _stacking(profile, facts.stack),
+        "Training Configuration": _configuration(profile),
+        "Training Details": _training_details(profile, facts),
+        "Spectra": _spectra(profile, facts),
+        "Usage": _usage(profile, name),
+        "Limitations": (
+            "A small base model: it continues text in the manner of its data and does not know whether a sentence is true. "
+            "Nothing it writes is legal advice."
+        ),
+        "Citation": _CITATION if profile.growth_factor > 1 else "",
+        "License": "Apache 2.0. The text it was trained on has its own terms.",
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {name}\n\n{_summary(profile, facts)}\n\n{body}\n"
+
+
+def _summary(profile: Profile, facts: CardFacts) -> str:
+    total = count_parameters(profile.model).total
+    kind = "mixture-of-experts" if profile.model.experts else "dense"
+    grown = (
+        f", grown from {profile.model.layers // profile.growth_factor} layers by stacking" if profile.growth_factor > 1 else ""
+    )
+    return (
+        f"A {kind} language model of {_millions(total)} parameters and {profile.model.layers} layers{grown}, after "
+        f"{facts.counts.step:,} training steps."
+    )
+
+
+def _details(profile: Profile, facts: CardFacts) -> str:
+    spec, count = profile.model, count_parameters(profile.model)
+    vocabulary = spec.vocabulary * spec.hidden * (1 if spec.tied_embeddings else 2)
+    tied = "one matrix, tied" if spec.tied_embeddings else "two matrices"
+    active = f", {count.active:,} active per token" if spec.experts else ""
+    return _items(
+        {
+            "Architecture": "Mixtral" if spec.experts else "Llama with grouped-query attention",
+            "Parameters": f"{count.total:,}{active}; {count.total - vocabulary:,} without embedding and LM head ({tied})",
+            "Layers": str(spec.layers),
+            "Started from": facts.init,
+            "Training status": f"{facts.counts.step:,} of {profile.schedule.max_steps:,} steps",
+            "Precision": f"float32 weights, trained on {facts.runtime}",
+        }
+    )
+
+
+def _progress(profile: Profile, facts: CardFacts) -> str:
+    return _items(
+        {
+            "Steps": f"{facts.counts.step:,} / {profile.schedule.max_steps:,} planned",
+            "Tokens Processed": f"{facts.counts.tokens:,}",
+            "Valid Tokens": f"{facts.counts.valid_tokens:,}",
+            "Held-out loss": _loss(facts.held_out_loss),
+            "Cross-entropy of the last step": _loss(facts.cross_entropy),
+            "Dataset": profile.data.source,
+        }
+    )
+
+
+def _architecture(profile: Profile) -> str:
+    spec = profile.model
+    rows = {
+        "Hidden size": f"{spec.hidden:,}",
+        "Layers": str(spec.layers),
+        "Attention heads": f"{spec.heads} ({spec.kv_heads} KV heads, {spec.head_size} each)",
+        "Intermediate size": f"{spec.mlp:,}",
+        "Vocabulary": f"{spec.vocabulary:,} tokens",
+        "Context": f"{spec.context:,} tokens" + (f", sliding window {spec.sliding_window}" if spec.sliding_window else ""),
+        "RoPE theta": f"{spec.rope_theta:,.0f}",
+    }
+    if spec.experts:
+        rows["Experts"] = f"{spec.experts} per layer, {spec.active_experts} active, router loss weight {spec.router_aux_loss:g}"
+    return _items(rows)
+
+
+def _stacking(profile: Profile, stack: dict) -> str:
+    if profile.growth_factor == 1:
+        return ""
+    layers = profile.model.layers // profile.growth_factor
+    text = (
+        f"The model has {profile.growth_factor} times the {layers} blocks of its source (G_stack, arXiv:2405.15319). Embedding, "
+        "final norm and LM head were copied once, nothing was rescaled, and the optimizer started fresh."
+    )
+    if not stack:
+        return text
+    rows = {"Source": stack["source"], "Order": stack["order"], "Noise": f"{stack['noise']:.0%}"}
+    rows |= {f"SHA-256 of {name}": digest for name, digest in stack["source_sha256"].items()}
+    return f"{text}\n\n{_items(rows)}"
+
+
+def _configuration(profile: Profile) -> str:
+    spec, clamp, objective = profile.optimizer, profile.clamp, profile.objective
+    optimizer = _items(
+        {
+            "Muon": f"learning rate {profile.muon_lr:.5g} = {spec.base_lr:g} × √(16/{profile.model.layers}), momentum "
+            f"{spec.momentum}, {spec.ns_steps} Newton-Schulz steps, weight decay {spec.weight_decay:g}",
+            "AdamW": f"learning rate {spec.aux_lr:g} for embedding, LM head, norms and router, weight decay "
+            f"{spec.aux_weight_decay:g}",
+            "Multipliers": f"q/o {spec.attention_outer_multiplier:g}, k/v {spec.attention_inner_multiplier:g}, "
+            f"MLP {spec.mlp_multiplier:g}, LM head {spec.lm_head_multiplier:g}",
+        }
+    )
+    ceilings = "off"
+    if clamp.clamp_every:
+        ceilings = (
+            f"every {clamp.clamp_every} steps to a condition of at most {clamp.attention_max_condition:g} (attention), "
+            f"{clamp.mlp_max_condition:g} (MLP), {clamp.lm_head_max_condition:g} (LM head); floor {clamp.sigma_floor:g}"
+        )
+    regularization = _items(
+        {
+            "Spectral clamping": ceilings,
+            "Label smoothing": f"{objective.label_smoothing:g}",
+            "Entropy": f"bonus {objective.entropy_bonus:g}, target {objective.entropy_target_bits:g} bits "
+            f"with weight {objective.entropy_target_weight:g}",
+            "Activation norm": f"{objective.activation_norm:g}",
+        }
+    )
+    data = profile.data
+    batch = _items(
+        {
+            "Batch": f"{data.micro_batch} × {data.grad_accumulation} sequences of {data.seq_len:,} tokens, "
+            f"{profile.tokens_per_step:,} tokens a step",
+        }
+    )
+    return "\n".join((optimizer, regularization, batch))
+
+
+def _training_details(profile: Profile, facts: CardFacts) -> str:
+    schedule, data = profile.schedule, profile.data
+    return _items(
+        {
+            "Data": f"{data.source}, tokenizer {data.tokenizer}, shuffle buffer {data.shuffle_buffer}, `<|end|>` after documents",
+            "Schedule": f"linear warmup over {schedule.warmup_steps} steps, cosine to {schedule.min_lr_ratio:g} of the peak at "
+            f"step {schedule.max_steps:,}",
+            "Gradient clipping": f"{schedule.clip_mode}, maximum {schedule.clip_max_norm:g}, coefficient "
+            f"{schedule.clip_coefficient:g}, beta {schedule.clip_beta:g}",
+            "Runtime": facts.runtime,
+        }
+    )
+
+
+def _spectra(profile: Profile, facts: CardFacts) -> str:
+    if not facts.conditions:
+        return "No matrix has been measured in this run yet."
+    rows = "\n".join(f"| {role} | {median:,.1f} | {most:,.1f} |" for role, (median, most) in facts.conditions.items())
+    return (
+        f"Condition σ₁/σ_min of the weight matrices at step {facts.conditions_step:,}, as the clamp found them (an upper bound "
+        f"for a matrix that it only proved to be healthy):\n\n| matrices | median | maximum |\n|---|---|---|\n{rows}"
+    )
+
+
+def _usage(profile: Profile, name: str) -> str:
+    temperature = 0.5 if profile.model.experts else 0.8  # the advice of the cards of kl3m-002 and kl3m-007
+    arguments = f"max_new_tokens=100, do_sample=True, temperature={temperature}, top_p=0.95"
+    return f'''```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="{name}")
+print(generator("The United States Constitution establishes", {arguments})[0]["generated_text"])
+```
+
+or with model and tokenizer:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("The United States Constitution establishes", return_tensors="pt", return_token_type_ids=False)
+outputs = model.generate(**inputs, {arguments})
+print(tokenizer.decode(outputs[0], skip_special_tokens=True))
+```
+
+`{name}` stands for this folder. Recommended sampling: temperature {temperature}, top-p 0.95, repetition penalty 1.0.'''
+
+
+def _items(rows: dict[str, str]) -> str:
+    return "\n".join(f"- **{name}**: {text}" for name, text in rows.items())
+
+
+def _loss(value: float) -> str:
+    return "not measured yet" if value != value else f"{value:.4f} nats per token"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f}M"
+
+
+def read_stack(init: str | Path | None) -> dict:
+    """The `stack.json` of a checkpoint folder; empty when there is none."""
+    path = paths.resolve(init) / "stack.json" if init else None
+    return json.loads(path.read_text()) if path and path.is_file() else {}

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kl3m_nb import cards
+from kl3m_nb.profiles import PROFILES, get_profile
+
+SECTIONS = [
+    "Model Details", "Training Progress", "Model Architecture", "G_stack", "Training Configuration", "Training Details",
+    "Spectra", "Usage", "Limitations", "Citation", "License",
+]  # fmt: skip
+FACTS = cards.CardFacts(
+    counts=cards.Counts(37_000, 3_917_824_000, 3_914_825_728),
+    init="runs/kl3m-007-500m-stack/checkpoint",
+    runtime="NVIDIA H200",
+    held_out_loss=2.6123,
+    cross_entropy=2.5,
+    conditions={"attention": (2168.0, 2501.0), "MLP": (4.58, 12.0)},
+    conditions_step=37_000,
+    stack={"source": "kl3m-006-170m", "order": "cyclic", "noise": 0.0, "source_sha256": {"model.safetensors": "abc"}},
+)
+
+
+def test_the_card_of_the_500m_has_the_familys_sections_and_figures():
+    text = cards.model_card(get_profile("kl3m-007-500m"), FACTS)
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == SECTIONS
+    for figure in (
+        "# kl3m-007-500m-step37000", "500,309,568; 424,812,096 without embedding", "37,000 / 100,000 planned", "3,917,824,000",
+        "3,914,825,728", "9 (3 KV heads, 64 each)", "RoPE theta**: 100,000", "0.0036515 = 0.01 × √(16/120)", "3000 (attention)",
+        "2000 (MLP)", "655,360 tokens a step", "| attention | 2,168.0 | 2,501.0 |", "2.6123 nats per token", "temperature 0.8",
+        "4 times the 30 blocks", "SHA-256 of model.safetensors**: abc", "arXiv:2405.15319", "cosine to 0.1",
+    ):  # fmt: skip
+        assert figure in text, figure
+
+
+def test_the_mixtures_card_speaks_of_experts_and_not_of_stacking():
+    text = cards.model_card(get_profile("kl3m-002-520m"), FACTS)
+    assert "4 per layer, 2 active" in text and "318,866,432 active per token" in text and "temperature 0.5" in text
+    assert "sliding window 256" in text and "G_stack" not in text and "gstack2024" not in text
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_its_metadata_is_yaml_and_its_code_is_python(name):
+    text = cards.model_card(get_profile(name), cards.CardFacts(cards.Counts(), "random weights", "CPU"))
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["model_name"] == f"{name}-step0" and metadata["pipeline_tag"] == "text-generation"
+    for code in re.findall(r"```python\n(.+?)```", text, re.DOTALL):
+        compile(code, "card", "exec")
+    assert "not measured yet" in text and "nan" not in text and "No matrix has been measured" in text
+
+
+def test_what_a_card_says_is_what_continuing_from_it_counts_on(tmp_path):
+    folder = tmp_path / cards.published_name(get_profile("kl3m-007-500m"), 37_000)
+    folder.mkdir()
+    (folder / "README.md").write_text(cards.model_card(get_profile("kl3m-007-500m"), FACTS))
+    assert cards.carried_counts(folder) == FACTS.counts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "  • Tokens Processed: 3,917,824,000 (~3.92B)\n  • Valid Tokens: 3,914,825,728",
+        "- **Tokens processed:** 3917824000\nvalid tokens: 3914825728",
+    ],
+)
+def test_counts_are_read_from_the_familys_cards(tmp_path, text):
+    folder = tmp_path / "kl3m-007-500m-checkpoint-37000"
+    folder.mkdir()
+    (folder / "README.md").write_text(text)
+    assert cards.carried_counts(folder) == FACTS.counts
+
+
+def test_any_other_start_is_a_beginning(tmp_path):
+    for init in (None, tmp_path / "stack" / "checkpoint", "alea-institute/kl3m-007-500m-step0", tmp_path / "step-000100"):
+        assert cards.carried_counts(init) == cards.Counts()
+
+
+def test_a_card_that_does_not_name_its_tokens_is_refused(tmp_path):
+    folder = tmp_path / "model-step5"
+    folder.mkdir()
+    for text in (None, "# A card\n"):
+        if text:
+            (folder / "README.md").write_text(text)
+        with pytest.raises(ValueError, match="no line 'Tokens Processed"):
+            cards.carried_counts(folder)
+
+
+def test_the_hub_is_asked_for_the_card_of_a_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("Tokens Processed: 7")
+    asked = []
+    monkeypatch.setattr(cards, "hf_hub_download", lambda *arguments: asked.append(arguments) or str(tmp_path / "README.md"))
+    assert cards.carried_counts("alea-institute/kl3m-007-500m-step37000") == cards.Counts(37_000, 7, 7)
+    assert asked == [("alea-institute/kl3m-007-500m-step37000", "README.md")]
+
+
+def test_an_exported_model_is_whole_and_has_no_training_state(trained_run, tmp_path):
+    checkpoint = trained_run[1].checkpoint
+    folder = cards.export_model(checkpoint, tmp_path)
+    assert folder == tmp_path / "tiny-step6" and not (folder / "training_state").exists()
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
+    assert len(AutoTokenizer.from_pretrained(folder)) == 512
+    with pytest.raises(ValueError, match="exists"):
+        cards.export_model(checkpoint, tmp_path)
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("README.md"))
+    with pytest.raises(ValueError, match=r"no README\.md"):
+        cards.export_model(bare, tmp_path)
+
+
+def test_pushing_uploads_the_model_privately_and_without_its_state(trained_run, monkeypatch):
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, **settings):
+            calls.append(("create", name, settings))
+
+        def upload_folder(self, **settings):
+            calls.append(("upload", settings))
+
+    monkeypatch.setattr(cards, "HfApi", Hub)
+    assert cards.push_to_hub(trained_run[1].checkpoint, "someone") == "someone/tiny-step6"
+    (_, name, created), (_, uploaded) = calls
+    assert name == uploaded["repo_id"] == "someone/tiny-step6" and created["private"] is True
+    assert uploaded["folder_path"] == trained_run[1].checkpoint and uploaded["ignore_patterns"] == ["training_state/*"]

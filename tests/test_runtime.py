@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import small_profile
+
+from kl3m_nb import models, runtime
+from kl3m_nb.profiles import get_profile
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A make-believe H200 with flash-attn installed; its parts can be changed."""
+    parts = {"capability": (9, 0), "bytes": 141 * 10**9, "flash": True}
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: parts["capability"])
+    monkeypatch.setattr(runtime, "device_memory", lambda device: parts["bytes"])
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: parts["flash"] or None if name == "flash_attn" else find_spec(name)
+    )
+    return parts
+
+
+def test_a_cpu_computes_in_float32_uncompiled():
+    chosen = runtime.choose_runtime(get_profile("tiny"))
+    if chosen.device.type == "cpu":
+        assert (chosen.precision, chosen.attention, chosen.compile_blocks, chosen.tf32) == ("float32", "sdpa", False, False)
+    assert not chosen.recompute and "no gradient checkpointing" in chosen.describe()
+
+
+def test_a_large_gpu_gets_everything_that_is_fast(gpu):
+    chosen = runtime.choose_runtime(get_profile("kl3m-007-500m"))
+    assert (chosen.precision, chosen.attention, chosen.compile_blocks) == ("bfloat16", "sdpa", True)
+    assert chosen.tf32 and not chosen.recompute
+
+
+def test_attention_follows_the_gpu_and_the_window(gpu):
+    assert runtime.choose_runtime(get_profile("kl3m-002-520m")).attention == "flash_attention_2"
+    gpu["capability"] = (8, 0)
+    assert runtime.choose_runtime(get_profile("kl3m-007-500m")).attention == "flash_attention_2"
+    assert runtime.choose_runtime(get_profile("kl3m-007-500m", attention="sdpa")).attention == "sdpa"
+    assert runtime.choose_runtime(get_profile("kl3m-007-500m", precision="float32")).attention == "sdpa"
+    gpu["flash"] = False
+    assert runtime.choose_runtime(get_profile("kl3m-002-520m")).attention == "sdpa"
+
+
+@pytest.mark.parametrize(("asked", "on_large", "on_small"), [("auto", False, True), ("on", True, True), ("off", False, False)])
+def test_gradient_checkpointing_only_where_memory_asks_for_it(gpu, asked, on_large, on_small):
+    profile = get_profile("kl3m-007-500m", gradient_checkpointing=asked)
+    assert runtime.choose_runtime(profile).recompute is on_large
+    gpu["bytes"] = 24 * 10**9
+    assert runtime.choose_runtime(profile).recompute is on_small
+
+
+@pytest.mark.parametrize(("field", "value"), [("attention", "flash_attention_2"), ("tf32", "on")])
+def test_what_a_machine_does_not_have_is_refused(monkeypatch, field, value):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=f"{field} .*choose auto"):
+        runtime.choose_runtime(get_profile("tiny", **{field: value}))
+
+
+def test_memory_is_bounded_by_what_a_job_may_use(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(runtime, "_MEMORY_LIMIT", limit)
+    installed = runtime.device_memory(torch.device("cpu"))
+    limit.write_text("max\n")
+    assert runtime.device_memory(torch.device("cpu")) == installed
+    limit.write_text("1000000\n")
+    assert runtime.device_memory(torch.device("cpu")) == 1_000_000
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_each_block_is_compiled_once_for_all_and_computes_the_same(experts):
+    profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
+    inputs = torch.randint(0, 512, (2, 32))
+    results, graphs = [], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for compiled in (False, True):
+        model = models.build_model(profile)
+        if compiled:
+            torch._dynamo.reset()
+            for layer in model.model.layers:
+                layer.compile(dynamic=False, backend=backend)
+        body = models.forward_body(model, inputs)
+        (body.hidden.square().mean() + body.router_loss).backward()
+        results.append((body.hidden.detach(), body.router_loss.detach(), [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0])
+    count = len(graphs)
+    models.forward_body(model, inputs)
+    assert 0 < len(graphs) == count, "a second pass compiles nothing"
