@@ -57,9 +57,16 @@ def iterate_documents(source: str, held_out: bool) -> Iterator[Document]:
     return itertools.chain.from_iterable(part_documents(part, held_out) for part in parse_source(source))
 
 
-def preview(source: str, held_out: bool, most: int = 2000) -> list[Document]:
-    """Up to `most` documents to look at: all of a package, the beginning of an endless source."""
-    return list(itertools.islice(iterate_documents(source, held_out), most))
+def preview_parts(source: str, held_out: bool, most: int = 500) -> Iterator[tuple[Part, Document]]:
+    """Documents to look at, each with the part it is from: all of a package, of other parts the first `most`."""
+    for part in parse_source(source):
+        limit = None if part.kind == "package" else most
+        yield from ((part, document) for document in itertools.islice(part_documents(part, held_out), limit))
+
+
+def preview(source: str, held_out: bool, most: int = 500) -> list[Document]:
+    """The documents of `preview_parts`."""
+    return [document for _, document in preview_parts(source, held_out, most)]
 
 
 def shingles_of(document: Document) -> np.ndarray:
@@ -67,8 +74,8 @@ def shingles_of(document: Document) -> np.ndarray:
     return token_shingles(document.tokens) if document.tokens.size else word_shingles(document.text)
 
 
-def measure_leak(source: str, most: int = 2000) -> float:
-    """Share of the held-out shingles that stand in training documents, over up to `most` documents of each side.
+def measure_leak(source: str, most: int = 500) -> float:
+    """Share of the held-out shingles that stand in training documents, over the documents of `preview`.
 
     Of a package this is all of it; of an endless source its beginning, before a stream leaves out what is too alike.
     """

@@ -31,13 +31,11 @@ class Sample:
 
 def pair_sample(pair: InstructionPair, tokenizer: PreTrainedTokenizerBase, loss: str) -> Sample:
     """The sequence of one pair. `loss` is "response" (the response and `<|end|>` are trained on) or "all"."""
-    vocabulary = tokenizer.get_vocab()
+    opening, closing, separator = (tokenizer.convert_tokens_to_ids(token) for token in (OPENING, CLOSING, SEPARATOR))
     instruction = tokenizer.encode(pair.instruction, add_special_tokens=False)
     response = tokenizer.encode(pair.response, add_special_tokens=False)
-    if OPENING in vocabulary and CLOSING in vocabulary:
-        prompt = [vocabulary[OPENING], *instruction, vocabulary[CLOSING]]
-    else:
-        prompt = [*instruction, vocabulary[SEPARATOR]]
+    has_instruction_tokens = not {opening, closing} & {None, tokenizer.unk_token_id}
+    prompt = [opening, *instruction, closing] if has_instruction_tokens else [*instruction, separator]
     prompt = [tokenizer.bos_token_id, *prompt]
     tokens = np.array([*prompt, *response, tokenizer.eos_token_id], dtype=np.int32)
     return Sample(tokens, len(prompt) if loss == "response" else 0)

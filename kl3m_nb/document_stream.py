@@ -84,11 +84,6 @@ class DocumentStream:
         """Passes over the source that are complete; of a mixture, over the part that is furthest behind."""
         return min(part.epoch for part in self._parts)
 
-    @property
-    def tokens_by_part(self) -> dict[str, int]:
-        """Tokens read of each part so far."""
-        return {str(passes.part): passes.tokens for passes in self._parts}
-
     @cached_property
     def held_out_index(self) -> ShingleIndex:
         """The shingles of the held-out documents in use; read when the first row comes that could be like one of them."""

@@ -7,7 +7,6 @@ everything needed to continue with the very next token.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from kl3m_nb import corpus
 from kl3m_nb.document_stream import DocumentStream, DocumentTokenizer, held_out_documents
 from kl3m_nb.profiles import DataSpec
-from kl3m_nb.sources import SourceReport, parse_source
+from kl3m_nb.sources import Document, Part, SourceReport
 
 
 @dataclass(frozen=True)
@@ -195,24 +194,29 @@ def held_out_by_domain(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> di
     return {name: _spread(windows, min(len(windows), spec.held_out_windows)) for name, windows in packed.items() if windows}
 
 
-def document_table(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, most: int = 2000) -> pd.DataFrame:
-    """A row per document, at most `most` of each source and side: part ("training" or "held out"), domain, tokens (a count)."""
+def document_table(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, most: int = 500) -> pd.DataFrame:
+    """A row per document of `corpus.preview`: part ("training" or "held out"), domain, tokens (a count)."""
     rows = []
     for name, held_out in (("training", False), ("held out", True)):
-        for part in parse_source(spec.source):
-            tokenize = DocumentTokenizer(part, tokenizer)
-            for document in itertools.islice(corpus.part_documents(part, held_out), most):
-                rows.append((name, document.dataset, tokenize(document).size))
+        documents = corpus.preview_parts(spec.source, held_out, most)
+        rows += [(name, document.dataset, tokens.size) for document, tokens in _tokenized(documents, tokenizer)]
     return pd.DataFrame(rows, columns=["part", "domain", "tokens"])
 
 
 def _held_out_tokens(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
     """(domain, token ids closed by `<|end|>`) of every held-out document in use."""
-    tokenizers: dict = {}
-    for part, document in held_out_documents(spec):
+    for document, tokens in _tokenized(held_out_documents(spec), tokenizer):
+        yield document.dataset, [*tokens.tolist(), tokenizer.eos_token_id]
+
+
+def _tokenized(
+    documents: Iterable[tuple[Part, Document]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Document, np.ndarray]]:
+    tokenizers: dict[Part, DocumentTokenizer] = {}
+    for part, document in documents:
         if part not in tokenizers:
             tokenizers[part] = DocumentTokenizer(part, tokenizer)
-        yield document.dataset, [*tokenizers[part](document).tolist(), tokenizer.eos_token_id]
+        yield document, tokenizers[part](document)
 
 
 def _spread(windows: list[list[int]], count: int) -> torch.Tensor:

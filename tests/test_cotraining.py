@@ -22,8 +22,8 @@ def test_the_template_marks_the_instruction_and_trains_on_the_response(trained):
 
 
 def test_a_tokenizer_without_instruction_tokens_gets_a_separator(trained, monkeypatch):
-    vocabulary = {token: i for token, i in trained.get_vocab().items() if "instruction" not in token}
-    monkeypatch.setattr(trained, "get_vocab", lambda: vocabulary)
+    known = trained.convert_tokens_to_ids
+    monkeypatch.setattr(trained, "convert_tokens_to_ids", lambda token: 3 if "instruction" in token else known(token))
     pair = load_pairs()[0]
     sample = cotraining.pair_sample(pair, trained, "response")
     assert trained.decode(sample.tokens) == f"<|start|>{pair.instruction}<|sep|>{pair.response}<|end|>"

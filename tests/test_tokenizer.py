@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import string
 import unicodedata
 
 import pytest
@@ -103,6 +105,20 @@ def test_sizes_are_exact_when_fragments_were_learned_already():
     assert len(tokenizer.train_tokenizer(texts, 8192)) == 8192
 
 
+def test_a_vocabulary_may_have_the_familys_largest_size():
+    words = itertools.islice(itertools.product(string.ascii_letters, repeat=3), 131_000)
+    trained = tokenizer.train_tokenizer([" ".join(map("".join, words))], 131_072)
+    assert len(trained) == 131_072 and trained.convert_tokens_to_ids("<|end|>") == 1
+    assert max(trained.encode("abc zzz\n\n(a) 1776")) < 131_072
+
+
+def test_what_the_texts_do_not_fill_goes_to_fragments():
+    """Three texts give fewer than 2,000 entries, and no vocabulary of this size has fragments of its own."""
+    trained = tokenizer.train_tokenizer(TEXTS[:3], 2100)
+    fragments = [text for text in custom_tokens.FRAGMENTS if text in trained.get_added_vocab()]
+    assert len(trained) == 2100 and 100 < len(fragments) < 150 and "(a)" in fragments
+
+
 def test_impossible_sizes_and_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="too small"):
         tokenizer.train_tokenizer(TEXTS, 100)
@@ -126,7 +142,7 @@ _CACHE, _LARGE = [], []
 def _large_tokenizers():
     """One of each whitespace manner, with room for custom tokens."""
     if not _LARGE:
-        _LARGE.extend([tokenizer.train_tokenizer(TEXTS, 8192), tokenizer.train_tokenizer(TEXTS * 10, 6000, "unorthodox")])
+        _LARGE.extend([tokenizer.train_tokenizer(TEXTS, 8192), tokenizer.train_tokenizer(TEXTS, 6000, "unorthodox")])
     return _LARGE
 
 
