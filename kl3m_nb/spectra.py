@@ -49,11 +49,12 @@ def singular_values(weight: torch.Tensor | np.ndarray) -> np.ndarray:
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"Singular values need a non-empty matrix; this tensor has the shape {tuple(weight.shape)}.")
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
-    scale = float(tall.abs().max())
-    if not math.isfinite(scale):
+    largest = largest_entry(tall)
+    if not math.isfinite(largest):
         raise ValueError("The matrix holds NaN or infinite values; it has no singular values.")
-    if scale == 0.0:
+    if largest == 0.0:
         return np.zeros(tall.shape[1])
+    scale = 1.0 if 1e-50 < largest < 1e50 else largest  # no square may over- or underflow
     if tall.shape[0] < _TALL * tall.shape[1]:
         return torch.linalg.svdvals(tall.double() / scale).numpy() * scale
     squares = torch.linalg.eigvalsh(sum(gram_matrix(rows.T, torch.float64) for rows in _double_chunks(tall, scale)))
@@ -66,8 +67,14 @@ def singular_values(weight: torch.Tensor | np.ndarray) -> np.ndarray:
 
 
 def _double_chunks(tall: torch.Tensor, scale: float) -> Iterator[torch.Tensor]:
-    # Scaled so that no square over- or underflows; in chunks because an embedding in float64 is twice its file.
-    return (rows.double() / scale for rows in tall.split(_CHUNK_ROWS))
+    # In chunks because an embedding in float64 is twice its file.
+    return (rows.double() / scale if scale != 1.0 else rows.double() for rows in tall.split(_CHUNK_ROWS))
+
+
+def largest_entry(weight: torch.Tensor) -> float:
+    """The largest magnitude in `weight`, e.g. [576, 1536]; NaN or infinite exactly when one of its entries is."""
+    low, high = torch.aminmax(weight)
+    return float(torch.maximum(-low.double(), high.double()))
 
 
 def power_law_tail(eigenvalues: np.ndarray) -> tuple[float, float, float]:
@@ -199,7 +206,7 @@ def analyse_model(
 
 def _singular_values_if_finite(matrix: Matrix, cache: SpectrumCache) -> np.ndarray | None:
     weight = matrix.read()
-    if not torch.isfinite(weight).all():
+    if not math.isfinite(largest_entry(weight)):
         return None
     key = content_hash(weight)
     values = cache.get(key)
