@@ -1,15 +1,16 @@
 """How long does the analysis of the 120-layer, 500M checkpoint take, is it right, and how does WeightWatcher compare?
 
-    python benchmarks/spectra.py [--folder FOLDER] [--peer-layers 120]
+    python benchmarks/spectra.py [--folder FOLDER] [--peer-layers 20]
 
 The checkpoint is `known_spectra.write_known_stack` at the real size: copies of known condition (attention 2200 to 3300, MLP 4 to
 5), turned and reshaped by known amounts, so every reported number has one to be compared with. `--folder` keeps the 5 GB for the
 next call. Caches are removed before what is timed, except for the second look. Memory is what the process allocates beyond what
 it held before, sampled ten times a second; pages of the mapped file, which the system may drop at any time, are not in it.
 
-WeightWatcher (pip install weightwatcher, into an environment of its own) analyses the blocks of the same checkpoint with its
-defaults, which leave out an LM head of more than 50,000 rows. It wants the model in memory and gets it before its time is taken;
-ours includes reading the file and the head. With fewer `--peer-layers` its time is scaled to all blocks, and the table says so.
+WeightWatcher (pip install weightwatcher, into an environment of its own) analyses the first `--peer-layers` of the same checkpoint
+with its defaults, which leave out an LM head of more than 50,000 rows; all layers have the same shapes, so its time is scaled to
+120 of them, and the table says so. It wants the model in memory and gets it before its time is taken; ours includes reading the
+file and the head.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def agreement(table: pd.DataFrame, theirs: pd.DataFrame) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, help="where the checkpoints are kept (default: a temporary folder)")
-    parser.add_argument("--peer-layers", type=int, default=PROFILE.model.layers, help="layers that WeightWatcher analyses")
+    parser.add_argument("--peer-layers", type=int, default=20, help="layers that WeightWatcher analyses")
     parser.add_argument("--only-write", action="store_true", help="write the checkpoints and stop")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -260,8 +260,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _spectra(options: argparse.Namespace) -> int:
     subject = find_subject(_existing(options.checkpoint), _existing(options.against), options.source_layers)
-    name = f"{subject.run_dir.name}-{subject.checkpoint.name}" if subject.run_dir else subject.checkpoint.stem
-    folder = options.output or runs.run_path("", "", f"{name}-spectra")
+    folder = options.output or runs.run_path("", "", f"{subject.name.replace(', ', '-').replace('/', '-')}-spectra")
     page = spectral_report.write_report(subject, folder, not options.no_alpha, options.top_k, options.windows)
     print(f"The report: {page}")
     return 0

@@ -95,6 +95,7 @@ def plain_log_axis(axis: Axis) -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.2 else (1.0,)))
+    fewer = {"numticks": 5} if decades > 5 else {}  # every other power of ten: 0.0001 and its neighbours would touch
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.2 else (1.0,), **fewer))
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_formatter(NullFormatter())

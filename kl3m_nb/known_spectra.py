@@ -56,7 +56,7 @@ def write_known_stack(folder: str | Path, spec: ModelSpec, copies: int) -> Known
     1e-8·σ₁ in a singular value.
     """
     folder, source_layers = Path(folder), spec.layers // copies
-    bases = _Bases(spec)
+    bases = _Bases(spec, source_layers)
     source = folder / "source"
     _write(source, spec, source_layers, lambda layer, role: bases.matrix(layer, role, 0), bases)
     stack = folder / "stack"
@@ -106,13 +106,14 @@ def _expected_row(bases: _Bases, block: int, role: str, a: int, b: int) -> dict:
 class _Bases:
     """Matrices of the known stack, from a few orthonormal bases in float64."""
 
-    def __init__(self, spec: ModelSpec):
+    def __init__(self, spec: ModelSpec, source_layers: int):
         queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
         self.shapes = {
             "q_proj": (queries, spec.hidden), "k_proj": (keys, spec.hidden), "v_proj": (keys, spec.hidden),
             "o_proj": (spec.hidden, queries), "gate_proj": (spec.mlp, spec.hidden), "up_proj": (spec.mlp, spec.hidden),
             "down_proj": (spec.hidden, spec.mlp),
         }  # fmt: skip
+        self._source_layers = source_layers
         self._random = torch.Generator().manual_seed(0)
         self._pairs = {
             sides: [tuple(self._orthonormal(side, sides[0]) for side in sides) for _ in range(_BASES)]
@@ -133,7 +134,7 @@ class _Bases:
 
     def spectrum(self, block: int, role: str, copy: int) -> np.ndarray:
         """float64, descending. Attention lies near a ceiling of 3000, the MLP at 4 to 5, as the family's cards report."""
-        place = (block % 8 + BLOCK_ROLES.index(role) / len(BLOCK_ROLES)) / 8
+        place = (block + BLOCK_ROLES.index(role) / len(BLOCK_ROLES)) / self._source_layers  # no two are alike
         condition = 2200.0 + 720.0 * place if role in ATTENTION_ROLES else 4.0 + place
         return _geometric(condition ** (1 + POWER * copy), min(self.shapes[role]))
 

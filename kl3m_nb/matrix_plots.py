@@ -74,7 +74,7 @@ def _draw_spectrum(axes: Axes, values: np.ndarray, row: pd.Series, ceiling: floa
     axes.set_xlabel("index i")
     axes.set_ylabel("σᵢ")
     axes.set_title("Spectrum")
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0.02, 0.08), frameon=True, framealpha=1, edgecolor="none")
 
 
 def _draw_tail(axes: Axes, values: np.ndarray, row: pd.Series) -> None:
@@ -149,7 +149,7 @@ def plot_clamp_map(history: pd.DataFrame) -> Figure:
         panel.grid(visible=False)
         panel.set_title(f"{role}\n{int(of_role['raised'].sum()):,} raised", fontsize=10.5)
         step_axis(panel)
-        panel.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(2, integer=True))
         panel.set_xlabel("step")
     axes[0, 0].yaxis.set_major_locator(MaxNLocator(13, integer=True))
     axes[0, 0].set_ylabel("layer")

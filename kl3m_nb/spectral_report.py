@@ -81,6 +81,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     page = _Page(folder)
     table, values = spectra.analyse_model(subject.checkpoint, subject.source_layers, fit_alpha, progress("spectra"))
+    table["model"] = subject.name
     table.to_csv(folder / "spectra.csv", index=False)
     ceilings = {role: subject.clamp.max_condition(role) for role in table["role"].unique()}
     page.sentences += spectral_summary.describe_model(table, ceilings)
@@ -98,7 +99,7 @@ def write_report(
         _add_function(page, subject, windows, progress)
     ill = spectral_summary.ill_matrices(table, ceilings)
     _add_ill(page, ill, table, values, ceilings, sources)
-    write_page(folder / PAGE, f"Spectra of {_name(subject)}", _body(page, table, ill, subject, fit_alpha, windows), _SORT)
+    write_page(folder / PAGE, f"Spectra of {subject.name}", _body(page, table, ill, subject, fit_alpha, windows), _SORT)
     return folder / PAGE
 
 
@@ -201,10 +202,6 @@ def _add_ill(page: _Page, ill: pd.DataFrame, table: pd.DataFrame, values: dict, 
         page.figure(figure, name, f"{spectral_summary.matrix_name(row)} {row['reason']}.", data)
 
 
-def _name(subject: Subject) -> str:
-    return f"{subject.run_dir.name}, {subject.checkpoint.name}" if subject.run_dir else subject.checkpoint.name
-
-
 def _body(page: _Page, table: pd.DataFrame, ill: pd.DataFrame, subject: Subject, fit_alpha: bool, windows: int) -> str:
     settings = {
         "checkpoint": subject.checkpoint,
@@ -222,7 +219,7 @@ def _body(page: _Page, table: pd.DataFrame, ill: pd.DataFrame, subject: Subject,
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in page.sentences)
     return "\n".join(
         [
-            f"<h1>Spectra of {escape(_name(subject))}</h1><ul>{sentences}</ul>",
+            f"<h1>Spectra of {escape(subject.name)}</h1><ul>{sentences}</ul>",
             *page.sections,
             "<h2>Every matrix</h2><p>Click a column to sort by it.</p>",
             f'<div class="tall">{_sortable(table, ill)}</div>',

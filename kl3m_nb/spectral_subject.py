@@ -13,7 +13,15 @@ from pathlib import Path
 
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.history import trajectory
-from kl3m_nb.matrices import STACK_RECORD, Checkpoint, check_source_layers, find_matrices, layer_count, local_checkpoint
+from kl3m_nb.matrices import (
+    STACK_RECORD,
+    Checkpoint,
+    check_source_layers,
+    find_matrices,
+    layer_count,
+    local_checkpoint,
+    model_name,
+)
 from kl3m_nb.profiles import ClampSpec, Profile
 from kl3m_nb.training import RUN_FILE, read_run_profile
 
@@ -24,9 +32,10 @@ class Subject:
 
     `source_layers` is the number of layers when it is no stack. `steps` holds the checkpoints of its run by step, the start at 0,
     up to this one; empty without a run or a start. `start` (same depth) and `source` (source_layers deep) are empty strings where
-    nothing names them. `run_dir` and `profile` are those of the run it belongs to, if any.
+    nothing names them. `run_dir` and `profile` are those of the run it belongs to, if any. `name` is what a title calls it.
     """
 
+    name: str
     checkpoint: Path
     layers: int
     source_layers: int
@@ -50,7 +59,8 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     `source_layers` 0: as those say, or the depth of a less deep `against`. Raises ValueError as `find_matrices`, for a model in
     `against` whose depth fits neither, and for a stack that is not cyclic, whose copies are not where they would be looked for.
     """
-    place = local_checkpoint(checkpoint)
+    place = local_checkpoint(checkpoint).absolute()
+    name = model_name(place) if place == Path(checkpoint).absolute() else str(checkpoint)  # a hub id is not its folder's name
     run_dir = _run_folder(place)
     if run_dir == place:
         place = checkpoints.require_checkpoint(run_dir)
@@ -85,7 +95,9 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
         here = checkpoints.checkpoint_step(place)
         steps = {step: folder for step, folder in trajectory(run_dir, start).items() if step <= here}
     clamp = profile.clamp if profile else ClampSpec()
-    return Subject(place, layers, source_layers, clamp, start, source, steps, run_dir, profile)
+    if run_dir:
+        name = f"{run_dir.name}, {place.name}"
+    return Subject(name, place, layers, source_layers, clamp, start, source, steps, run_dir, profile)
 
 
 def _run_folder(place: Path) -> Path | None:

@@ -42,12 +42,13 @@ class TestSingularValues:
         found = spectra.singular_values(with_spectrum(values, *shape, np.random.default_rng(1)))
         assert found.dtype == np.float64
         # Building the matrix rounds every value by about eps·σ₁, so that is the most a relative error can be asked to be.
-        assert np.abs(found / values - 1).max() < 1e-14 * (1 + condition)
+        # Up to a condition of 1000 a Gram matrix may have been taken, which squares it.
+        assert np.abs(found / values - 1).max() < 1e-14 * (1 + condition) + 1e-15 * condition**2 * (condition < 1e3)
 
     def test_of_float32_weights_are_numpys(self):
         weight = torch.randn(60, 90, generator=torch.Generator().manual_seed(0))
         expected = np.linalg.svd(weight.numpy().astype(np.float64), compute_uv=False)
-        np.testing.assert_allclose(spectra.singular_values(weight), expected, rtol=1e-12)
+        np.testing.assert_allclose(spectra.singular_values(weight), expected, rtol=1e-11)
 
     @pytest.mark.parametrize("condition", [10.0, 1e6])
     def test_do_not_depend_on_the_pieces_a_long_matrix_is_read_in(self, condition, monkeypatch):

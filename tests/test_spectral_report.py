@@ -150,5 +150,5 @@ def test_a_run_is_asked_what_its_copies_compute_and_what_its_clamp_did(trained_r
     page = spectral_report.write_report(find_subject(run_dir, source_layers=1), tmp_path, fit_alpha=False, top_k=4, windows=2)
     text = page.read_text()
     assert {"block_function", "clamp_events", "clamp_map"} <= set(unsaved)
-    assert "has a linear CKA of" in text and "Swapping two copies changes the held-out loss" in text and "clamps up to step 6" in text
-    assert "of the run)" in text and "held-out windows</td><td>2" in text
+    assert "has a linear CKA of" in text and "Swapping two copies changes the held-out loss" in text
+    assert "clamps up to step 6" in text and "of the run)" in text and "held-out windows</td><td>2" in text

@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import small_profile
 
-from kl3m_nb import known_spectra, training
+from kl3m_nb import known_spectra, matrices, training
 from kl3m_nb.profiles import ModelSpec
 from kl3m_nb.spectral_subject import find_subject
 
@@ -23,6 +23,13 @@ def test_a_model_alone_is_its_own_source(known):
     subject = find_subject(known.trained)
     assert (subject.layers, subject.source_layers, subject.copies, subject.start, subject.source) == (4, 4, 1, "", "")
     assert subject.profile is None and not subject.steps and subject.clamp.attention_max_condition == 3000
+
+
+def test_a_hub_model_keeps_its_name(known, monkeypatch):
+    monkeypatch.setattr(matrices.huggingface_hub, "snapshot_download", lambda *_, **__: str(known.trained))
+    subject = find_subject("owner/model")
+    assert subject.name == "owner/model" and subject.checkpoint == known.trained
+    assert find_subject(known.trained).name == "trained"
 
 
 def test_a_fresh_stack_names_its_source(known):
@@ -44,7 +51,8 @@ def test_a_less_deep_model_is_the_source(known):
 def test_a_run_brings_its_start_its_ceilings_and_its_checkpoints(known, trained_run, tmp_path):
     run_dir, result = trained_run
     subject = find_subject(run_dir)
-    assert subject.checkpoint == result.checkpoint and subject.profile == small_profile() and subject.run_dir == run_dir
+    assert subject.name == "run, step-000006" and subject.checkpoint == result.checkpoint
+    assert subject.profile == small_profile() and subject.run_dir == run_dir
     assert subject.copies == 1 and not subject.steps  # begun from random weights: no stack
     earlier = find_subject(run_dir / "checkpoints" / "step-000003")
     assert earlier.run_dir == run_dir and earlier.checkpoint.name == "step-000003"
