@@ -21,6 +21,7 @@ from kl3m_nb.growth import MatchForecast
 from kl3m_nb.prediction import ENTROPY_TARGET_BITS, Prediction
 
 MARKERS = "osD^vP*"
+FEWEST_TOKENS = 20  # a bin of fewer says nothing about calibration
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -44,7 +45,7 @@ def plot_prediction(predictions: Mapping[str, Prediction]) -> Figure:
         _domain_row(domains, prediction, (number - (len(predictions) - 1) / 2) * 0.7 / len(predictions), name, look)
         centres, means = _means_over_ranges(prediction.by_position)
         positions.plot(centres, means, DASHES[number % 4], markersize=4, label=name, **look)
-        bins = prediction.calibration
+        bins = prediction.calibration[prediction.calibration["tokens"] >= FEWEST_TOKENS]
         sizes = 4 + 10 * np.sqrt(bins["tokens"] / bins["tokens"].max())
         calibration.plot(bins["confidence"], bins["accuracy"], DASHES[number % 4], color=look["color"], linewidth=1.2, label=name)
         calibration.scatter(bins["confidence"], bins["accuracy"], s=sizes**2 / 2, color=look["color"], marker=look["marker"])
@@ -144,6 +145,11 @@ def plot_generation_measures(frame: pd.DataFrame) -> Figure:
         values = frame[measure].to_numpy(dtype=float)
         bars = axes.bar(range(len(frame)), values, color=colors, width=0.7, label=list(frame["model"]))
         is_share = unit.startswith("share")
+        if measure in _JUDGED:
+            axes.set_xticks(range(len(frame)), [f"of {count}" for count in frame[_JUDGED[measure]]], fontsize=8)
+            axes.tick_params(axis="x", length=0)
+        else:
+            axes.set_xticks([])
         axes.bar_label(
             bars, fmt="{:.0%}" if is_share else "{:,.2g}" if measure == "self_bleu" else "{:,.3g}", fontsize=9, padding=2
         )
@@ -152,13 +158,15 @@ def plot_generation_measures(frame: pd.DataFrame) -> Figure:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if np.isnan(values).all():
             axes.text(0.5, 0.5, "nothing to judge", color=GREY, ha="center", va="center", transform=axes.transAxes)
-        axes.set(title=title, ylabel=unit, xticks=[])
+        axes.set(title=title, ylabel=unit)
         axes.grid(axis="x", visible=False)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(frame))
     figure.suptitle(f"{' / '.join(f'{count:,}' for count in frame['samples'].unique())} samples per model", fontsize=11)
     return figure
 
 
+# How many of a set there were to judge: a share of three says little.
+_JUDGED = {"numbering_rate": "numbers", "terms_used_rate": "terms", "citations_rate": "citations"}
 _SWEPT = ("distinct_2", "self_bleu", "repetition_rate", "loop_rate", "balanced_brackets_rate", "end_rate")
 
 
@@ -254,7 +262,7 @@ def plot_over_training(curves: Mapping[str, pd.DataFrame], checkpoints: pd.DataF
     logged.legend()
     mean = checkpoints["bits_per_byte"]
     spread = [mean - checkpoints["bits_per_byte_low"], checkpoints["bits_per_byte_high"] - mean]
-    evaluated.errorbar(checkpoints["step"], mean, yerr=spread, color=BLUE, marker="o", capsize=4)
+    evaluated.errorbar(checkpoints["step"], mean, yerr=spread, color=BLACK, marker="o", capsize=4)
     evaluated.set(title="Checkpoints, on whole documents", ylabel="bits per byte")
     for axes in (logged, evaluated):
         step_axis(axes)
@@ -283,8 +291,10 @@ def plot_quality_match(held_out: pd.DataFrame, forecasts: Sequence[MatchForecast
         axes.annotate(str(forecast), (0.99, forecast.reference_loss), **place)
         if forecast.status == "forecast":
             axes.plot([forecast.low, forecast.high], [forecast.reference_loss] * 2, "|-", color=BLACK, markersize=10)
-        if forecast.status != "unknowable":
             axes.plot([forecast.step], [forecast.reference_loss], "s", color=BLACK, markersize=7)
+        if forecast.status == "met":
+            evaluated = held_out.loc[held_out["step"] == forecast.step, "held_out_loss"]
+            axes.plot([forecast.step], evaluated, "s", color=BLACK, markersize=7)
     references = [forecast.reference_loss for forecast in forecasts]
     lowest, highest = min(*references, held_out["held_out_loss"].min()), max(*references, held_out["held_out_loss"].quantile(0.9))
     axes.set_ylim(lowest - 0.08 * (highest - lowest), highest + 0.15 * (highest - lowest))

@@ -60,15 +60,17 @@ def answer_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ite
     in nats, and `right_characters`.
 
     The choice of a model is the one whose text has the highest log-likelihood behind the context, in total or divided by its
-    characters: lm-eval's `acc` and `acc_norm`. Context and choice are tokenized together and cut at the length of the context
-    tokenized alone, as lm-eval does.
+    characters: lm-eval's `acc` and `acc_norm`. As lm-eval does, context and choice are tokenized together and cut at the length
+    of the context tokenized alone, and what is too long for the model's context loses its beginning. Raises ValueError for a
+    choice that alone is too long.
     """
+    longest = model.config.max_position_embeddings + 1  # the last token is only predicted
     sequences, predicted = [], []
     for item in items:
         context = tokenizer.encode(item.context, add_special_tokens=False)
         for choice in item.choices:
             whole = tokenizer.encode(item.context + item.delimiter + choice, add_special_tokens=False)
-            sequences.append(whole)
+            sequences.append(whole[-longest:])
             predicted.append(len(whole) - len(context))
     scores = iter(score_sequences(model, sequences, predicted))
     rows = []

@@ -133,8 +133,8 @@ def measure(samples: Sequence[Sample]) -> dict[str, float]:
 
     `samples`, `mean_tokens`, `end_rate` (share that ended by itself), `distinct_1` to `distinct_3` (pooled), `self_bleu`,
     `repetition_rate` (mean over the samples with at least 4 words), `loop_rate`, `balanced_brackets_rate`,
-    `balanced_quotes_rate`, `numbering_rate`, `terms_used_rate`, `citations_rate` (each pooled over all samples; NaN where there
-    is nothing to judge), `tokens_per_second`. Raises ValueError without samples.
+    `balanced_quotes_rate`, `numbering_rate`, `terms_used_rate`, `citations_rate` (each pooled over all samples, with the
+    `numbers`, `terms` and `citations` there were to judge; NaN where there were none), `tokens_per_second`. Raises ValueError without samples.
     """
     if not samples:
         raise ValueError("measure was given no samples; generate at least one.")
@@ -152,8 +152,11 @@ def measure(samples: Sequence[Sample]) -> dict[str, float]:
         "loop_rate": float(table["ends_in_loop"].mean()),
         "balanced_brackets_rate": float(table["brackets_balanced"].mean()),
         "balanced_quotes_rate": float(table["quotes_balanced"].mean()),
+        "numbers": int(table["numbers"].sum()),
         "numbering_rate": _share(table["numbers_right"], table["numbers"]),
+        "terms": int(table["terms"].sum()),
         "terms_used_rate": _share(table["terms_used"], table["terms"]),
+        "citations": int(table["citations"].sum()),
         "citations_rate": _share(table["citations_parsed"], table["citations"]),
         "tokens_per_second": float(table["tokens"].sum() / sum(sample.seconds for sample in samples)),
     }

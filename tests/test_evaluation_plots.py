@@ -37,7 +37,8 @@ def prediction(level: float) -> Prediction:
         }
     )  # fmt: skip
     by_position = pd.DataFrame({"context": range(1, 257), "tokens": 3, "loss": level + 1 / np.arange(1, 257)})
-    calibration = pd.DataFrame({"confidence": [0.1, 0.5], "accuracy": [0.2, 0.4], "tokens": [90, 10]})
+    calibration = pd.DataFrame({"confidence": [0.1, 0.5], "accuracy": [0.2, 0.4], "tokens": [90, 30]})
+    calibration.loc[2] = [0.9, 1.0, 1]  # one token says nothing
     return Prediction(documents, by_position, calibration)
 
 
@@ -93,7 +94,8 @@ def test_differences_stand_at_their_place_with_their_verdict():
 MEASURES = {
     "samples": 40, "mean_tokens": 81.5, "end_rate": 0.25, "distinct_1": 0.3, "distinct_2": 0.6, "distinct_3": 0.8,
     "self_bleu": 0.3, "repetition_rate": 0.1, "loop_rate": 0.0, "balanced_brackets_rate": 0.9, "balanced_quotes_rate": 1.0,
-    "numbering_rate": 0.7, "terms_used_rate": 0.5, "citations_rate": 0.2, "tokens_per_second": 310.0,
+    "numbers": 30, "numbering_rate": 0.7, "terms": 4, "terms_used_rate": 0.5, "citations": 5, "citations_rate": 0.2,
+    "tokens_per_second": 310.0,
 }  # fmt: skip
 
 
@@ -105,6 +107,7 @@ class TestGenerationMeasures:
         assert len(panels) == 12 and all(len(axes.patches) == 3 for axes in panels)
         assert [panels[0].patches[0].get_height(), panels[1].patches[0].get_height()] == [81.5, 0.25]
         assert {"source", "stack", "trained"} <= set(texts(figure).split(" | ")) and "40 samples" in texts(figure)
+        assert [label.get_text() for label in panels[-1].get_xticklabels()] == ["of 5"] * 3
 
     def test_a_measure_that_had_nothing_to_judge_says_so(self):
         frame = pd.DataFrame([{"model": "trained", **MEASURES, "citations_rate": math.nan}])
@@ -178,7 +181,7 @@ def test_quality_match_marks_what_is_known_and_says_what_is_not():
     figure = plots.plot_quality_match(run, forecasts)
     [axes] = drawn(figure)
     marks = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "s"]
-    assert marks == [(forecast.step, forecast.reference_loss) for forecast in forecasts[:2]]
+    assert marks == [(500, run.held_out_loss[4]), (forecasts[1].step, 2.42)]
     assert "not to be known" in texts(figure) and "95% interval" in texts(figure)
     with pytest.raises(ValueError, match="no reference"):
         plots.plot_quality_match(run, [])

@@ -93,22 +93,39 @@ def test_accuracy_is_a_share_with_its_interval(loaded):
 
 
 DOCUMENTS = [
-    Document("a", "x", "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. " * 3),
+    Document("a", "x", "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. " * 9),
     Document("b", "x", "Governing law: Ohio – §3."),
 ]
 
 
+def test_a_context_that_is_too_long_loses_its_beginning(loaded):
+    model, tokenizer = loaded
+    item = ChoiceItem("a", "The Tenant shall pay the rent to the Landlord." * 20, ("rent", "tax"), 0, " ")
+    context, whole = tokenizer(item.context)["input_ids"], tokenizer(f"{item.context} rent")["input_ids"]
+    assert len(whole) > 65 == model.config.max_position_embeddings + 1
+    with torch.no_grad():
+        logs = model(torch.tensor([whole[-65:-1]])).logits[0].log_softmax(dim=-1)
+    new = len(whole) - len(context)
+    expected = sum(logs[-place, whole[-place]].item() for place in range(1, new + 1))
+    assert answer_items(model, tokenizer, [item]).right_log_likelihood.item() == pytest.approx(expected, abs=1e-4)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: harness)")
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_gives_the_same_figures(checkpoint, loaded):
-    theirs = harness.run_lm_eval(checkpoint, window=32, documents=DOCUMENTS)
-    for task in harness.TASKS:
-        # the same tokens are seen: items longer than lm-eval's window would be cut by it
-        table = answer_items(*loaded, load_items(task))
-        if task == "clause_cloze":
+def test_lm_eval_gives_the_same_figures(loaded, tmp_path):
+    model, tokenizer = loaded
+    model.config.max_position_embeddings = 128  # some items are longer, none of their choices is
+    try:
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        theirs = harness.run_lm_eval(tmp_path, window=128, documents=DOCUMENTS)
+        for task in harness.TASKS:
+            table = answer_items(model, tokenizer, load_items(task))
             assert theirs[task]["acc"] == pytest.approx(accuracy(table).mean, abs=1e-12)
             assert theirs[task]["acc_norm"] == pytest.approx(accuracy(table, "correct_per_character").mean, abs=1e-12)
-    ours = prediction.evaluate_documents(*loaded, DOCUMENTS, window=32, stride=32).bits_per_byte.mean
+        ours = prediction.evaluate_documents(model, tokenizer, DOCUMENTS, window=128, stride=128).bits_per_byte.mean
+    finally:
+        model.config.max_position_embeddings = 64
     assert theirs["held_out_documents"]["bits_per_byte"] == pytest.approx(ours, abs=1e-5)
     assert theirs["held_out_documents"]["byte_perplexity"] == pytest.approx(2**ours, abs=1e-4)
 

@@ -106,6 +106,7 @@ def test_legal_form_is_pooled_over_the_samples_and_counts_the_prompts_beginning(
     bad = Sample(prompt, " He pays.\n(e) See U.S.C. and 5 C.F.R.", (4,), (5,), (1,), 0.1)
     measures = measure([good, bad])
     assert measures["numbering_rate"] == pytest.approx(3 / 4)  # (b) twice right, (c) right, (e) wrong
+    assert (measures["numbers"], measures["terms"], measures["citations"]) == (4, 2, 3)
     assert measures["terms_used_rate"] == 1.0
     assert measures["citations_rate"] == pytest.approx(1 / 3)
     assert math.isnan(measure(SAMPLES)["citations_rate"])
