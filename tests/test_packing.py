@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,3 +83,17 @@ def test_too_few_held_out_documents_and_an_empty_source_are_refused(spec, tmp_pa
     (tmp_path / "texts.jsonl").write_text("")
     with pytest.raises(ValueError, match="empty"):
         packing.PackedStream(spec, _Letters()).next_batch(1)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8))
+def test_the_shares_of_all_ranks_are_the_step_without_overlap(micro_batch, accumulation, ranks):
+    windows = torch.arange(micro_batch * accumulation * 3).view(-1, 3)
+    if len(windows) % ranks:
+        if accumulation % ranks:
+            with pytest.raises(ValueError, match="cannot be shared evenly"):
+                packing.rank_share(windows, micro_batch, 0, ranks)
+        return
+    shares = [packing.rank_share(windows, micro_batch, rank, ranks) for rank in range(ranks)]
+    assert len({tuple(len(part) for part in share) for share in shares}) == 1, "all ranks go through the same shapes"
+    assert max(len(part) for share in shares for part in share) <= micro_batch
+    assert sorted(torch.cat([part for share in shares for part in share])[:, 0].tolist()) == windows[:, 0].tolist()

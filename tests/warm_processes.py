@@ -83,7 +83,7 @@ def kill_at_random(kills: int, seed: int, run_dir: str, profile: dict) -> dict:
         child = _fork("train", dict(run_dir=run_dir, profile=profile), {}, Path(run_dir).with_suffix(".log"))
         while number % 2 and latest_checkpoint(run_dir) == before:
             time.sleep(0.002)
-        time.sleep(rng.uniform(0.0, 0.1 if number % 2 else 0.5))
+        time.sleep(rng.uniform(0.0, 0.1 if number % 2 else 0.3))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
