@@ -1,8 +1,8 @@
 """How long does training wait for a checkpoint of the 500M model, written in the background, and how long for one that is not?
 
-The state of kl3m-007-500m is real in size: weights, Muon's momentum, AdamW's moments. Measured here: the copy to host memory, which
-training waits for, and the writing, which goes on meanwhile. The share of the time is against the interval between checkpoints of
-the profile at the speed named by `--tokens-per-second`. Writes benchmarks/results/checkpoint.csv.
+The state of kl3m-007-500m is real in size: weights, Muon's momentum, AdamW's moments. Measured here: the copy to host memory,
+which training waits for, and the writing, which goes on meanwhile. The share of the time is against the interval between
+checkpoints of the profile at the speed named by `--tokens-per-second`. Writes benchmarks/results/checkpoint.csv.
 """
 
 from __future__ import annotations

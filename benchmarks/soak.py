@@ -1,7 +1,7 @@
 """Does anything grow? 2,000 steps with checkpoints, clamps and resumes in a loop; memory, open files, threads and step time.
 
-The run is stopped and resumed in the same process every `--resume-every` steps, as somebody does who goes on with it in a notebook
-for days. Writes benchmarks/results/soak.csv, a row for every resume, and docs/soak.png.
+The run is stopped and resumed in the same process every `--resume-every` steps, as somebody does who goes on with it in a
+notebook for days. Writes benchmarks/results/soak.csv, a row for every resume, and docs/soak.png.
 """
 
 from __future__ import annotations
@@ -66,7 +66,12 @@ def draw(rows: list[dict], path: Path) -> None:
     """Four small panels over the steps, each from zero: a leak is a slope."""
     plots.use_style()
     steps = [row["steps"] for row in rows]
-    panels = {"memory_mib": "resident memory, MiB", "median_step_ms": "median step, ms", "open_files": "open files", "threads": "threads"}
+    panels = {
+        "memory_mib": "resident memory, MiB",
+        "median_step_ms": "median step, ms",
+        "open_files": "open files",
+        "threads": "threads",
+    }
     figure, axes = plt.subplots(2, 2, figsize=(7.2, 4.2), sharex=True, layout="constrained")
     for axis, (column, title) in zip(axes.flat, panels.items(), strict=True):
         values = [row[column] for row in rows]

@@ -43,6 +43,10 @@ def _notebook(path: Path, code: str) -> Path:
         (["train", "tiny", "--set", "base_lr", "high"], "float"),
         (["train", "tiny", "--set", "color", "red"], "no field 'color'"),
         (["train", "tiny", "--init", "nowhere"], "no checkpoint folder"),
+        (["train"], "neither a profile nor a run"),
+        (["train", "--run", "runs/none"], "no run folder"),
+        (["train", "runs/none", "--run", "other"], "keeps its folder"),
+        (["train", "runs/none", "--set", "max_steps", "3"], "max_steps stays as it is"),
         (["stack", "nowhere", "target"], "no checkpoint folder"),
         (["estimate", "huge"], "no profile"),
     ],
@@ -85,6 +89,7 @@ def test_train_stack_and_runs_work_from_the_shell(tmp_path):
         return ended.stdout
 
     assert "Finished at step 2" in call("train", "tiny", "--run", "a", "--set", "growth_factor", "1", *changes)
+    assert "Finished at step 2" in call("train", "runs/a", "--set", "keep_checkpoints", "1")
     assert "verified" in call("stack", "runs/a/checkpoints/step-000002", "grown", "--factor", "2")
     assert (tmp_path / "grown" / "stack.json").is_file()
     assert "tiny" in call("runs")

@@ -194,7 +194,9 @@ def test_a_disk_that_is_full_while_logging_costs_no_row(tmp_path, trained_run):
     saved = []
 
     def the_log() -> int:
-        return next(int(fd) for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(path.resolve()))
+        return next(
+            int(fd) for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(path.resolve())
+        )
 
     def fill():
         number = the_log()
@@ -370,7 +372,9 @@ def test_a_second_sigterm_at_once_is_the_same_request_a_later_one_interrupts(tmp
 
     with pytest.raises(KeyboardInterrupt):
         training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(5, later)])
-    assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004", "nothing is saved after the second, nothing lost"
+    assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004", (
+        "nothing is saved after the second, nothing lost"
+    )
     training.train(small_profile(), tmp_path / "run")
     _assert_same_run(tmp_path / "run", trained_run[0])
 
