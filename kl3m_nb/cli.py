@@ -70,8 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train a profile without a notebook")
     command.add_argument("profile", nargs="?", default="", help=f"one of {', '.join(profiles.PROFILES)}, or a run's folder, such "
                          "as runs/x, to go on with it")  # fmt: skip
-    command.add_argument("--run", default="", help="folder below runs/, or a path such as runs/x; without a profile, the run to go "
-                         "on with (default: named after the profile)")  # fmt: skip
+    command.add_argument("--run", default="", help="folder below runs/, or a path such as runs/x (default: named after the profile)")
     command.add_argument("--init", help="checkpoint folder or hub id to start from (default: random weights)")
     command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
     command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")

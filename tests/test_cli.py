@@ -43,6 +43,10 @@ def _notebook(path: Path, code: str) -> Path:
         (["train", "tiny", "--set", "base_lr", "high"], "float"),
         (["train", "tiny", "--set", "color", "red"], "no field 'color'"),
         (["train", "tiny", "--init", "nowhere"], "no checkpoint folder"),
+        (["train"], "neither a profile nor a run"),
+        (["train", "--run", "runs/none"], "no run folder"),
+        (["train", "runs/none", "--run", "other"], "keeps its folder"),
+        (["train", "runs/none", "--set", "max_steps", "3"], "max_steps stays as it is"),
         (["stack", "nowhere", "target"], "no checkpoint folder"),
         (["stack", "nowhere", "target", "--order", "spiral", "--noise", "0.2"], "for cyclic or interpolated"),
         (["estimate", "huge"], "no profile"),
@@ -89,6 +93,7 @@ def test_train_stack_and_runs_work_from_the_shell(tmp_path):
         return ended.stdout
 
     assert "Finished at step 2" in call("train", "tiny", "--run", "a", "--set", "growth_factor", "1", *changes)
+    assert "Finished at step 2" in call("train", "runs/a", "--set", "keep_checkpoints", "1")
     assert "verified" in call("stack", "runs/a/checkpoints/step-000002", "grown", "--factor", "2", "--noise", "0.1")
     assert '"noise": 0.1' in (tmp_path / "grown" / "stack.json").read_text()
     assert "tiny-step2" in call("export", "runs/a/checkpoints/step-000002", "models")

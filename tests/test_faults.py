@@ -154,7 +154,13 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, trained_run, fi
     assert weights < state
     largest = weights - 1000 if file == "model.safetensors" else (weights + state) // 2
     limits = contextlib.ExitStack()
-    full = [_at_step(1, lambda: limits.enter_context(_files_up_to(largest))), _at_step(4, limits.close)]
+
+    def make_room():
+        while list((tmp_path / "run" / "checkpoints").glob(".saving-*")):  # until the writing in the background has failed
+            time.sleep(0.01)
+        limits.close()
+
+    full = [_at_step(1, lambda: limits.enter_context(_files_up_to(largest))), _at_step(4, make_room)]
     with limits, pytest.warns(UserWarning, match=r"step-000003 could not be written.*next try is at step"):
         training.train(small_profile(), tmp_path / "run", callbacks=full)
     _assert_same_run(tmp_path / "run", trained_run[0])
@@ -188,7 +194,9 @@ def test_a_disk_that_is_full_while_logging_costs_no_row(tmp_path, trained_run):
     saved = []
 
     def the_log() -> int:
-        return next(int(fd) for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(path.resolve()))
+        return next(
+            int(fd) for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(path.resolve())
+        )
 
     def fill():
         number = the_log()
@@ -364,7 +372,9 @@ def test_a_second_sigterm_at_once_is_the_same_request_a_later_one_interrupts(tmp
 
     with pytest.raises(KeyboardInterrupt):
         training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(5, later)])
-    assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004", "nothing is saved after the second, nothing lost"
+    assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004", (
+        "nothing is saved after the second, nothing lost"
+    )
     training.train(small_profile(), tmp_path / "run")
     _assert_same_run(tmp_path / "run", trained_run[0])
 

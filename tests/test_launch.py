@@ -30,7 +30,7 @@ def _process_of_rank(rank: int, run_dir: Path) -> int:
 
 
 def test_a_run_outlives_its_notebook_and_a_rank_that_is_killed(tmp_path):
-    """The notebook's process is killed; the same call elsewhere follows the run; a rank is killed; torchrun goes on to the end."""
+    """The notebook's process is killed; the same call elsewhere follows the run; a rank is killed; torchrun goes on."""
     run_dir = tmp_path / "run"
     code = f"""
         import sys
@@ -56,7 +56,7 @@ def test_a_run_outlives_its_notebook_and_a_rank_that_is_killed(tmp_path):
 
     result = launch.train_with_torchrun(small_profile(**PROFILE), run_dir, processes=2, callbacks=[kill_rank_1])
     log = (run_dir / "torchrun.log").read_text()
-    assert killed and f"{killed[0]}" in log and "SIGKILL" in log or "exitcode: -9" in log
+    assert (killed and f"{killed[0]}" in log and "SIGKILL" in log) or "exitcode: -9" in log
     assert result.step == 60 and run_folder.running_process(run_dir) is None and not launch.is_running(run_dir)
     training.train(small_profile(**PROFILE), tmp_path / "alone")
     alone, together = read_metrics(tmp_path / "alone", "train"), read_metrics(run_dir, "train")

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import math
 
-from kl3m_nb.metrics import MetricsLog, read_metrics
+import pytest
+
+from kl3m_nb.metrics import MetricsLog, parse_row, read_metrics
 
 
 def test_rows_come_back_by_kind_and_a_cut_line_is_passed_over(tmp_path):
@@ -37,3 +39,28 @@ def test_a_clamp_event_becomes_a_row_per_matrix(tmp_path):
     frame = read_metrics(tmp_path, "clamp")
     assert list(frame.name) == ["a", "b"] and list(frame.step) == [5, 5]
     assert frame.raised.sum() == 3 and frame.sigma_max.dtype == float
+
+
+def test_a_line_cut_before_the_position_is_dropped_with_a_warning(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.append({"kind": "train", "step": step})
+    position = log.position
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match=f"lost its end, {position - 10} bytes are left of {position}"):
+        again = MetricsLog(tmp_path, position)
+    again.append({"kind": "train", "step": 4})
+    again.close()
+    assert list(read_metrics(tmp_path, "train").step) == [1, 2, 4]
+    assert again.position == path.stat().st_size
+
+
+def test_lines_that_are_not_the_logs_are_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'[1]\n3\n{"step": 1}\n\xff\xfe\n{"kind": "train", "step": 2}\n')
+    assert list(read_metrics(tmp_path, "train").step) == [2]
+
+
+def test_null_is_not_a_number_again():
+    assert math.isnan(parse_row(b'{"kind": "train", "loss": null}')["loss"])

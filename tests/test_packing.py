@@ -133,3 +133,21 @@ def test_too_few_held_out_documents_and_an_empty_source_are_refused(spec, tmp_pa
     (tmp_path / "texts.jsonl").write_text("")
     with pytest.raises(ValueError, match="empty"):
         packing.PackedStream(spec, Letters()).next_batch(1)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8))
+def test_the_shares_of_all_ranks_are_the_step_without_overlap(micro_batch, accumulation, ranks):
+    windows = torch.arange(micro_batch * accumulation * 2).view(-1, 2)
+    step = packing.Batch(windows, windows + 1)
+    if len(windows) % ranks:
+        with pytest.raises(ValueError, match="cannot be shared evenly"):
+            packing.rank_share(step, micro_batch, 0, ranks)
+        return
+    shares = [packing.rank_share(step, micro_batch, rank, ranks) for rank in range(ranks)]
+    rows = [row for share in shares for batch in share for row in batch.input_ids.tolist()]
+    assert sorted(rows) == windows.tolist()
+    assert len({sum(len(batch.labels) for batch in share) for share in shares}) == 1
+    assert all(torch.equal(batch.labels, batch.input_ids + 1) for share in shares for batch in share)
+    if accumulation % ranks == 0:  # then micro-batches are the same for any number of ranks
+        micro_batches = {tuple(map(tuple, batch.input_ids.tolist())) for share in shares for batch in share}
+        assert micro_batches == {tuple(map(tuple, batch.tolist())) for batch in windows.split(micro_batch)}

@@ -53,7 +53,8 @@ def run_ranks(ranks: int, work: str, arguments: dict) -> list[int]:
     port = _free_port()
     common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     log = Path(arguments["run_dir"]).with_suffix(".log")
-    children = [_fork(work, arguments, {**common, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}, log) for rank in range(ranks)]
+    environments = [{**common, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {} for rank in range(ranks)]
+    children = [_fork(work, arguments, environment, log) for environment in environments]
     deadline = time.monotonic() + SECONDS
     codes: dict[int, int] = {}
     while len(codes) < ranks and time.monotonic() < deadline:
@@ -83,7 +84,7 @@ def kill_at_random(kills: int, seed: int, run_dir: str, profile: dict) -> dict:
         child = _fork("train", dict(run_dir=run_dir, profile=profile), {}, Path(run_dir).with_suffix(".log"))
         while number % 2 and latest_checkpoint(run_dir) == before:
             time.sleep(0.002)
-        time.sleep(rng.uniform(0.0, 0.1 if number % 2 else 0.5))
+        time.sleep(rng.uniform(0.0, 0.1 if number % 2 else 0.3))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:

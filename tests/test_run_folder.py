@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+from conftest import small_profile
+
+from kl3m_nb import run_folder
+
+
+def test_a_lock_keeps_others_out_and_leaves_nothing_behind(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with run_folder.RunLock(folder) as first:
+        assert not folder.exists() and run_folder.running_process(folder) is None
+        first.acquire()
+        assert first.held and run_folder.running_process(folder) == f"process {os.getpid()} on {os.uname().nodename}"
+        with run_folder.RunLock(folder) as second, pytest.raises(run_folder.RunIsBusy, match="in use by process"):
+            second.acquire()
+        assert run_folder.running_process(folder) is not None, "whoever was refused leaves the lock alone"
+    assert run_folder.running_process(folder) is None and list(folder.iterdir()) == []
+    with run_folder.RunLock(folder) as third:
+        third.acquire()
+
+
+def test_a_request_is_taken_once(tmp_path):
+    run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
+    assert not run_folder.take_save_request(tmp_path)
+    run_folder.request_checkpoint(tmp_path)
+    assert run_folder.take_save_request(tmp_path) and not run_folder.take_save_request(tmp_path)
+
+
+def test_the_run_file_keeps_its_identity_and_says_what_was_begun(tmp_path):
+    assert run_folder.run_identity(tmp_path) is None
+    identity = run_folder.write_run_file(tmp_path, small_profile(), "hub/model", "cpu")
+    assert run_folder.write_run_file(tmp_path, small_profile(keep_checkpoints=1), "hub/model", "gpu") == identity
+    assert run_folder.run_identity(tmp_path) == identity
+    assert run_folder.read_run_init(tmp_path) == "hub/model"
+    assert run_folder.read_run_profile(tmp_path) == small_profile(keep_checkpoints=1)
+    run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
+    assert run_folder.read_run_init(tmp_path) is None
+    with pytest.raises(ValueError, match="hidden = 32, now it is 64"):
+        run_folder.check_run_folder(tmp_path, small_profile(hidden=64), None)
+    with pytest.raises(ValueError, match="random weights, now from hub/model"):
+        run_folder.check_run_folder(tmp_path, small_profile(), "hub/model")
