@@ -286,7 +286,8 @@ def _training_details(profile: Profile, facts: CardFacts) -> str:
     schedule, data = profile.schedule, profile.data
     return _items(
         {
-            "Data": f"{data.source}, tokenizer {_public(data.tokenizer)}, shuffle buffer {data.shuffle_buffer}, `<|end|>` after documents",
+            "Data": f"{data.source}, tokenizer {_public(data.tokenizer)}, shuffle buffer {data.shuffle_buffer}, "
+            "`<|end|>` after each document",
             "Schedule": f"linear warmup over {schedule.warmup_steps} steps, cosine to {schedule.min_lr_ratio:g} of the peak at "
             f"step {schedule.max_steps:,}",
             "Gradient clipping": f"{schedule.clip_mode}, maximum {schedule.clip_max_norm:g}, coefficient "
