@@ -160,6 +160,7 @@ def model_card(profile: Profile, facts: CardFacts) -> str:
         "Training Details": _training_details(profile, facts),
         "Spectra": _spectra(profile, facts),
         "Usage": _usage(profile, name),
+        "Generation": f"Recommended sampling: temperature {_temperature(profile)}, top-p 0.95, repetition penalty 1.0.",
         "Limitations": (
             "A small base model: it continues text in the manner of its data and does not know whether a sentence is true. "
             "Nothing it writes is legal advice."
@@ -193,7 +194,7 @@ def _details(profile: Profile, facts: CardFacts) -> str:
             "Architecture": "Mixtral" if spec.experts else "Llama with grouped-query attention",
             "Parameters": f"{count.total:,}{active}; {count.total - vocabulary:,} without embedding and LM head ({tied})",
             "Layers": str(spec.layers),
-            "Started from": facts.init,
+            "Started from": _public(facts.init),
             "Training status": f"{facts.counts.step:,} of {profile.schedule.max_steps:,} steps",
             "Precision": f"float32 weights, trained on {facts.runtime}",
         }
@@ -239,7 +240,7 @@ def _stacking(profile: Profile, stack: dict) -> str:
     )
     if not stack:
         return text
-    rows = {"Source": stack["source"], "Order": stack["order"], "Noise": f"{stack['noise']:.0%}"}
+    rows = {"Source": _public(stack["source"]), "Order": stack["order"], "Noise": f"{stack['noise']:.0%}"}
     rows |= {f"SHA-256 of {name}": digest for name, digest in stack["source_sha256"].items()}
     return f"{text}\n\n{_items(rows)}"
 
@@ -285,7 +286,8 @@ def _training_details(profile: Profile, facts: CardFacts) -> str:
     schedule, data = profile.schedule, profile.data
     return _items(
         {
-            "Data": f"{data.source}, tokenizer {data.tokenizer}, shuffle buffer {data.shuffle_buffer}, `<|end|>` after documents",
+            "Data": f"{data.source}, tokenizer {_public(data.tokenizer)}, shuffle buffer {data.shuffle_buffer}, "
+            "`<|end|>` after each document",
             "Schedule": f"linear warmup over {schedule.warmup_steps} steps, cosine to {schedule.min_lr_ratio:g} of the peak at "
             f"step {schedule.max_steps:,}",
             "Gradient clipping": f"{schedule.clip_mode}, maximum {schedule.clip_max_norm:g}, coefficient "
@@ -306,8 +308,7 @@ def _spectra(profile: Profile, facts: CardFacts) -> str:
 
 
 def _usage(profile: Profile, name: str) -> str:
-    temperature = 0.5 if profile.model.experts else 0.8  # the advice of the cards of kl3m-002 and kl3m-007
-    arguments = f"max_new_tokens=100, do_sample=True, temperature={temperature}, top_p=0.95"
+    arguments = f"max_new_tokens=100, do_sample=True, temperature={_temperature(profile)}, top_p=0.95"
     return f'''```python
 from transformers import pipeline
 
@@ -326,7 +327,17 @@ outputs = model.generate(**inputs, {arguments})
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 ```
 
-`{name}` stands for this folder. Recommended sampling: temperature {temperature}, top-p 0.95, repetition penalty 1.0.'''
+`{name}` stands for this folder.'''
+
+
+def _temperature(profile: Profile) -> float:
+    """The advice of the cards of kl3m-002 and kl3m-007."""
+    return 0.5 if profile.model.experts else 0.8
+
+
+def _public(name: str) -> str:
+    """A hub id or a path in the project as it is; of any other path the last part, since a card is read elsewhere."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _items(rows: dict[str, str]) -> str:

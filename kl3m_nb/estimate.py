@@ -109,7 +109,7 @@ class Estimate:
                 f"{self.flops_per_token / 1e9:.2f} GFLOP (forward and backward, attention counted causally); "
                 f"{self.palm_flops_per_token / 1e9:.2f} in PaLM's convention, 6N + 12LHT"
             ),
-            "tokens per second": f"{self.tokens_per_second:,.0f}",
+            "tokens per second": f"{self.tokens_per_second:,.{0 if self.tokens_per_second >= 10 else 1}f}",
             "a run": f"{self.max_steps:,} steps of {self.tokens_per_step:,} tokens: {clock(self.seconds)}",
         }
 

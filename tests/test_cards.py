@@ -12,7 +12,7 @@ from kl3m_nb.profiles import PROFILES, get_profile
 
 SECTIONS = [
     "Model Details", "Training Progress", "Model Architecture", "G_stack", "Training Configuration", "Training Details",
-    "Spectra", "Usage", "Limitations", "Citation", "License",
+    "Spectra", "Usage", "Generation", "Limitations", "Citation", "License",
 ]  # fmt: skip
 FACTS = cards.CardFacts(
     counts=cards.Counts(37_000, 3_917_824_000, 3_914_825_728),
@@ -22,7 +22,12 @@ FACTS = cards.CardFacts(
     cross_entropy=2.5,
     conditions={"attention": (2168.0, 2501.0), "MLP": (4.58, 12.0)},
     conditions_step=37_000,
-    stack={"source": "kl3m-006-170m", "order": "cyclic", "noise": 0.0, "source_sha256": {"model.safetensors": "abc"}},
+    stack={
+        "source": "/home/somebody/kl3m-006-170m",
+        "order": "cyclic",
+        "noise": 0.0,
+        "source_sha256": {"model.safetensors": "abc"},
+    },
 )
 
 
@@ -36,6 +41,7 @@ def test_the_card_of_the_500m_has_the_familys_sections_and_figures():
         "4 times the 30 blocks", "SHA-256 of model.safetensors**: abc", "arXiv:2405.15319", "cosine to 0.1",
     ):  # fmt: skip
         assert figure in text, figure
+    assert "- **Source**: kl3m-006-170m\n" in text and "somebody" not in text
 
 
 def test_the_mixtures_card_speaks_of_experts_and_not_of_stacking():

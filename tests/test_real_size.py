@@ -23,8 +23,8 @@ from kl3m_nb.tokenizer import load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = "package:licensedcode-data"
 MOST_MEMORY = 14 * 10**9  # resident, of any one process
-# Newton-Schulz is most of a step of 512 tokens. The 500M takes its profile's five steps (0), the mixture three, as kl3m-006 did: its
-# matrices cost twice as much, and the suite has to end.
+# Newton-Schulz is most of a step of 512 tokens. The 500M takes its profile's five steps (0), the mixture three, as kl3m-006 did:
+# its matrices cost twice as much, and the suite has to end.
 NS_STEPS = {"kl3m-007-500m": 0, "kl3m-002-520m": 3}
 SMALL_DATA = {"seq_len": 512, "held_out_windows": 1}
 
