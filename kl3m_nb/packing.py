@@ -94,10 +94,9 @@ class PackedStream:
     on all of them and does not depend on how many there are.
     """
 
-    def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, rank: int = 0, world: int = 1):
+    def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase):
         """Raises ValueError or FileNotFoundError when the source is malformed or missing."""
         self.spec, self.tokenizer = spec, tokenizer
-        self._rank, self._world = rank, world
         self._documents = DocumentStream(spec, tokenizer)
         self._rest = np.empty(0, dtype=np.int32)
 
@@ -112,9 +111,9 @@ class PackedStream:
         return self._documents.report
 
     def next_batch(self, windows: int) -> torch.Tensor:
-        """This process's next `windows` windows, int64 [windows, seq_len + 1], e.g. [8, 257]; world × windows are used up."""
+        """The next `windows` windows, int64 [windows, seq_len + 1], e.g. [8, 257]."""
         length = self.spec.seq_len + 1
-        wanted = windows * self._world * length
+        wanted = windows * length
         pieces, have = [self._rest], self._rest.size
         end = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
         while have < wanted:
@@ -123,7 +122,7 @@ class PackedStream:
             have += tokens.size + 1
         everything = np.concatenate(pieces)
         self._rest = everything[wanted:].copy()
-        return torch.from_numpy(everything[:wanted].reshape(-1, length)[self._rank :: self._world].astype(np.int64))
+        return torch.from_numpy(everything[:wanted].reshape(-1, length).astype(np.int64))
 
     def take(self, windows: int) -> Batch:
         """`next_batch` as inputs and labels, with positions and mask as the profile's `document_borders` says."""

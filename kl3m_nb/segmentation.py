@@ -77,14 +77,10 @@ def _last_border(kinds: tuple[np.ndarray, ...], lowest: int, highest: int) -> in
 
 
 class SegmentedStream:
-    """Endless padded segments, with instruction pairs between them at `spec.p_sft`. Resumes to the segment.
+    """Endless padded segments, with instruction pairs between them at `spec.p_sft`. Resumes to the segment."""
 
-    Like `PackedStream`: every process reads the same stream and keeps every `world`-th sample.
-    """
-
-    def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, rank: int = 0, world: int = 1):
+    def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase):
         self.spec, self.tokenizer = spec, tokenizer
-        self._rank, self._world = rank, world
         self._documents = DocumentStream(spec, tokenizer)
         self._borders = TextBorders(tokenizer)
         self._random = random.Random(f"segments {spec.seed}")
@@ -103,20 +99,19 @@ class SegmentedStream:
         return self._documents.report
 
     def take(self, windows: int) -> Batch:
-        """This process's next `windows` samples; world × windows are used up."""
-        shape = (windows * self._world, self.spec.seq_len)
+        """The next `windows` samples."""
+        shape = (windows, self.spec.seq_len)
         input_ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
         labels = np.full(shape, -100, dtype=np.int64)
         mask = np.zeros(shape, dtype=bool)
-        for row in range(shape[0]):
+        for row in range(windows):
             sample = self._next_sample()
             length = sample.tokens.size - 1
             left = self._random.randint(0, self.spec.seq_len - length)
             place = slice(left, left + length)
             input_ids[row, place], labels[row, place], mask[row, place] = sample.tokens[:-1], sample.tokens[1:], True
             labels[row, left : left + max(sample.trained_from - 1, 0)] = -100
-        share = slice(self._rank, None, self._world)
-        return Batch(*(torch.from_numpy(array[share].copy()) for array in (input_ids, labels, mask)))
+        return Batch(*map(torch.from_numpy, (input_ids, labels, mask)))
 
     def state_dict(self) -> dict:
         """Place in the source, segments not yet given, generators; cheap enough for every step."""

@@ -77,13 +77,11 @@ class PrefetchedStream:
 
 
 def open_stream(
-    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, prefetch_batches: int = 0, rank: int = 0, world: int = 1
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, prefetch_batches: int = 0
 ) -> PackedStream | SegmentedStream | PrefetchedStream:
     """The training stream of `spec`: dense windows or segments, with `prefetch_batches` made ahead (0: none).
 
-    Of every world × windows samples the process `rank` gets its own. Raises ValueError or FileNotFoundError for a source that
-    cannot be opened.
+    Raises ValueError or FileNotFoundError for a source that cannot be opened.
     """
-    kind = PackedStream if spec.packing == "dense" else SegmentedStream
-    stream = kind(spec, tokenizer, rank, world)
+    stream = (PackedStream if spec.packing == "dense" else SegmentedStream)(spec, tokenizer)
     return PrefetchedStream(stream, prefetch_batches) if prefetch_batches else stream

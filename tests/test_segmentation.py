@@ -107,21 +107,20 @@ def test_cotraining_mixes_pairs_at_their_share(loss):
         assert labels[first] != -100
 
 
-@pytest.mark.parametrize(("workers", "world"), [(0, 1), (1, 2)])
-def test_segments_resume_and_are_shared_out(workers, world):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_segments_resume(workers):
     trained, spec = _module_tokenizer(), _spec(seq_len=400, p_sft=0.2)
     whole = streams.open_stream(spec, trained)
     whole.take(60)
     expected = whole.take(200)
-    for rank in range(world):
-        interrupted = streams.open_stream(spec, trained, 2 * workers, rank, world)
-        for _ in range(10):
-            interrupted.take(6 // world)
-        resumed = streams.open_stream(spec, trained, 2 * workers, rank, world)
-        resumed.load_state_dict(saved_and_loaded(interrupted.state_dict()))
-        found = resumed.take(200 // world)
-        for name in ("input_ids", "labels", "attention_mask"):
-            assert torch.equal(getattr(found, name), getattr(expected, name)[rank::world])
+    interrupted = streams.open_stream(spec, trained, 2 * workers)
+    for _ in range(10):
+        interrupted.take(6)
+    resumed = streams.open_stream(spec, trained, 2 * workers)
+    resumed.load_state_dict(saved_and_loaded(interrupted.state_dict()))
+    found = resumed.take(200)
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("experts", [0, 4])
