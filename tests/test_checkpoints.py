@@ -58,7 +58,7 @@ def test_every_file_is_in_the_manifest_and_none_can_run_code(run_dir):
     for name, entry in manifest["files"].items():
         content = (newest / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert {Path(name).suffix for name in files} == {".safetensors", ".json", ".pt"}
+    assert {Path(name).suffix for name in files} == {".safetensors", ".json", ".pt", ".md"}
     torch.load(newest / "training_state" / "state.pt", weights_only=True)
 
 
