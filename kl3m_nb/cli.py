@@ -68,9 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_run)
 
     command = commands.add_parser("train", help="train a profile without a notebook")
-    command.add_argument("profile", nargs="?", default="", help=f"one of {', '.join(profiles.PROFILES)}, or a run's folder, such "
-                         "as runs/x, to go on with it")  # fmt: skip
-    command.add_argument("--run", default="", help="folder below runs/, or a path such as runs/x (default: named after the profile)")
+    command.add_argument("profile", nargs="?", default="", help=f"one of {', '.join(profiles.PROFILES)}, or a run to go on with, "
+                         "as a path such as runs/x")  # fmt: skip
+    command.add_argument("--run", default="", help="folder below runs/, or a path (default: named after the profile)")
     command.add_argument("--init", help="checkpoint folder or hub id to start from (default: random weights)")
     command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
     command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")
