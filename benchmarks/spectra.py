@@ -157,7 +157,8 @@ def measure(known: known_spectra.KnownStack, peer_layers: int) -> None:
     rows.append(again.row("second look, with alpha", len(table)))
     divergence = Measurement(copies.copy_divergence, known.trained, known.source_layers, known.stack)
     rows.append(divergence.row("divergence of the copies", len(table) - 1))
-    exact = deviations(known, table, divergence.result, copies.inheritance(known.trained, known.source))
+    inherited = copies.inheritance(known.trained, known.source)
+    write_table("spectra_exactness", deviations(known, table, divergence.result, inherited))
     rows = [row | {"WeightWatcher / ours": ""} for row in rows]
     if importlib.util.find_spec("weightwatcher"):
         measured, theirs = peer(known.trained, peer_layers)
@@ -170,7 +171,6 @@ def measure(known: known_spectra.KnownStack, peer_layers: int) -> None:
     else:
         rows.append({key: "" for key in rows[0]} | {"what": "WeightWatcher: not installed here"})
     write_table("spectra", rows)
-    write_table("spectra_exactness", exact)
 
 
 if __name__ == "__main__":
