@@ -7,10 +7,10 @@ The checkpoint is `known_spectra.write_known_stack` at the real size: copies of 
 next call. Caches are removed before what is timed, except for the second look. Memory is what the process allocates beyond what
 it held before, sampled ten times a second; pages of the mapped file, which the system may drop at any time, are not in it.
 
-WeightWatcher (pip install weightwatcher, into an environment of its own) analyses the first `--peer-layers` of the same checkpoint
-with its defaults, which leave out an LM head of more than 50,000 rows; all layers have the same shapes, so its time is scaled to
-120 of them, and the table says so. It wants the model in memory and gets it before its time is taken; ours includes reading the
-file and the head.
+WeightWatcher (pip install weightwatcher, into an environment of its own) analyses the first `--peer-layers` of the same
+checkpoint with its defaults, which leave out an LM head of more than 50,000 rows; all layers have the same shapes, so its time is
+scaled to 120 of them, and the table says so. It wants the model in memory and gets it before its time is taken; ours includes
+reading the file and the head.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def measure(known: known_spectra.KnownStack, peer_layers: int) -> None:
     rows.append(again.row("second look, with alpha", len(table)))
     divergence = Measurement(copies.copy_divergence, known.trained, known.source_layers, known.stack)
     rows.append(divergence.row("divergence of the copies", len(table) - 1))
-    exact = deviations(known, table, divergence.result, copies.inheritance(known.trained, known.source))
+    inherited = copies.inheritance(known.trained, known.source)
+    write_table("spectra_exactness", deviations(known, table, divergence.result, inherited))
     rows = [row | {"WeightWatcher / ours": ""} for row in rows]
     if importlib.util.find_spec("weightwatcher"):
         measured, theirs = peer(known.trained, peer_layers)
@@ -170,7 +171,6 @@ def measure(known: known_spectra.KnownStack, peer_layers: int) -> None:
     else:
         rows.append({key: "" for key in rows[0]} | {"what": "WeightWatcher: not installed here"})
     write_table("spectra", rows)
-    write_table("spectra_exactness", exact)
 
 
 if __name__ == "__main__":
