@@ -104,7 +104,7 @@ class PromptBox:
         state.value = "writing …"
         sample = generate_streaming(model, tokenizer, prompt, sampling, seed, show, self._stop.is_set)
         text.value = choices_html(prompt, token_choices(model, tokenizer, sample))
-        state.value = _speed(sample)
+        state.value = f"{_length(sample)}, {_speed([sample])}"
 
     @cached_property
     def gallery(self) -> str:
@@ -116,13 +116,16 @@ class PromptBox:
         names = [chooser.value for chooser in self.choosers]
         columns = [generate(self.models[name], self.tokenizers[name], self.prompts, sampling, self.seed) for name in names]
         cell = "vertical-align: top; text-align: left; width: 50%; padding: 0.5em 1em 0.5em 0"
-        heads = "".join(f'<th style="{cell}">{html.escape(name)}</th>' for name in names)
+        heads = "".join(
+            f'<th style="{cell}">{html.escape(name)} <small>{_speed(samples)}</small></th>'
+            for name, samples in zip(names, columns, strict=True)
+        )
         rows = ""
         for samples in zip(*columns, strict=True):
             cells = (
                 f'<td style="{cell}">'
                 + choices_html(sample.prompt, token_choices(self.models[name], self.tokenizers[name], sample))
-                + f"<small>{_speed(sample)}</small></td>"
+                + f"<small>{_length(sample)}</small></td>"
                 for name, sample in zip(names, samples, strict=True)
             )
             rows += f"<tr>{''.join(cells)}</tr>"
@@ -136,7 +139,11 @@ class PromptBox:
         return self.view._repr_mimebundle_() | bundle
 
 
-def _speed(sample: Sample) -> str:
-    count = len(sample.tokens)
-    ending = "ended by itself" if sample.ended else "cut"
-    return f"{count} tokens, {ending}, {(count + sample.ended) / sample.seconds:,.0f} tokens/s"
+def _length(sample: Sample) -> str:
+    return f"{len(sample.tokens)} tokens, {'ended by itself' if sample.ended else 'cut'}"
+
+
+def _speed(samples: Sequence[Sample]) -> str:
+    """Tokens a second over one call, the end-of-text tokens included: they cost as much as any."""
+    tokens = sum(len(sample.tokens) + sample.ended for sample in samples)
+    return f"{tokens / sum(sample.seconds for sample in samples):,.0f} tokens/s"
