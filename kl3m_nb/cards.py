@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from kl3m_nb import paths
 from kl3m_nb.memory import count_parameters
-from kl3m_nb.profiles import Profile
+from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, Profile
 
 CARD_FILE = "README.md"
 _STEP_IN_NAME = re.compile(r"-(?:step|checkpoint-)(\d+)$")
@@ -65,6 +67,16 @@ class CardFacts:
 def published_name(profile: Profile, step: int) -> str:
     """The family's way of naming a checkpoint: kl3m-007-500m-step37000."""
     return f"{profile.name}-step{step}"
+
+
+def conditions_by_group(clamped: Mapping) -> dict[str, tuple[float, float]]:
+    """Median and maximum of σ₁/σ_min over attention, MLP and head, from a clamp's row of the metrics."""
+    groups: dict[str, list[float]] = {}
+    for role, sigma_max, sigma_min in zip(clamped["role"], clamped["sigma_max"], clamped["sigma_min"], strict=True):
+        group = "attention" if role in ATTENTION_ROLES else "MLP" if role in MLP_ROLES else "LM head"
+        if sigma_min > 0:
+            groups.setdefault(group, []).append(sigma_max / sigma_min)
+    return {group: (float(statistics.median(values)), max(values)) for group, values in groups.items()}
 
 
 def carried_counts(init: str | Path | None) -> Counts:

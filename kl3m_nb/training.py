@@ -8,7 +8,6 @@ all ranks call it alike: rank 0 logs and saves, and what one rank is asked for i
 
 from __future__ import annotations
 
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -19,16 +18,17 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from kl3m_nb import cards, checkpoints, distributed, evaluation, models, packing, paths, profiles, roles, run_folder
-from kl3m_nb.checkpoints import CheckpointFailed
+from kl3m_nb import cards, checkpoints, distributed, evaluation, models, packing, paths, roles, run_folder
 from kl3m_nb.clamping import SpectralClamp
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import MetricsLog, read_metrics
 from kl3m_nb.objective import activation_penalty, chunked_objective
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
+from kl3m_nb.random_state import random_state, set_random_state
 from kl3m_nb.run_folder import RunLock, read_run_profile
 from kl3m_nb.runtime import choose_runtime, prepare_model
+from kl3m_nb.saving import CheckpointSaver
 from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
 from kl3m_nb.stopping import StopRequest
 from kl3m_nb.streams import open_stream
@@ -70,8 +70,9 @@ def train(
 
     `init` names a checkpoint to start from with fresh optimizers; without it the weights are random. One of the family, a folder
     or hub id whose name ends in -stepN, is continued: steps and tokens are counted on from its card, the schedule goes on there
-    after a warmup of its own, and the data begins anew. With `resume="auto"` a run
-    folder that holds a checkpoint is continued (at once finished when it is complete); `resume="never"` refuses such a folder.
+    after a warmup of its own, and the data begins anew. With `resume="auto"` a run folder that holds a checkpoint is continued (at
+    once finished when it is complete); `resume="never"` refuses such a folder.
+
     Raises ValueError before anything is written when the pieces do not fit or another process trains there, TrainingStopped
     when steps are not finite or the data breaks off, CheckpointFailed when the last checkpoint cannot be written,
     KeyboardInterrupt after the checkpoint of an interrupted run is saved.
@@ -159,11 +160,10 @@ class _Run:
         if state:
             self._load_state(state)
         self._begins = state is None or state["metrics_position"] == 0
-        self._saved, self._saved_step = checkpoint, self.counters["step"] if checkpoint else None
-        self._retry_at: int | None = None
-        self._waited = 0.0
-        self._writer = checkpoints.BackgroundWriter()
-        self.identity = distributed.on_first_rank(lambda: self._open_folder(lock, init))
+        identity = distributed.on_first_rank(lambda: self._open_folder(lock, init))
+        self.saver = CheckpointSaver(
+            run_dir, identity, self.model, self.tokenizer, profile.runtime, checkpoint, self._record_checkpoint
+        )
         self.log = MetricsLog(run_dir, state["metrics_position"] if state else 0) if self.world.is_first else None
 
     def to_the_end(self) -> TrainResult:
@@ -180,7 +180,7 @@ class _Run:
             while self.counters["step"] < schedule.max_steps:
                 stopping, saving = self._requests(stop)
                 if saving:
-                    self._save()
+                    self.saver.save(self.counters["step"], self._contents)
                 before = self.stream.state_dict()
                 try:
                     whole_step = not stopping and self._step(stop)
@@ -195,12 +195,12 @@ class _Run:
                 if self._evaluates_after(step):
                     self._evaluate()
                 if step % runtime.checkpoint_every == 0 and not is_last:
-                    self._save()
+                    self.saver.save(step, self._contents)
             checkpoint = self._save_and_wait()
             if any(self._requests(stop)[:1]):
                 raise KeyboardInterrupt
         finally:
-            self._writer.close()
+            self.saver.close()
             if self.log is not None:
                 self.log.close()
             self._tell({"kind": "end", "step": self.counters["step"], "max_steps": schedule.max_steps})
@@ -224,12 +224,7 @@ class _Run:
 
     def _requests(self, stop: StopRequest) -> tuple[bool, bool]:
         """Whether to stop, and whether to save now: what any rank was asked for by a signal, and rank 0 through the folder."""
-        saving = False
-        if self.world.is_first:
-            self._collect(waiting=False)
-            asked = run_folder.take_save_request(self.run_dir)
-            retrying = self._retry_at is not None and self.counters["step"] >= self._retry_at
-            saving = (asked or retrying) and self._saved_step != self.counters["step"]
+        saving = self.world.is_first and self.saver.is_due(self.counters["step"])
         stopping, saving = distributed.sum_over_ranks([stop.requested, saving])
         return bool(stopping), bool(saving)
 
@@ -381,10 +376,10 @@ class _Run:
         row["layer"] = [_layer(rule.name) for rule in parents]
         row["max_condition"] = [rule.max_condition for rule in parents]
         self._record(row)
-        self.conditions = {"step": self.counters["step"], "by_role": _conditions(row)}
+        self.conditions = {"step": self.counters["step"], "by_role": cards.conditions_by_group(row)}
 
     def _record_experts(self, counts: torch.Tensor) -> None:
-        """counts [layers, experts]: tokens of this rank's share of the step that chose each expert. Logged as shares of all choices."""
+        """counts [layers, experts]: how many of this rank's tokens chose each expert. Logged as shares over all ranks."""
         counts = torch.tensor(distributed.sum_over_ranks(counts.flatten().tolist())).view_as(counts)
         shares = (counts / counts.sum(1, keepdim=True)).tolist()
         row: dict = {"kind": "experts", **self._progress()}
@@ -404,11 +399,12 @@ class _Run:
             }
         )  # fmt: skip
 
-    def _save(self, stream_state: dict | None = None) -> None:
-        """Copies everything to host memory and has it written in the background, once the checkpoint before is through."""
-        began = time.perf_counter()
-        if self.world.is_first:
-            self._collect(waiting=True)
+    def _save_and_wait(self, stream_state: dict | None = None) -> Path:
+        """The checkpoint of the last whole step, with the stream as it was before the one that was not."""
+        return self.saver.save_and_wait(self.counters["step"], lambda: self._contents(stream_state))
+
+    def _contents(self, stream_state: dict | None = None) -> tuple[dict, str]:
+        """What a checkpoint holds beside the weights, and its card."""
         state = {
             "counters": dict(self.counters),
             "last_held_out": self.last_held_out,
@@ -419,47 +415,10 @@ class _Run:
             "clip": self.clip.state_dict(),
             "clamp": self.clamp.state_dict(),
             "stream": stream_state or self.stream.state_dict(),
-            "rng": _rng_state(),
+            "random": random_state(),
             "metrics_position": self.log.position if self.log else 0,
         }
-        snapshot = checkpoints.take_snapshot(self.counters["step"], self.model, state)
-        if snapshot is not None:
-            self._writer.start(self._write, snapshot, cards.model_card(self.profile, self._card_facts()))
-            self._saved_step, self._retry_at = snapshot.step, None
-        self._waited = time.perf_counter() - began
-
-    def _write(self, snapshot: checkpoints.Snapshot, card: str) -> Path:
-        """Runs in the writer's thread."""
-        runtime = self.profile.runtime
-        keep = runtime.keep_checkpoints, runtime.keep_every
-        return checkpoints.write_checkpoint(self.run_dir, snapshot, self.model, self.tokenizer, card, self.identity, *keep)
-
-    def _collect(self, waiting: bool) -> None:
-        """Takes note of a checkpoint that has been written. When it failed, training goes on and tries again before long."""
-        try:
-            written = self._writer.collect(waiting)
-        except CheckpointFailed as error:
-            self._saved_step = None
-            self._retry_at = self.counters["step"] + max(1, self.profile.runtime.checkpoint_every // 10)
-            warnings.warn(f"{error} Training goes on; the next try is at step {self._retry_at}.", stacklevel=2)
-        else:
-            self._note_written(written)
-
-    def _note_written(self, written: Path | None) -> None:
-        if written is not None:
-            self._saved = written
-            step = checkpoints.checkpoint_step(written)
-            self._record({"kind": "checkpoint", **self._progress(), "step": step, "waited_seconds": self._waited})
-
-    def _save_and_wait(self, stream_state: dict | None = None) -> Path:
-        """A checkpoint of this step that is on the disk when it returns; CheckpointFailed, on all ranks, when it cannot be."""
-        if distributed.on_first_rank(lambda: self._collect(waiting=True) or self._saved_step != self.counters["step"]):
-            self._save(stream_state)
-        return distributed.on_first_rank(self._written)
-
-    def _written(self) -> Path:
-        self._note_written(self._writer.collect(waiting=True))
-        return self._saved
+        return state, cards.model_card(self.profile, self._card_facts())
 
     def _card_facts(self) -> cards.CardFacts:
         counts = cards.Counts(*(self.counters[key] for key in ("step", "tokens", "valid_tokens")))
@@ -486,7 +445,10 @@ class _Run:
         self.clip.load_state_dict(state["clip"])
         self.clamp.load_state_dict(state["clamp"])
         self.stream.load_state_dict(state["stream"])
-        _set_rng_state(state["rng"])
+        set_random_state(state["random"])
+
+    def _record_checkpoint(self, step: int, waited_seconds: float) -> None:
+        self._record({"kind": "checkpoint", **self._progress(), "step": step, "waited_seconds": waited_seconds})
 
     def _progress(self) -> dict:
         return {key: self.counters[key] for key in ("step", "tokens", "seconds")}
@@ -505,38 +467,7 @@ def _laid_out(value, parameter: torch.nn.Parameter):
     return distributed.laid_out(value, parameter) if isinstance(value, torch.Tensor) else value
 
 
-def _conditions(clamped: Mapping) -> dict[str, tuple[float, float]]:
-    """Median and maximum of σ₁/σ_min over attention, MLP and head, from a row of the clamp."""
-    groups: dict[str, list[float]] = {}
-    for role, sigma_max, sigma_min in zip(clamped["role"], clamped["sigma_max"], clamped["sigma_min"], strict=True):
-        group = "attention" if role in profiles.ATTENTION_ROLES else "MLP" if role in profiles.MLP_ROLES else "LM head"
-        if sigma_min > 0:
-            groups.setdefault(group, []).append(sigma_max / sigma_min)
-    return {group: (float(np.median(values)), max(values)) for group, values in groups.items()}
-
-
 def _layer(name: str) -> int:
     """The block a parameter belongs to; -1 for embedding, head and final norm."""
     parts = name.split(".")
     return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
-
-
-def _rng_state() -> dict:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    version, words, gauss = random.getstate()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],  # of this process's device alone
-    }
-
-
-def _set_rng_state(state: dict) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state(state["cuda"][0])

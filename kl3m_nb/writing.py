@@ -134,7 +134,8 @@ def measure(samples: Sequence[Sample]) -> dict[str, float]:
     `samples`, `mean_tokens`, `end_rate` (share that ended by itself), `distinct_1` to `distinct_3` (pooled), `self_bleu`,
     `repetition_rate` (mean over the samples with at least 4 words), `loop_rate`, `balanced_brackets_rate`,
     `balanced_quotes_rate`, `numbering_rate`, `terms_used_rate`, `citations_rate` (each pooled over all samples, with the
-    `numbers`, `terms` and `citations` there were to judge; NaN where there were none), `tokens_per_second`. Raises ValueError without samples.
+    `numbers`, `terms` and `citations` there were to judge; NaN where there were none), `tokens_per_second`. Raises ValueError
+    without samples.
     """
     if not samples:
         raise ValueError("measure was given no samples; generate at least one.")
