@@ -26,7 +26,7 @@ class PromptBox:
     """Shows itself as the value of a notebook cell: `PromptBox(models, tokenizers, prompts, sampling, seed)`.
 
     `models` and `tokenizers` map the same labels; the last two stand side by side at first. The gallery continues `prompts`
-    with both, each by up to 40 tokens. Raises ValueError without a model or with labels that differ.
+    with both, each by up to 40 tokens. Raises ValueError without a model or a prompt, and for labels that differ.
     """
 
     def __init__(
@@ -39,6 +39,8 @@ class PromptBox:
     ) -> None:
         if not models or list(models) != list(tokenizers):
             raise ValueError(f"A prompt box needs one tokenizer for each of at least one model; given are {', '.join(models)}.")
+        if not prompts:
+            raise ValueError("A prompt box was given no prompts; its gallery needs at least one.")
         self.models, self.tokenizers, self.prompts = models, tokenizers, list(prompts)
         self.sampling, self.seed = sampling, seed
         self._stop = threading.Event()
@@ -48,7 +50,7 @@ class PromptBox:
     def _build(self) -> None:
         names = list(self.models)
         wide = {"layout": widgets.Layout(width="24em"), "style": {"description_width": "9em"}}
-        self.prompt = widgets.Textarea(self.prompts[0] if self.prompts else "", layout=widgets.Layout(width="100%", height="5em"))
+        self.prompt = widgets.Textarea(self.prompts[0], layout=widgets.Layout(width="100%", height="5em"))
         self.temperature = widgets.FloatSlider(
             self.sampling.temperature, min=0, max=2, step=0.05, description="temperature", **wide
         )

@@ -93,6 +93,8 @@ def test_the_gallery_is_fixed_escaped_and_side_by_side(box):
 
 def test_one_model_is_enough_and_none_is_not(loaded):
     model, tokenizer = loaded
-    assert len(PromptBox({"a": model}, {"a": tokenizer}, [], SAMPLING, 1).choosers) == 1
+    assert len(PromptBox({"a": model}, {"a": tokenizer}, ["A"], SAMPLING, 1).choosers) == 1
     with pytest.raises(ValueError, match="one tokenizer for each"):
-        PromptBox({"a": model}, {"b": tokenizer}, [], SAMPLING, 1)
+        PromptBox({"a": model}, {"b": tokenizer}, ["A"], SAMPLING, 1)
+    with pytest.raises(ValueError, match="no prompts"):
+        PromptBox({"a": model}, {"a": tokenizer}, [], SAMPLING, 1)
