@@ -23,7 +23,7 @@ from kl3m_nb.matrices import (
     model_name,
 )
 from kl3m_nb.profiles import ClampSpec, Profile
-from kl3m_nb.training import RUN_FILE, read_run_profile
+from kl3m_nb.run_folder import RUN_FILE, read_run_init, read_run_profile
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def _run_folder(place: Path) -> Path | None:
 
 def _begun_from(run_dir: Path) -> str:
     """The checkpoint folder a run was begun from, where it still lies; empty for random weights."""
-    init = paths.resolve(json.loads((run_dir / RUN_FILE).read_text())["init"])
-    return str(init) if init.is_dir() else ""
+    init = read_run_init(run_dir)
+    return str(paths.resolve(init)) if init and paths.resolve(init).is_dir() else ""
 
 
 def _record(place: Path) -> dict:

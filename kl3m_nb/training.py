@@ -26,15 +26,13 @@ from kl3m_nb.objective import activation_penalty, chunked_objective
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
 from kl3m_nb.random_state import random_state, set_random_state
-from kl3m_nb.run_folder import RunLock, read_run_profile
+from kl3m_nb.run_folder import RunLock
 from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.saving import CheckpointSaver
 from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
 from kl3m_nb.stopping import StopRequest
 from kl3m_nb.streams import open_stream
 from kl3m_nb.tokenizer import load_tokenizer
-
-__all__ = ["TrainResult", "TrainingStopped", "read_run_profile", "train"]
 
 Callback = Callable[[Mapping], None]
 MOST_SKIPS_IN_A_ROW = 10

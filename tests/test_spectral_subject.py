@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import small_profile
 
-from kl3m_nb import known_spectra, matrices, training
+from kl3m_nb import known_spectra, matrices, run_folder
 from kl3m_nb.profiles import ModelSpec
 from kl3m_nb.spectral_subject import find_subject
 
@@ -60,14 +60,14 @@ def test_a_run_brings_its_start_its_ceilings_and_its_checkpoints(known, trained_
 
 def test_a_run_begun_from_a_stack_has_a_trajectory(trained_run, tmp_path):
     run_dir, _ = trained_run
-    record = json.loads((run_dir / training.RUN_FILE).read_text())
+    record = json.loads((run_dir / run_folder.RUN_FILE).read_text())
     copy = tmp_path / "run"
     (copy / "checkpoints").mkdir(parents=True)
     for step in ("step-000003", "step-000006"):
         (copy / "checkpoints" / step).symlink_to(run_dir / "checkpoints" / step)
     start = tmp_path / "stack"
     start.symlink_to(run_dir / "checkpoints" / "step-000003")
-    (copy / training.RUN_FILE).write_text(json.dumps(record | {"init": str(start)}))
+    (copy / run_folder.RUN_FILE).write_text(json.dumps(record | {"init": str(start)}))
     subject = find_subject(copy, source_layers=1)
     assert list(subject.steps) == [0, 3, 6] and subject.steps[0] == subject.start == str(start) and subject.copies == 2
     assert list(find_subject(copy / "checkpoints" / "step-000003", source_layers=1).steps) == [0, 3]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import small_profile
 from safetensors.torch import load_file
 
-from kl3m_nb import cards, checkpoints, models, packing, schedule, tokenizer, training
+from kl3m_nb import cards, checkpoints, models, packing, run_folder, schedule, tokenizer, training
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import get_profile
 
@@ -226,10 +226,10 @@ def test_the_checkpoint_is_a_model_for_transformers_alone(trained_run, tmp_path)
 
 def test_run_json_names_what_was_run(trained_run):
     run_dir, _ = trained_run
-    assert training.read_run_profile(run_dir) == small_profile()
+    assert run_folder.read_run_profile(run_dir) == small_profile()
     assert json.loads((run_dir / "run.json").read_text())["init"] == "random weights"
     with pytest.raises(ValueError, match="no run folder"):
-        training.read_run_profile(run_dir.parent)
+        run_folder.read_run_profile(run_dir.parent)
 
 
 def _family_folder(checkpoint: Path, folder: Path) -> Path:
