@@ -9,7 +9,8 @@ import pandas as pd
 
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.metrics import read_metrics
-from kl3m_nb.run_folder import RUN_FILE
+from kl3m_nb.profiles import Profile, get_profile
+from kl3m_nb.run_folder import RUN_FILE, read_run_profile
 
 # What each notebook writes; the laptop profile's runs are the demonstration.
 NOTEBOOK_STAGES = {
@@ -28,6 +29,12 @@ def run_path(profile_name: str, stage: str, run: str = "") -> Path:
     run_path("tiny", "grown") is runs/demo-grown, run_path("kl3m-007-500m", "grown") runs/kl3m-007-500m-grown.
     """
     return paths.runs_dir() / (run or f"{'demo' if profile_name == 'tiny' else profile_name}-{stage}")
+
+
+def stage_profile(profile_name: str, stage: str) -> Profile:
+    """The profile that a stage's run was trained with, or the named profile itself where there is no such run yet."""
+    folder = run_path(profile_name, stage)
+    return read_run_profile(folder) if (folder / RUN_FILE).is_file() else get_profile(profile_name)
 
 
 def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:

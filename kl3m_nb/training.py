@@ -68,8 +68,8 @@ def train(
 
     `init` names a checkpoint to start from with fresh optimizers; without it the weights are random. One of the family, a folder
     or hub id whose name ends in -stepN, is continued: steps and tokens are counted on from its card, the schedule goes on there
-    after a warmup of its own, and the data begins anew. With `resume="auto"` a run folder that holds a checkpoint is continued (at
-    once finished when it is complete); `resume="never"` refuses such a folder.
+    after a warmup of its own, and the data begins anew. With `resume="auto"` a run folder that holds a checkpoint is continued,
+    at once finished when it is complete; `resume="never"` refuses such a folder.
 
     Raises ValueError before anything is written when the pieces do not fit or another process trains there, TrainingStopped
     when steps are not finite or the data breaks off, CheckpointFailed when the last checkpoint cannot be written,
