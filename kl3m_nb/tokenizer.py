@@ -119,6 +119,16 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"The tokenizer {name!r} is no folder here and could not be loaded from the hub: {error}") from error
 
 
+def check_same_entries(tokenizer: PreTrainedTokenizerBase, checkpoint: str | Path) -> None:
+    """Raises ValueError when a checkpoint's folder holds a tokenizer of other entries: its embedding has learned other words.
+
+    A hub id, or a folder without a tokenizer, is taken as it is.
+    """
+    folder = paths.resolve(checkpoint)
+    if (folder / "tokenizer.json").is_file() and read_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{checkpoint} was trained with another tokenizer than this run names; use tokenizer = {folder}.")
+
+
 def _corpus_tokenizer(name: str, source: str, vocabulary: int) -> PreTrainedTokenizerBase:
     digest = hashlib.sha256()
     texts, characters = [], 0

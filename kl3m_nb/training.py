@@ -32,7 +32,7 @@ from kl3m_nb.saving import CheckpointSaver
 from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
 from kl3m_nb.stopping import StopRequest
 from kl3m_nb.streams import open_stream
-from kl3m_nb.tokenizer import load_tokenizer
+from kl3m_nb.tokenizer import check_same_entries, load_tokenizer
 
 Callback = Callable[[Mapping], None]
 MOST_SKIPS_IN_A_ROW = 10
@@ -139,6 +139,7 @@ class _Run:
         else:
             self.model = models.load_model(start, attention=self.runtime.attention)
             models.check_fits(self.model.config.to_dict(), profile, start)
+            check_same_entries(self.tokenizer, start)
         self.parallel = self._parallel_model()
         self.parameters = list(self.model.parameters())
         rules = roles.role_table(self.model, profile)

@@ -150,3 +150,13 @@ def _module_tokenizer():
     if not _CACHE:
         _CACHE.append(tokenizer.train_tokenizer(TEXTS, 600))
     return _CACHE[0]
+
+
+def test_a_checkpoint_with_other_entries_is_refused(tmp_path):
+    texts = ["Permission is hereby granted to copy this text."] * 20
+    mine, other = (tokenizer.train_tokenizer(texts + more, 300) for more in ([], ["whereas the licensee shall indemnify"] * 30))
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        tokenizer.check_same_entries(mine, tmp_path)
+    mine.save_pretrained(tmp_path)
+    tokenizer.check_same_entries(mine, tmp_path)
