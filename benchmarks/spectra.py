@@ -160,6 +160,7 @@ def measure(known: known_spectra.KnownStack, peer_layers: int) -> None:
     inherited = copies.inheritance(known.trained, known.source)
     write_table("spectra_exactness", deviations(known, table, divergence.result, inherited))
     rows = [row | {"WeightWatcher / ours": ""} for row in rows]
+    write_table("spectra", rows)  # a long comparison that breaks off leaves this
     if importlib.util.find_spec("weightwatcher"):
         measured, theirs = peer(known.trained, peer_layers)
         blocks = len(table) - 1
