@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/python -m kl3m_nb demo $(if $(FRESH),--fresh)
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-real-size: .venv/installed
 	$(BIN)/python -m pytest -m real_size tests
