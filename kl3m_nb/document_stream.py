@@ -8,7 +8,7 @@ its generator are part of the state. The state shares its arrays with the stream
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import cached_property
 
 import numpy as np
@@ -119,6 +119,11 @@ class DocumentStream:
         self._buffer = [tokens.numpy() for tokens in state["buffer"]]
         self._random.setstate(state["random"])
 
+    def close(self) -> None:
+        """Closes the files that are open."""
+        for part in self._parts:
+            part.close()
+
     def _read(self) -> np.ndarray:
         bad_in_a_row = 0
         while True:
@@ -179,6 +184,9 @@ class _Passes:
         self.epoch, self.tokens, self._given = state["epoch"], state["tokens"], state["given"]
         self._open(state["position"])
 
+    def close(self) -> None:
+        self._documents.close()
+
     def _open(self, position: dict | None) -> None:
         if self.part.kind == "package":  # small enough to hold: a fresh order every pass
             documents = list(corpus.part_documents(self.part, held_out=False))
@@ -188,4 +196,4 @@ class _Passes:
             self._reader = open_rows(self.part, self._stream.report)
         if position is not None:
             self._reader.position = position
-        self._documents: Iterator[Document] = iter(self._reader)
+        self._documents: Generator[Document, None, None] = iter(self._reader)

@@ -134,12 +134,16 @@ class PackedStream:
         everywhere = torch.ones_like(input_ids, dtype=torch.bool)
         return Batch(input_ids, labels, everywhere if self.spec.document_borders == "positions" else None, positions)
 
+    def close(self) -> None:
+        """Closes the files that are open."""
+        self._documents.close()
+
     def state_dict(self) -> dict:
         """Place in the source, shuffle buffer, its generator, tokens not yet given; cheap enough for every step."""
         return {"documents": self._documents.state_dict(), "rest": torch.from_numpy(self._rest)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues where `state` was taken, on any number of processes."""
+        """Continues where `state` was taken."""
         self._documents.load_state_dict(state["documents"])
         self._rest = state["rest"].numpy()
 

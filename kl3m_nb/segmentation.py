@@ -113,6 +113,10 @@ class SegmentedStream:
             labels[row, left : left + max(sample.trained_from - 1, 0)] = -100
         return Batch(*map(torch.from_numpy, (input_ids, labels, mask)))
 
+    def close(self) -> None:
+        """Closes the files that are open."""
+        self._documents.close()
+
     def state_dict(self) -> dict:
         """Place in the source, segments not yet given, generators; cheap enough for every step."""
         return {
@@ -123,7 +127,7 @@ class SegmentedStream:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues where `state` was taken, on any number of processes."""
+        """Continues where `state` was taken."""
         self._documents.load_state_dict(state["documents"])
         self._waiting = [tokens.numpy() for tokens in state["waiting"]]
         self._random.setstate(state["random"])

@@ -69,6 +69,10 @@ class PrefetchedStream:
         self._thread.submit(self._stream.load_state_dict, state).result()
         self._delivered, self._epoch, self._windows = state, self._stream.epoch, 0
 
+    def close(self) -> None:
+        """Ends the thread, after the batch it is at; nothing waits for it."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def _make(self, windows: int) -> tuple[Batch, dict, int]:
         batch = self._stream.take(windows)
         if torch.cuda.is_available():

@@ -200,6 +200,7 @@ class _Run:
                 raise KeyboardInterrupt
         finally:
             self.saver.close()
+            self.stream.close()
             if self.log is not None:
                 self.log.close()
             self._tell({"kind": "end", "step": self.counters["step"], "max_steps": schedule.max_steps})

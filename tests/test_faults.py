@@ -20,7 +20,8 @@ import torch
 from conftest import small_profile
 from safetensors.torch import load_file
 
-from kl3m_nb import checkpoints, corpus, packing, run_folder, training
+from kl3m_nb import checkpoints, corpus, run_folder, training
+from kl3m_nb.document_stream import DocumentStream
 from kl3m_nb.metrics import read_metrics
 
 MIXTURE = {"experts": 4, "active_experts": 2, "router_aux_loss": 0.05}
@@ -301,7 +302,7 @@ class _HubGone:
 
     def __init__(self, after: int):
         self.left = after
-        self.original = packing.PackedStream._next_tokens
+        self.original = DocumentStream._read
 
     def __call__(self, stream):
         if self.left == 0:
@@ -315,7 +316,7 @@ def test_a_hub_that_is_gone_in_mid_stream_ends_the_run_with_nothing_lost(tmp_pat
     training.train(profile, tmp_path / "whole")
     with monkeypatch.context() as patch:
         gone = _HubGone(after=35)  # 32 fill the shuffle buffer
-        patch.setattr(packing.PackedStream, "_next_tokens", lambda stream: gone(stream))
+        patch.setattr(DocumentStream, "_read", lambda stream: gone(stream))
         with pytest.raises(training.TrainingStopped, match=r"data of step \d+ .*ConnectionError: Server Disconnected"):
             training.train(profile, tmp_path / "run")
     reached = int(read_metrics(tmp_path / "run", "train").step.max())
