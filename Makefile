@@ -1,11 +1,11 @@
 # make demo      the whole story on this machine, in minutes (make demo FRESH=1 starts over)
 # make test      all tests, the notebooks included
-# make test-real-size    the real models on this machine's CPU: stacked, loaded, trained for two steps; 14 GB, some 15 minutes
+# make test-slow the real models on this machine's CPU (14 GB) and a killed rank under torchrun, some 15 minutes
 # make lab       JupyterLab on the notebooks
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-real-size lab clean
+.PHONY: demo test test-slow lab clean
 
 demo: .venv/installed
 	$(BIN)/python -m kl3m_nb demo $(if $(FRESH),--fresh)
@@ -13,8 +13,8 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
-test-real-size: .venv/installed
-	$(BIN)/python -m pytest -m real_size tests
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow tests
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=notebooks

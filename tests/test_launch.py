@@ -29,6 +29,7 @@ def _process_of_rank(rank: int, run_dir: Path) -> int:
     raise AssertionError(f"there is no process of rank {rank}")
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_notebook_and_a_rank_that_is_killed(tmp_path):
     """The notebook's process is killed; the same call elsewhere follows the run; a rank is killed; torchrun goes on."""
     run_dir = tmp_path / "run"

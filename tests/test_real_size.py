@@ -20,7 +20,7 @@ from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import get_profile, source_profile
 from kl3m_nb.tokenizer import load_tokenizer
 
-pytestmark = pytest.mark.real_size
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = "package:licensedcode-data"
