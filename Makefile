@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/python -m kl3m_nb demo $(if $(FRESH),--fresh)
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow tests

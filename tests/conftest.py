@@ -11,21 +11,10 @@ import pytest
 _RUNS = tempfile.TemporaryDirectory(prefix="kl3m-nb-runs-")
 os.environ["KL3M_NB_RUNS"] = _RUNS.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: threads of several would only wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from warm_processes import WarmProcesses  # noqa: E402
 
 from kl3m_nb import profiles, training  # noqa: E402
-
-
-def pytest_collection_modifyitems(config, items):
-    """Among several workers a file stays together, and the notebooks, each of which needs those before it, come first as one."""
-    if not config.getoption("numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    items.sort(key=lambda item: item.path.suffix != ".ipynb")
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("notebooks" if item.path.suffix == ".ipynb" else item.path.name))
 
 
 def small_profile(**overrides) -> profiles.Profile:
