@@ -1,6 +1,7 @@
 """The command line: `python -m kl3m_nb {demo, run, train, stack, estimate, spectra, export, runs}`.
 
-Bad input ends with one sentence on standard error and exit code 2, before anything runs or is written.
+Bad input ends with one sentence on standard error and exit code 2, before anything runs or is written. What works on notebooks
+and pages is imported by the commands that need it: it takes seconds, which every process under torchrun would wait.
 """
 
 from __future__ import annotations
@@ -17,14 +18,12 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 import yaml
 
-from kl3m_nb import cards, demo, distributed, paths, profiles, run_folder, runs, spectral_report
+from kl3m_nb import cards, distributed, paths, profiles, run_folder, runs
 from kl3m_nb.checkpoints import CheckpointFailed
 from kl3m_nb.estimate import GPUS, estimate
-from kl3m_nb.parameters import check_parameters, find_notebook, read_parameters
 from kl3m_nb.progress import clock
-from kl3m_nb.runner import EXIT_INTERRUPTED, run_notebook
-from kl3m_nb.spectral_subject import find_subject
 from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
+from kl3m_nb.stopping import EXIT_INTERRUPTED
 from kl3m_nb.training import TrainingStopped, train
 
 EXIT_REFUSED = 2
@@ -114,10 +113,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    return demo.run_demo(fresh=options.fresh)
+    from kl3m_nb.demo import run_demo
+
+    return run_demo(fresh=options.fresh)
 
 
 def _run(options: argparse.Namespace) -> int:
+    from kl3m_nb.parameters import check_parameters, find_notebook, read_parameters
+    from kl3m_nb.runner import run_notebook
+
     notebook = find_notebook(options.notebook)
     given = {**_parameters_file(options.file), **dict(options.parameter)} if options.file else dict(options.parameter)
     checked = check_parameters(notebook, given)
@@ -258,6 +262,9 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _spectra(options: argparse.Namespace) -> int:
+    from kl3m_nb import spectral_report
+    from kl3m_nb.spectral_subject import find_subject
+
     subject = find_subject(_existing(options.checkpoint), _existing(options.against), options.source_layers)
     folder = options.output or runs.run_path("", "", f"{subject.name.replace(', ', '-').replace('/', '-')}-spectra")
     page = spectral_report.write_report(subject, folder, not options.no_alpha, options.top_k, options.windows)

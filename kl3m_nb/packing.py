@@ -87,8 +87,8 @@ def restarting_positions(input_ids: torch.Tensor, end_id: int) -> torch.Tensor:
     return places - torch.where(begins, places, 0).cummax(dim=1).values
 
 
-class PackedStream:
-    """Endless training windows of one source, epoch after epoch, with a state that resumes to the token.
+class BatchStream:
+    """What every training stream has: documents without end, made into batches by `take`, which a subclass adds.
 
     Every process of a distributed run reads the same stream and takes its `rank_share` of each batch, so the state is the same
     on all of them and does not depend on how many there are.
@@ -98,7 +98,6 @@ class PackedStream:
         """Raises ValueError or FileNotFoundError when the source is malformed or missing."""
         self.spec, self.tokenizer = spec, tokenizer
         self._documents = DocumentStream(spec, tokenizer)
-        self._rest = np.empty(0, dtype=np.int32)
 
     @property
     def epoch(self) -> int:
@@ -109,6 +108,18 @@ class PackedStream:
     def report(self) -> SourceReport:
         """What was read and what was left out so far."""
         return self._documents.report
+
+    def close(self) -> None:
+        """Closes the files that are open."""
+        self._documents.close()
+
+
+class PackedStream(BatchStream):
+    """Endless training windows of one source, epoch after epoch, with a state that resumes to the token."""
+
+    def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(spec, tokenizer)
+        self._rest = np.empty(0, dtype=np.int32)
 
     def next_batch(self, windows: int) -> torch.Tensor:
         """The next `windows` windows, int64 [windows, seq_len + 1], e.g. [8, 257]."""
@@ -133,10 +144,6 @@ class PackedStream:
         positions = restarting_positions(input_ids, self.tokenizer.eos_token_id)
         everywhere = torch.ones_like(input_ids, dtype=torch.bool)
         return Batch(input_ids, labels, everywhere if self.spec.document_borders == "positions" else None, positions)
-
-    def close(self) -> None:
-        """Closes the files that are open."""
-        self._documents.close()
 
     def state_dict(self) -> dict:
         """Place in the source, shuffle buffer, its generator, tokens not yet given; cheap enough for every step."""

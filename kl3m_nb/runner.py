@@ -35,8 +35,9 @@ from kl3m_nb.html import export_html
 from kl3m_nb.parameters import check_parameters, load_notebook, read_parameters
 from kl3m_nb.progress import PROGRESS_VARIABLE, read_progress
 from kl3m_nb.run_status import RunStatus, code_cells
+from kl3m_nb.stopping import EXIT_INTERRUPTED
 
-EXIT_OK, EXIT_CELL_ERROR, EXIT_INTERRUPTED, EXIT_DEAD_KERNEL = 0, 1, 130, 138
+EXIT_OK, EXIT_CELL_ERROR, EXIT_DEAD_KERNEL = 0, 1, 138
 SAVE_SECONDS = 300  # what an interrupted cell gets to save and end before its kernel is killed
 QUIET_SECONDS = 15  # between two lines of progress where no terminal rewrites them
 POLL_SECONDS = 1.0

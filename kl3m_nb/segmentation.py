@@ -17,11 +17,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kl3m_nb.cotraining import PairSamples, Sample
-from kl3m_nb.document_stream import DocumentStream
 from kl3m_nb.instructions import load_pairs
-from kl3m_nb.packing import Batch
+from kl3m_nb.packing import Batch, BatchStream
 from kl3m_nb.profiles import DataSpec
-from kl3m_nb.sources import SourceReport
 
 _BYTE_LEVEL_SPACES = str.maketrans({"Ġ": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r"})
 
@@ -76,27 +74,16 @@ def _last_border(kinds: tuple[np.ndarray, ...], lowest: int, highest: int) -> in
     return highest
 
 
-class SegmentedStream:
+class SegmentedStream(BatchStream):
     """Endless padded segments, with instruction pairs between them at `spec.p_sft`. Resumes to the segment."""
 
     def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase):
-        self.spec, self.tokenizer = spec, tokenizer
-        self._documents = DocumentStream(spec, tokenizer)
+        super().__init__(spec, tokenizer)
         self._borders = TextBorders(tokenizer)
         self._random = random.Random(f"segments {spec.seed}")
         self._waiting: list[np.ndarray] = []  # segments of the document at hand
         most = spec.seq_len + 1
         self._pairs = PairSamples(load_pairs(), tokenizer, most, spec.sft_loss, spec.seed) if spec.p_sft else None
-
-    @property
-    def epoch(self) -> int:
-        """Passes over the source that are complete."""
-        return self._documents.epoch
-
-    @property
-    def report(self) -> SourceReport:
-        """What was read and what was left out so far."""
-        return self._documents.report
 
     def take(self, windows: int) -> Batch:
         """The next `windows` samples."""
@@ -112,10 +99,6 @@ class SegmentedStream:
             input_ids[row, place], labels[row, place], mask[row, place] = sample.tokens[:-1], sample.tokens[1:], True
             labels[row, left : left + max(sample.trained_from - 1, 0)] = -100
         return Batch(*map(torch.from_numpy, (input_ids, labels, mask)))
-
-    def close(self) -> None:
-        """Closes the files that are open."""
-        self._documents.close()
 
     def state_dict(self) -> dict:
         """Place in the source, segments not yet given, generators; cheap enough for every step."""

@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 
+EXIT_INTERRUPTED = 130  # of a process that was stopped and has saved: what a shell gives for Ctrl-C
+
 
 class StopRequest:
     """Turns SIGINT and SIGTERM into a request that the loop honours between micro-batches; a later one interrupts at once.

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kl3m_nb.packing import Batch, PackedStream
+from kl3m_nb.packing import Batch, BatchStream, PackedStream
 from kl3m_nb.profiles import DataSpec
 from kl3m_nb.segmentation import SegmentedStream
 from kl3m_nb.sources import SourceReport
@@ -23,7 +23,7 @@ class PrefetchedStream:
     From then on `stream` belongs to the thread; ask this object for its state.
     """
 
-    def __init__(self, stream: PackedStream | SegmentedStream, batches: int):
+    def __init__(self, stream: BatchStream, batches: int):
         self._stream, self._batches = stream, batches
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._ahead: deque[Future] = deque()
@@ -82,7 +82,7 @@ class PrefetchedStream:
 
 def open_stream(
     spec: DataSpec, tokenizer: PreTrainedTokenizerBase, prefetch_batches: int = 0
-) -> PackedStream | SegmentedStream | PrefetchedStream:
+) -> BatchStream | PrefetchedStream:
     """The training stream of `spec`: dense windows or segments, with `prefetch_batches` made ahead (0: none).
 
     Raises ValueError or FileNotFoundError for a source that cannot be opened.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import math
 import os
@@ -403,6 +404,7 @@ def test_memory_files_and_threads_do_not_grow_with_checkpoints_clamps_and_resume
     """The short form of benchmarks/soak.py."""
 
     def counts() -> tuple[int, int]:
+        gc.collect()  # what earlier tests have left goes now, not at some moment in between
         return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
     seen = []
@@ -411,5 +413,6 @@ def test_memory_files_and_threads_do_not_grow_with_checkpoints_clamps_and_resume
         with pytest.raises(KeyboardInterrupt):
             training.train(small_profile(max_steps=60, checkpoint_every=1, eval_every=50), tmp_path / "run", callbacks=[stop])
         seen.append(counts())
-    assert seen[1] == seen[-1]
+    (files, threads), (last_files, last_threads) = seen[1], seen[-1]
+    assert last_files <= files and last_threads <= threads
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3
