@@ -61,10 +61,25 @@ def process_group() -> Iterator[World]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    dist.init_process_group(
+        backend, store=_of_this_attempt(store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
+    )
     yield world()  # after an error nothing more is asked of the peers, which may be dead
     gc.collect()  # a DDP reducer that outlives the group frees it while it holds the GIL, and gloo's threads then wait for ever
     dist.destroy_process_group()
+
+
+def _of_this_attempt(store: dist.Store) -> dist.Store:
+    """`store` without what the ranks before a restart have left in it: one that met the address of a dead rank would wait for it.
+
+    Torchrun keeps its store over restarts (pytorch issue 135712). With agents on several machines, which count their restarts
+    each for itself, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes it use a new one.
+    """
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        return store
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def torchrun_rank() -> int:

@@ -8,6 +8,7 @@ space too, so words never carry a blank. What is saved loads with `AutoTokenizer
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import os
@@ -114,9 +115,24 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id. Raises ValueError when it is neither."""
     folder = paths.resolve(name)
     try:
-        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+        return _read_folder(folder) if folder.is_dir() else AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"The tokenizer {name!r} is no folder here and could not be loaded from the hub: {error}") from error
+
+
+def _read_folder(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of `folder`, read once as long as its files are the same.
+
+    What a tokenizer has once cut into tokens, its library remembers for each thread and forgets only when the thread ends: with a
+    new tokenizer at every resume a process would grow by a megabyte each time.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".model", ".txt"))
+    return _read_once(folder, tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(folder: Path, files: tuple[tuple[str, int, int], ...]) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
 
 
 def check_same_entries(tokenizer: PreTrainedTokenizerBase, checkpoint: str | Path) -> None:
@@ -125,7 +141,8 @@ def check_same_entries(tokenizer: PreTrainedTokenizerBase, checkpoint: str | Pat
     A hub id, or a folder without a tokenizer, is taken as it is.
     """
     folder = paths.resolve(checkpoint)
-    if (folder / "tokenizer.json").is_file() and read_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+    file = folder / "tokenizer.json"
+    if file.is_file() and Tokenizer.from_file(str(file)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{checkpoint} was trained with another tokenizer than this run names; use tokenizer = {folder}.")
 
 
@@ -154,4 +171,4 @@ def _corpus_tokenizer(name: str, source: str, vocabulary: int) -> PreTrainedToke
             shutil.rmtree(temporary)
             if not folder.is_dir():
                 raise
-    return AutoTokenizer.from_pretrained(str(folder))
+    return _read_folder(folder)

@@ -61,6 +61,14 @@ def test_the_corpus_tokenizer_is_trained_once(tmp_path, monkeypatch):
     assert first.get_vocab() == again.get_vocab()
 
 
+def test_a_folder_is_read_once_and_again_when_its_files_are_others(tmp_path):
+    tokenizer.train_tokenizer(TEXTS, 600).save_pretrained(tmp_path)
+    first = tokenizer.read_tokenizer(str(tmp_path))
+    assert tokenizer.read_tokenizer(str(tmp_path)) is first
+    tokenizer.train_tokenizer(TEXTS, 610).save_pretrained(tmp_path)
+    assert len(first) == 600 and len(tokenizer.read_tokenizer(str(tmp_path))) == 610
+
+
 @given(st.text(max_size=120))
 @settings(max_examples=80, deadline=None)
 def test_any_text_comes_back(text):

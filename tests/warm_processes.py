@@ -12,7 +12,6 @@ import math
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -48,10 +47,16 @@ class WarmProcesses:
         self._server.wait()
 
 
-def run_ranks(ranks: int, work: str, arguments: dict) -> list[int]:
-    """Forks `ranks` processes with the environment that torchrun gives, and waits for them; what they print goes to ranks.log."""
-    port = _free_port()
-    common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+def run_ranks(ranks: int, work: str, arguments: dict, agent=None, attempt: int = 0) -> list[int]:
+    """Forks `ranks` processes with the environment that torchrun gives, and waits for them; what they print goes to RUN.log.
+
+    `agent` is the store that torchrun keeps over its attempts.
+    """
+    agent = agent or _agent_store()
+    common = {
+        "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": agent.port, "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": attempt,
+    }  # fmt: skip
     log = Path(arguments["run_dir"]).with_suffix(".log")
     environments = [{**common, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {} for rank in range(ranks)]
     children = [_fork(work, arguments, environment, log) for environment in environments]
@@ -92,6 +97,21 @@ def kill_at_random(kills: int, seed: int, run_dir: str, profile: dict) -> dict:
         rows = read_metrics(run_dir, "train")
         reached.append(int(rows.step.max()) if len(rows) else 0)
     return {"reached": reached, "code": run_ranks(1, "train", dict(run_dir=run_dir, profile=profile))[0]}
+
+
+def join_again(attempts: int, run_dir: str) -> list[list[int]]:
+    """Exit codes of two ranks that join, attempt after attempt as torchrun restarts them; in turn one of them comes late."""
+    agent = _agent_store()
+    return [run_ranks(2, "join", dict(run_dir=run_dir, late=number % 2), agent, number) for number in range(attempts)]
+
+
+def join(run_dir: str, late: int) -> None:
+    from kl3m_nb import distributed
+
+    if int(os.environ["RANK"]) == late:
+        time.sleep(0.15)
+    with distributed.process_group():
+        assert distributed.sum_over_ranks([1]) == [2]
 
 
 def train(run_dir: str, profile: dict, fault: dict | None = None, count_reductions: bool = False) -> None:
@@ -170,10 +190,10 @@ def _fork(work: str, arguments: dict, environment: dict, log: Path) -> int:
         os._exit(code)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def _agent_store():
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False)
 
 
 def serve() -> None:
