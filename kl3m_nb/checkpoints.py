@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,11 +25,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb import distributed
+from kl3m_nb.metrics import FILE_NAME
 
 _NAME = re.compile(r"step-(\d{6,})")
 _STATE = Path("training_state") / "state.pt"
 _MANIFEST = Path("training_state") / "manifest.json"
-_TEMPORARY = re.compile(r"\.(saving|removing)-step-\d+-(\d+)")
+_TEMPORARY = re.compile(r"\.(saving|removing)-step-\d+-(\w+)")
+_OWN = uuid.uuid4().hex[:12]  # in the temporary names of this process; its number may have been another's before
 
 
 class CheckpointFailed(RuntimeError):
@@ -78,13 +81,15 @@ def write_checkpoint(
     """
     folder = Path(run_dir) / "checkpoints"
     name = f"step-{snapshot.step:06d}"
-    target, temporary = folder / name, folder / f".saving-{name}-{os.getpid()}"
+    target, temporary = folder / name, folder / f".saving-{name}-{_OWN}"
     try:
         temporary.mkdir(parents=True)
         free = shutil.disk_usage(folder).free
         if free < snapshot.bytes:
             raise OSError(f"it needs {_gigabytes(snapshot.bytes)} and {_gigabytes(free)} are free")
         _write_files(temporary, snapshot, model, tokenizer, card, identity)
+        if (metrics := Path(run_dir) / FILE_NAME).is_file():  # the state counts on what was logged up to here
+            _sync(metrics)
         if target.exists():
             _remove(target)
         os.rename(temporary, target)
@@ -95,7 +100,10 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     for old in whole_checkpoints(run_dir)[:-keep]:
         if not keep_every or checkpoint_step(old) % keep_every:
-            _remove(old)
+            try:
+                _remove(old)
+            except OSError as error:
+                warnings.warn(f"The checkpoint {old} is no longer needed and could not be removed: {error}.", stacklevel=2)
     return target
 
 
@@ -193,8 +201,8 @@ def remove_leftovers(run_dir: Path) -> None:
     """Removes what killed processes have left half written. To be called by the one process that trains there."""
     for path in (Path(run_dir) / "checkpoints").glob(".*"):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and int(match[2]) != os.getpid():
-            shutil.rmtree(path)
+        if match and match[2] != _OWN:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -252,7 +260,7 @@ def _host_copy(value, copied: dict[tuple, Tensor]):
 
 def _remove(folder: Path) -> None:
     """Renamed first, so that a folder that is half gone is not mistaken for a checkpoint."""
-    doomed = folder.with_name(f".removing-{folder.name}-{os.getpid()}")
+    doomed = folder.with_name(f".removing-{folder.name}-{_OWN}")
     os.rename(folder, doomed)
     shutil.rmtree(doomed)
 

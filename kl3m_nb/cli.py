@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         print(f"kl3m_nb: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    except (TrainingStopped, CheckpointFailed) as error:
+    except (TrainingStopped, CheckpointFailed, OSError) as error:  # an OSError: a full disk, a folder that takes no file
         print(f"kl3m_nb: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("train", help="train a profile without a notebook")
     command.add_argument("profile", nargs="?", default="", help=f"one of {', '.join(profiles.PROFILES)}, or a run to go on with, "
                          "as a path such as runs/x")  # fmt: skip
-    command.add_argument("--run", default="", help="folder below runs/, or a path (default: named after the profile)")
+    command.add_argument("--run", "--run-dir", default="", help="folder below runs/, or a path (default: named after the "
+                         "profile); behind torchrun write --run-dir, which under Python 3.11 takes --run for its own")  # fmt: skip
     command.add_argument("--init", help="checkpoint folder or hub id to start from (default: random weights)")
     command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
     command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")

@@ -28,6 +28,7 @@ from kl3m_nb.training import Callback, TrainingStopped, TrainResult, train
 
 LOG_FILE, JOB_FILE = "torchrun.log", "torchrun.json"
 POLL_SECONDS = 0.5
+SAVE_SECONDS = "300"  # what the processes get to save and end; torchrun's own 30 are too few for a large model
 
 
 def train_with_torchrun(
@@ -98,9 +99,14 @@ def _start(run_dir: Path, processes: int, max_restarts: int) -> None:
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
         f"--max-restarts={max_restarts}", "-m", "kl3m_nb", "train", str(run_dir), "--without-gpu",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(paths.project_root()), os.environ.get("PYTHONPATH", "")])}
+    python_path = os.pathsep.join([str(paths.project_root()), os.environ.get("PYTHONPATH", "")])
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVE_SECONDS, **os.environ, "PYTHONPATH": python_path}
     with open(run_dir / LOG_FILE, "ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
+        try:
+            run_folder.lock_exclusively(log.fileno())
+        except BlockingIOError:
+            return  # somebody else has started it at this moment; it is followed
+        (run_dir / JOB_FILE).unlink(missing_ok=True)
         job = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=run_dir, start_new_session=True
         )
@@ -136,7 +142,10 @@ def _rows(run_dir: Path) -> Iterator[dict]:
 
 def _stop(run_dir: Path) -> None:
     """Asks torchrun to have the processes save and end, and waits for that."""
-    job = json.loads((run_dir / JOB_FILE).read_text())
+    try:
+        job = json.loads((run_dir / JOB_FILE).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"Nobody noted the number of the torchrun process that trains in {run_dir}; stop it by hand.") from None
     if job["host"] != socket.gethostname():
         raise ValueError(f"{run_dir} is in use by torchrun, process {job['pid']} on {job['host']}; stop it there.")
     os.kill(job["pid"], signal.SIGTERM)

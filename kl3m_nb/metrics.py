@@ -57,15 +57,11 @@ class MetricsLog:
         """Puts everything on the disk and closes the file. Warns when rows are lost because there is no room."""
         try:
             self._write()
-            self.sync()
+            os.fsync(self._file.fileno())
         except OSError as error:
             rows = self._waiting.count(b"\n")
             warnings.warn(f"The last {rows} rows of {self._file.name} are lost: {error.strerror}.", stacklevel=2)
         self._file.close()
-
-    def sync(self) -> None:
-        """Waits until what was written is on the disk; before a checkpoint counts on it. Raises OSError."""
-        os.fsync(self._file.fileno())
 
     def _write(self) -> None:
         while self._waiting:

@@ -62,7 +62,7 @@ class RunLock:
             raise ValueError(f"{self.path.parent} cannot be written to ({error.strerror}); choose another run folder.") from error
         holder = os.read(descriptor, 4096).decode(errors="replace").strip()
         try:
-            _lock_exclusively(descriptor)
+            lock_exclusively(descriptor)
         except BlockingIOError:
             os.close(descriptor)
             raise RunIsBusy(_busy(self.path.parent, holder)) from None
@@ -76,9 +76,10 @@ class RunLock:
             return
         if holder:
             warnings.warn(f"{holder} trained in {self.path.parent} and was killed; its lock is taken over.", stacklevel=2)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         self._descriptor = descriptor
+        with contextlib.suppress(OSError):  # a full disk has no room for the name; the lock is there
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def running_process(run_dir: Path) -> str | None:
@@ -174,11 +175,14 @@ def _record(run_dir: str | Path) -> dict:
     path = paths.resolve(run_dir) / RUN_FILE
     if not path.is_file():
         raise ValueError(f"{path.parent} is no run folder, it holds no {RUN_FILE}; train it first, or name another run.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); put back the run.json that the run was begun with.") from error
 
 
-def _lock_exclusively(descriptor: int) -> None:
-    """Tried for half a second, because `running_process` takes the lock for a moment."""
+def lock_exclusively(descriptor: int) -> None:
+    """Locks an open file or raises BlockingIOError. Tried for half a second: whoever asks who has it takes it for a moment."""
     for _ in range(9):
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -70,8 +70,11 @@ class PrefetchedStream:
         self._delivered, self._epoch, self._windows = state, self._stream.epoch, 0
 
     def close(self) -> None:
-        """Ends the thread, after the batch it is at; nothing waits for it."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Ends the thread, which closes the files after the batch it is at; nothing waits for it."""
+        for future in self._ahead:
+            future.cancel()
+        self._thread.submit(self._stream.close)
+        self._thread.shutdown(wait=False)
 
     def _make(self, windows: int) -> tuple[Batch, dict, int]:
         batch = self._stream.take(windows)

@@ -216,6 +216,8 @@ class _Run:
     def _open_folder(self, lock: RunLock, init: str | Path | None) -> str:
         if not lock.held:
             lock.acquire()
+            if checkpoints.latest_checkpoint(self.run_dir):
+                raise ValueError(f"Another process has trained in {self.run_dir} meanwhile; train again to go on from there.")
         return run_folder.write_run_file(self.run_dir, self.profile, init, self._described())
 
     def _described(self) -> str:

@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import small_profile
 from safetensors import SafetensorError
 
-from kl3m_nb import checkpoints
+from kl3m_nb import checkpoints, training
 
 
 @pytest.fixture
@@ -158,3 +160,22 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(run_dir):
     (run_dir / "checkpoints" / ".saving-mine").mkdir()
     checkpoints.remove_leftovers(run_dir)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [".saving-mine", *before]
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch):
+    def refused(folder, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    with pytest.warns(UserWarning, match="step-000001 is no longer needed and could not be removed: .*not empty"):
+        result = training.train(small_profile(checkpoint_every=1, keep_checkpoints=1, max_steps=2), tmp_path / "run")
+    assert result.step == 2 and checkpoints.flaw_of(result.checkpoint) is None
+
+
+def test_leftovers_of_any_process_are_removed_whatever_its_number(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    for name in (f".saving-step-000003-{os.getpid()}", f".removing-step-000002-{os.getpid()}", ".saving-step-000003-0a1b2c3d4e5f"):
+        (folder / name).mkdir(parents=True)
+    checkpoints.remove_leftovers(tmp_path / "run")
+    assert list(folder.iterdir()) == []

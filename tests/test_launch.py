@@ -71,3 +71,11 @@ def test_what_cannot_be_started_is_refused(tmp_path, trained_run):
     with pytest.raises(ValueError, match="max_steps = 6, now it is 9"):
         launch.train_with_torchrun(small_profile(max_steps=9), trained_run[0], processes=2)
     assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_passes_on_what_the_documents_write():
+    from torch.distributed.run import parse_args
+
+    words = ["train", "kl3m-007-500m", "--run-dir", "my-run"]
+    parsed = parse_args(["--nproc-per-node", "8", "-m", "kl3m_nb", *words])
+    assert parsed.training_script_args == words

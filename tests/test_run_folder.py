@@ -42,3 +42,21 @@ def test_the_run_file_keeps_its_identity_and_says_what_was_begun(tmp_path):
         run_folder.check_run_folder(tmp_path, small_profile(hidden=64), None)
     with pytest.raises(ValueError, match="random weights, now from hub/model"):
         run_folder.check_run_folder(tmp_path, small_profile(), "hub/model")
+
+
+def test_a_disk_without_room_for_a_name_still_has_the_lock(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with run_folder.RunLock(tmp_path) as lock:
+        lock.acquire()
+        assert lock.held and run_folder.running_process(tmp_path) == "a process"
+    assert run_folder.running_process(tmp_path) is None
+
+
+def test_a_run_file_that_is_cut_off_is_named(tmp_path):
+    run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
+    (tmp_path / run_folder.RUN_FILE).write_text("")
+    with pytest.raises(ValueError, match=r"run.json cannot be read"):
+        run_folder.read_run_profile(tmp_path)

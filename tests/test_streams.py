@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections import Counter
 from itertools import groupby
 
@@ -133,3 +135,21 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(folder, m
     monkeypatch.setattr(packing.PackedStream, "take", original)
     assert torch.equal(stream.take(2).input_ids, plain.take(2).input_ids)
     assert stream.epoch == plain.epoch and stream.report == plain.report
+
+
+def test_a_closed_stream_has_no_open_file(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{"identifier": f"d{i}", "tokens": [1 + i % 900, 2, 3]} for i in range(400)])
+
+    def opened() -> list[str]:
+        names = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+        return [path for path in map(os.path.realpath, names) if path.startswith(str(tmp_path))]
+
+    for workers in (0, 1):
+        stream = _open(DataSpec(source=f"files:{tmp_path}/rows.jsonl", seq_len=15, shuffle_buffer=32, held_out_windows=1), workers)
+        stream.take(3)
+        assert opened()
+        stream.close()
+        deadline = time.monotonic() + 20  # the thread ends by itself
+        while opened() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not opened()

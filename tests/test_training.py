@@ -289,3 +289,17 @@ def test_every_checkpoint_has_a_card_of_its_own(trained_run):
         assert f"# tiny-step{step}\n" in text and f"**Tokens Processed**: {128 * step:,}\n" in text
     assert f"**Held-out loss**: {result.held_out_loss:.4f} nats per token" in text
     assert "| attention |" in text and "random weights" in text
+
+
+def test_a_run_that_another_process_began_and_left_meanwhile_is_not_written_over(tmp_path, monkeypatch):
+    original = models.build_model
+
+    def slowly(profile, **options):
+        monkeypatch.setattr(models, "build_model", original)
+        training.train(profile, tmp_path / "run")
+        return original(profile, **options)
+
+    monkeypatch.setattr(models, "build_model", slowly)
+    with pytest.raises(ValueError, match="Another process has trained in .* meanwhile"):
+        training.train(small_profile(), tmp_path / "run")
+    assert list(read_metrics(tmp_path / "run", "train").step) == [1, 2, 3, 4, 5, 6]
