@@ -13,6 +13,7 @@ from kl3m_nb.metrics import read_metrics
 # Ceilings so low that the clamp has something to repair on every rank.
 CLAMPED = {"attention_max_condition": 3.0, "mlp_max_condition": 2.0, "lm_head_max_condition": 4.0}
 DENSE = {"max_steps": 6, **CLAMPED}  # one micro-batch a step: its windows are dealt out
+SEGMENTS = {"max_steps": 4, "packing": "segments", "vocabulary": 900, "clamp_every": 0}  # ranks have unequal numbers of valid labels
 MIXTURE = {"max_steps": 6, "micro_batch": 2, "grad_accumulation": 4, "experts": 4, "active_experts": 2, "router_aux_loss": 0.05}
 
 
@@ -27,8 +28,9 @@ def _weights(run_dir) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Run folders of the profiles above, trained by one process."""
-    folders = {name: tmp_path_factory.mktemp("alone") / name for name in ("dense", "mixture")}
+    folders = {name: tmp_path_factory.mktemp("alone") / name for name in ("dense", "segments", "mixture")}
     training.train(small_profile(**DENSE), folders["dense"])
+    training.train(small_profile(**SEGMENTS), folders["segments"])
     training.train(small_profile(**MIXTURE), folders["mixture"])
     return folders
 
@@ -40,7 +42,7 @@ def _assert_same_run(run_dir, other):
     assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-4) for name in theirs)
 
 
-@pytest.mark.parametrize(("ranks", "name", "profile"), [(2, "dense", DENSE), (4, "mixture", MIXTURE)])
+@pytest.mark.parametrize(("ranks", "name", "profile"), [(2, "dense", DENSE), (2, "segments", SEGMENTS), (4, "mixture", MIXTURE)])
 def test_several_processes_train_what_one_does(warm_processes, tmp_path, alone, ranks, name, profile):
     assert warm_processes.train(ranks, tmp_path / "run", profile) == [0] * ranks, (tmp_path / "run.log").read_text()
     _assert_same_run(tmp_path / "run", alone[name])

@@ -87,9 +87,10 @@ def kill_at_random(kills: int, seed: int, run_dir: str, profile: dict) -> dict:
     for number in range(kills):
         before = latest_checkpoint(run_dir)
         child = _fork("train", dict(run_dir=run_dir, profile=profile), {}, Path(run_dir).with_suffix(".log"))
-        while number % 2 and latest_checkpoint(run_dir) == before:
+        deadline = time.monotonic() + SECONDS
+        while number % 2 and latest_checkpoint(run_dir) == before and time.monotonic() < deadline:
             time.sleep(0.002)
-        time.sleep(rng.uniform(0.0, 0.1 if number % 2 else 0.3))
+        time.sleep(rng.uniform(0.0, 0.05 if number % 2 else 0.3))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
