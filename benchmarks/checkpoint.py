@@ -37,7 +37,7 @@ def measure(profile: profiles.Profile, folder: Path, tokens_per_second: float) -
     copied = time.perf_counter()
     tokenizer = load_tokenizer("corpus", "package:licensedcode-data", 4096)
     writing = time.perf_counter()
-    checkpoints.write_checkpoint(folder, snapshot, model, tokenizer, "benchmark", keep=1)
+    checkpoints.write_checkpoint(folder, snapshot, model, tokenizer, card="", identity="benchmark", keep=1)
     written = time.perf_counter()
     interval = profile.runtime.checkpoint_every * profile.tokens_per_step / tokens_per_second
     return {
