@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("profile", nargs="?", default="", help=f"one of {', '.join(profiles.PROFILES)}, or a run to go on with, "
                          "as a path such as runs/x")  # fmt: skip
     command.add_argument("--run", "--run-dir", default="", help="folder below runs/, or a path (default: named after the "
-                         "profile); behind torchrun write --run-dir, which under Python 3.11 takes --run for its own")  # fmt: skip
+                         "profile); behind torchrun write --run-dir, as Python 3.11 takes --run for torchrun's")  # fmt: skip
     command.add_argument("--init", help="checkpoint folder or hub id to start from (default: random weights)")
     command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
     command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")

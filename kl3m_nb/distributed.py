@@ -63,9 +63,7 @@ def process_group() -> Iterator[World]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-    dist.init_process_group(
-        backend, store=_of_this_attempt(store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
-    )
+    dist.init_process_group(backend, store=_of_this_attempt(store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     yield world()  # after an error nothing more is asked of the peers, which may be dead
     gc.collect()  # a DDP reducer that outlives the group frees it while it holds the GIL, and gloo's threads then wait for ever
     dist.destroy_process_group()

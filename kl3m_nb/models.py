@@ -93,9 +93,7 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
         name = str(folder)
     elif name.count("/") != 1 or name.startswith((".", "/", "runs/")):
         raise ValueError(f"There is no checkpoint folder {name}; train one first, or name a folder or a hub id OWNER/NAME.")
-    return AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-    )
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False)
 
 
 def check_checkpoint(folder: str | Path) -> dict:

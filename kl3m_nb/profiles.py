@@ -64,6 +64,7 @@ class OptimizerSpec:
     nesterov: bool = True
     ns_steps: int = 5
     ns_coefficients: str = "keller_jordan"
+    ns_precision: str = "auto"  # float32 or bfloat16; auto: bfloat16 where that is fast
     adjust_lr: str = "original"
     attention_outer_multiplier: float = 0.5  # q_proj, o_proj
     attention_inner_multiplier: float = 0.75  # k_proj, v_proj
@@ -362,6 +363,7 @@ _CHOICES = {
     "document_borders": ("ignored", "positions", "mask"),
     "sft_loss": ("response", "all"),
     "ns_coefficients": ("keller_jordan", "polar_express"),
+    "ns_precision": ("auto", "float32", "bfloat16"),
 }
 _AT_LEAST_ONE = (
     "layers hidden mlp heads kv_heads head_size vocabulary context seq_len micro_batch grad_accumulation shuffle_buffer "

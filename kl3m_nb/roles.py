@@ -113,6 +113,7 @@ def build_optimizers(model: nn.Module, rules: list[ParameterRule], profile: Prof
         ns_steps=spec.ns_steps,
         adjust_lr=spec.adjust_lr,
         coefficients=spec.ns_coefficients,
+        precision=spec.ns_precision,
     )
     aux = torch.optim.AdamW(list(groups["adamw"].values()), lr=spec.aux_lr, betas=(spec.aux_beta1, spec.aux_beta2), foreach=True)
     return muon, aux

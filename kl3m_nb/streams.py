@@ -83,9 +83,7 @@ class PrefetchedStream:
         return batch, self._stream.state_dict(), self._stream.epoch
 
 
-def open_stream(
-    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, prefetch_batches: int = 0
-) -> BatchStream | PrefetchedStream:
+def open_stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, prefetch_batches: int = 0) -> BatchStream | PrefetchedStream:
     """The training stream of `spec`: dense windows or segments, with `prefetch_batches` made ahead (0: none).
 
     Raises ValueError or FileNotFoundError for a source that cannot be opened.

@@ -175,7 +175,11 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch
 
 def test_leftovers_of_any_process_are_removed_whatever_its_number(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
-    for name in (f".saving-step-000003-{os.getpid()}", f".removing-step-000002-{os.getpid()}", ".saving-step-000003-0a1b2c3d4e5f"):
+    for name in (
+        f".saving-step-000003-{os.getpid()}",
+        f".removing-step-000002-{os.getpid()}",
+        ".saving-step-000003-0a1b2c3d4e5f",
+    ):
         (folder / name).mkdir(parents=True)
     checkpoints.remove_leftovers(tmp_path / "run")
     assert list(folder.iterdir()) == []

@@ -13,7 +13,12 @@ from kl3m_nb.metrics import read_metrics
 # Ceilings so low that the clamp has something to repair on every rank.
 CLAMPED = {"attention_max_condition": 3.0, "mlp_max_condition": 2.0, "lm_head_max_condition": 4.0}
 DENSE = {"max_steps": 6, **CLAMPED}  # one micro-batch a step: its windows are dealt out
-SEGMENTS = {"max_steps": 4, "packing": "segments", "vocabulary": 900, "clamp_every": 0}  # ranks have unequal numbers of valid labels
+SEGMENTS = {
+    "max_steps": 4,
+    "packing": "segments",
+    "vocabulary": 900,
+    "clamp_every": 0,
+}  # ranks have unequal numbers of valid labels
 MIXTURE = {"max_steps": 6, "micro_batch": 2, "grad_accumulation": 4, "experts": 4, "active_experts": 2, "router_aux_loss": 0.05}
 
 

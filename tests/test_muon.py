@@ -27,6 +27,7 @@ POLAR_EXPRESS = [  # the published table, with the safety factor of its algorith
         (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     )
 ]
+PRECISIONS = ["float32", "bfloat16"]
 SHAPES = [(24, 24), (16, 40), (40, 16), (3, 16, 24), (2, 2, 24, 16)]
 
 
@@ -83,7 +84,8 @@ def test_float32_steps_equal_the_float64_reference(shape, nesterov, adjust_lr):
     parameter = nn.Parameter(torch.randn(shape))
     expected = ReferenceMuon(parameter, 0.1, 0.9, 0.3, nesterov, factor)
     start = expected.weight
-    optimizer = Muon([parameter], lr=0.1, momentum=0.9, weight_decay=0.3, nesterov=nesterov, adjust_lr=adjust_lr)
+    settings = dict(momentum=0.9, weight_decay=0.3, nesterov=nesterov, adjust_lr=adjust_lr, precision="float32")
+    optimizer = Muon([parameter], lr=0.1, **settings)
     for _ in range(4):
         parameter.grad = torch.randn(shape)
         expected.step(parameter.grad)
@@ -96,7 +98,7 @@ def test_fused_matrices_are_updated_each_on_its_own():
     parameter = nn.Parameter(torch.randn(3, 32, 24))
     expected = ReferenceMuon(parameter, 0.1, 0.9, 0.0, True, factor=1.0, fused=2)  # each matrix is 16 × 24: wide
     start = expected.weight
-    optimizer = Muon([{"params": [parameter], "fused": 2}], lr=0.1, momentum=0.9)
+    optimizer = Muon([{"params": [parameter], "fused": 2}], lr=0.1, momentum=0.9, precision="float32")
     for _ in range(2):
         parameter.grad = torch.randn(3, 32, 24) * torch.linspace(1, 50, 32)[:, None]
         expected.step(parameter.grad)
@@ -107,12 +109,13 @@ def test_fused_matrices_are_updated_each_on_its_own():
 @pytest.mark.parametrize("shape", [(64, 64), (32, 80), (80, 32)], ids=str)
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_same_update_as_torch(shape, adjust_lr, nesterov):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_same_update_as_torch(shape, adjust_lr, nesterov, precision):
     torch.manual_seed(0)
     ours = nn.Parameter(torch.randn(shape))
     theirs = nn.Parameter(ours.detach().clone())
     settings = dict(lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=nesterov, ns_steps=5)
-    optimizer = Muon([ours], adjust_lr=adjust_lr, **settings)
+    optimizer = Muon([ours], adjust_lr=adjust_lr, precision=precision, **settings)
     reference = torch.optim.Muon([theirs], adjust_lr_fn=adjust_lr, **settings)
     for _ in range(3):
         before = theirs.detach().clone()
@@ -128,7 +131,7 @@ def test_same_update_as_torch(shape, adjust_lr, nesterov):
 @pytest.mark.parametrize("steps", [1, 3, 4, 5])
 def test_orthogonalize_maps_singular_values_through_the_polynomials(coefficients, polynomials, steps):
     matrices = torch.randn(2, 12, 30)
-    actual = orthogonalize(matrices, steps, coefficients)
+    actual = orthogonalize(matrices, steps, coefficients, "float32")
     assert relative_error(actual, reference_update(matrices.numpy(), polynomials[:steps])) < 1e-5
 
 
@@ -136,7 +139,7 @@ def test_orthogonalize_maps_singular_values_through_the_polynomials(coefficients
 def test_orthogonalize_keeps_shape_and_dtype_and_its_input(dtype):
     matrices = conditioned(2, 3, 10, 6).to(dtype)
     before = matrices.clone()
-    result = orthogonalize(matrices.requires_grad_())
+    result = orthogonalize(matrices.requires_grad_(), precision="float32")
     assert result.shape == matrices.shape and result.dtype == dtype and not result.requires_grad
     assert torch.equal(matrices, before)
     assert relative_error(result.double(), reference_update(before.double().numpy())) < (
@@ -146,9 +149,20 @@ def test_orthogonalize_keeps_shape_and_dtype_and_its_input(dtype):
 
 @pytest.mark.parametrize("coefficients", ["keller_jordan", "polar_express"])
 @pytest.mark.parametrize("shape", [(64, 64), (48, 128), (128, 48), (1, 7)], ids=str)
-def test_singular_values_of_an_update_lie_near_one(coefficients, shape):
-    values = torch.linalg.svdvals(orthogonalize(conditioned(*shape).float(), 5, coefficients))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_singular_values_of_an_update_lie_near_one(coefficients, shape, precision):
+    values = torch.linalg.svdvals(orthogonalize(conditioned(*shape).float(), 5, coefficients, precision))
     assert 0.6 < values.min() and values.max() < 1.25
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_the_precision_is_chosen_by_device_unless_it_is_named(monkeypatch, amx):
+    monkeypatch.setattr(muon, "_has_amx", lambda: amx)
+    single, double = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.float64)
+    assert muon.iteration_dtype(single, "auto") == (torch.bfloat16 if amx else torch.float32)
+    assert muon.iteration_dtype(single.bfloat16(), "float32") == muon.iteration_dtype(single, "float32") == torch.float32
+    assert muon.iteration_dtype(double, "auto") == torch.float64
+    assert muon.iteration_dtype(double, "bfloat16") == torch.bfloat16
 
 
 def test_zero_matrices_stay_zero():
@@ -197,14 +211,15 @@ def test_the_bound_is_tight_and_holds_for_every_bfloat16_value(coefficients, ste
 
 
 @pytest.mark.parametrize("coefficients", ["keller_jordan", "polar_express"])
-def test_movement_bounds_hold_for_every_matrix(coefficients):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_movement_bounds_hold_for_every_matrix(coefficients, precision):
     torch.manual_seed(0)
     groups = [
         {"params": [nn.Parameter(torch.randn(20, 20)), nn.Parameter(torch.randn(30, 10))], "weight_decay": 2.0},
         {"params": [nn.Parameter(torch.randn(3, 16, 24))], "fused": 2, "lr": 0.01, "adjust_lr": "match_rms_adamw"},
         {"params": [nn.Parameter(1e6 * torch.randn(8, 8))], "lr": 1e-9},  # rounding moves it further than the update
     ]
-    optimizer = Muon(groups, lr=0.05, ns_steps=4, coefficients=coefficients)
+    optimizer = Muon(groups, lr=0.05, ns_steps=4, coefficients=coefficients, precision=precision)
     for _ in range(5):
         before = copy.deepcopy([group["params"] for group in groups])
         take_step(optimizer)
@@ -217,7 +232,7 @@ def test_movement_bounds_hold_for_every_matrix(coefficients):
                 additive, relative = bounds[parameter]
                 assert (moved <= additive + relative * torch.linalg.matrix_norm(old, 2)).all()
     square = groups[0]["params"][0]
-    assert bounds[square][0] == pytest.approx(0.05 * singular_value_bound(4, coefficients, torch.float32), rel=1e-4)
+    assert bounds[square][0] == pytest.approx(0.05 * singular_value_bound(4, coefficients, getattr(torch, precision)), rel=1e-4)
     assert bounds[square][1] == pytest.approx(0.05 * 2.0, rel=1e-4)
 
 
@@ -321,7 +336,7 @@ def test_a_torch_scheduler_drives_the_groups():
 
 def test_bfloat16_parameters_keep_their_dtype():
     parameter = nn.Parameter(torch.zeros(8, 8, dtype=torch.bfloat16))
-    optimizer = Muon([parameter], lr=0.5, momentum=0.0)
+    optimizer = Muon([parameter], lr=0.5, momentum=0.0, precision="float32")
     parameter.grad = conditioned(8, 8).bfloat16()
     optimizer.step()
     assert parameter.dtype == optimizer.state[parameter]["momentum_buffer"].dtype == torch.bfloat16
@@ -351,6 +366,7 @@ def test_closure_is_called_with_gradients_enabled():
         ({"ns_steps": 2}, "3 to 5"),
         ({"ns_steps": 6}, "integer from 1 to 5"),
         ({"ns_steps": 5.0}, "integer"),
+        ({"precision": "float16"}, "one of auto, float32, bfloat16"),
         ({"adjust_lr": "none"}, "adjust_lr"),
         ({"coefficients": "chebyshev"}, "polar_express"),
     ],

@@ -145,7 +145,9 @@ def test_a_closed_stream_has_no_open_file(tmp_path):
         return [path for path in map(os.path.realpath, names) if path.startswith(str(tmp_path))]
 
     for workers in (0, 1):
-        stream = _open(DataSpec(source=f"files:{tmp_path}/rows.jsonl", seq_len=15, shuffle_buffer=32, held_out_windows=1), workers)
+        stream = _open(
+            DataSpec(source=f"files:{tmp_path}/rows.jsonl", seq_len=15, shuffle_buffer=32, held_out_windows=1), workers
+        )
         stream.take(3)
         assert opened()
         stream.close()

@@ -300,6 +300,6 @@ def test_a_run_that_another_process_began_and_left_meanwhile_is_not_written_over
         return original(profile, **options)
 
     monkeypatch.setattr(models, "build_model", slowly)
-    with pytest.raises(ValueError, match="Another process has trained in .* meanwhile"):
+    with pytest.raises(ValueError, match=r"Another process has trained in .* meanwhile"):
         training.train(small_profile(), tmp_path / "run")
     assert list(read_metrics(tmp_path / "run", "train").step) == [1, 2, 3, 4, 5, 6]
