@@ -4,8 +4,8 @@
     python benchmarks/throughput.py [--profiles tiny tiny-moe] [--steps 20] [--rounds 3] [--threads 2]
 
 Without a GPU the tiny profiles are measured, in minutes; with one the real models too, over more steps and rounds. Every case
-trains the same model on the same dense windows in a process of its own: `warmup` steps, then `steps` that count; cases take turns,
-and the best of the rounds is kept. A case that fails says so in its row, and the others go on.
+trains the same model on the same dense windows in a process of its own: `warmup` steps, then `steps` that count; cases take
+turns, and the best of the rounds is kept. A case that fails says so in its row, and the others go on.
 
 * kl3m_nb: `training.train` itself, with Muon, clipping, the regularised objective, metrics and data; its evaluations and
   checkpoints are not counted. Its clamp is: one is timed and counted with the profile's cadence.

@@ -262,7 +262,8 @@ def _manner(stack: dict) -> str:
 
 def _stacking(profile: Profile, facts: CardFacts) -> str:
     stack, layers = facts.stack, _source_layers(profile, facts)
-    blocks = f"The model has {profile.model.layers // layers} times the {layers} blocks of its source (G_stack, arXiv:2405.15319)."
+    times = profile.model.layers // layers
+    blocks = f"The model has {times} times the {layers} blocks of its source (G_stack, arXiv:2405.15319)."
     if not stack:
         return f"{blocks} This run continues the grown model with a fresh optimizer."
     order, noise = stack["order"], stack["noise"]
@@ -275,9 +276,8 @@ def _stacking(profile: Profile, facts: CardFacts) -> str:
         changed = f"every matrix of the copied blocks was mixed with {noise:.0%} of noise"
     rows = {"Source": _public(stack["source"]), "Order": order, "Noise": f"{noise:.0%}"}
     rows |= {f"SHA-256 of {name}": digest for name, digest in stack["source_sha256"].items()}
-    return (
-        f"{blocks} Embedding, final norm and LM head were copied once, {changed}, and the optimizer started fresh.\n\n{_items(rows)}"
-    )
+    text = f"{blocks} Embedding, final norm and LM head were copied once, {changed}, and the optimizer started fresh."
+    return f"{text}\n\n{_items(rows)}"
 
 
 def _configuration(profile: Profile) -> str:

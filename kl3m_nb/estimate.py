@@ -1,11 +1,11 @@
 """What a run will need, before it begins: memory by part, operations, time, on this machine or on a named GPU.
 
 Everything follows from a profile's numbers, so the real models are estimated on any laptop in no time. Memory is that of
-`memory`; operations are those of `flops`. On a GPU of `GPUS`, this machine's or a named one, the time is the sum of three: matrix
-products at 80% of the data sheet's rate, attention at 40% of it, and what the element-wise work moves at 90% of the memory's rate.
-The shares, and the bytes moved, are what was measured on an H200 for single operations of kl3m-007-500m in bfloat16; no whole
-training step has been timed there. Take a GPU's time as good to a quarter. In float32 twice the bytes are moved, and products run
-at half the rate in TF32. Any other machine's rate is measured, with one matrix product, when it is asked for.
+`memory`; operations are those of `flops`. On a GPU of `GPUS`, this machine's or a named one, the time is the sum of three:
+matrix products at 80% of the data sheet's rate, attention at 40% of it, and what the element-wise work moves at 90% of the
+memory's rate. The shares, and the bytes moved, are what was measured on an H200 for single operations of kl3m-007-500m in
+bfloat16; no whole training step has been timed there. Take a GPU's time as good to a quarter. In float32 twice the bytes are
+moved, and products run at half the rate in TF32. Any other machine's rate is measured, with one matrix product, when asked for.
 
 Windows are taken as full: where segments are padded, fewer tokens have a label. A sliding window saves time with flash-attn alone;
 to sdpa it is a mask, and all keys are computed. For a named GPU the latter is assumed unless the profile asks for flash-attn.
@@ -37,8 +37,9 @@ _TF32 = 0.5  # rate of products in TF32, relative to bfloat16
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet: dense products in bfloat16 and in float32 (operations a second), memory traffic (bytes a second), memory
-    in bytes. `reported` is its name as the driver gives it: a sibling of less bandwidth, or a slice of one, has another.
+    """A GPU's data sheet: dense products in bfloat16 and float32 (operations a second), memory traffic (bytes a second), memory.
+
+    `reported` is its name as the driver gives it: a sibling of less bandwidth, or a slice of one, has another.
     """
 
     name: str

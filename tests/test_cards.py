@@ -43,7 +43,8 @@ def test_the_card_of_the_500m_has_the_familys_sections_and_figures():
         "# kl3m-007-500m-step37000", "500,309,568; 424,812,096 without embedding", "37,000 / 100,000 planned", "3,917,824,000",
         "3,914,825,728", "9 (3 KV heads, 64 each)", "RoPE theta**: 100,000", "0.0036515 = 0.01 × √(16/120)", "3000 (attention)",
         "2000 (MLP)", "655,360 tokens a step", "| attention | 2,168.0 | 2,501.0 |", "2.6123 nats per token", "temperature 0.8",
-        "4 times the 30 blocks", "copied once, nothing was rescaled", "grown from 30 layers by stacking", "SHA-256 of model.safetensors**: abc", "arXiv:2405.15319", "cosine to 0.1",
+        "4 times the 30 blocks", "copied once, nothing was rescaled", "grown from 30 layers by stacking",
+        "SHA-256 of model.safetensors**: abc", "arXiv:2405.15319", "cosine to 0.1",
     ):  # fmt: skip
         assert figure in text, figure
     assert "- **Source**: kl3m-006-170m\n" in text and "somebody" not in text
