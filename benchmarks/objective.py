@@ -56,6 +56,7 @@ CASES: dict[str, dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
         "ours": ours(1024),
         "ours, compiled": ours(1024, compiled=True),
         "ours, compiled, chunks of 2048": ours(2048, compiled=True),
+        "ours, compiled, chunks of 4096": ours(4096, compiled=True),
         "plain torch": plain_torch,
         "F.cross_entropy": cross_entropy_alone,
     },

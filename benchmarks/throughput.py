@@ -1,64 +1,81 @@
 """How fast does a profile train, where does the time go, and how do Hugging Face's Trainer and a plain loop compare?
 
+    pip install -e '.[bench]'
     python benchmarks/throughput.py [--profiles tiny tiny-moe] [--steps 20] [--rounds 3] [--threads 2]
 
-Without a GPU the tiny profiles are measured, with one the real models too. Every case trains the same model on the same batches
-in a process of its own: `warmup` steps, then `steps` that count; cases take turns, and the best of the rounds is kept.
+Without a GPU the tiny profiles are measured, in minutes; with one the real models too, over more steps and rounds. Every case
+trains the same model on the same dense windows in a process of its own: `warmup` steps, then `steps` that count; cases take
+turns, and the best of the rounds is kept. A case that fails says so in its row, and the others go on.
 
 * kl3m_nb: `training.train` itself, with Muon, clipping, the regularised objective, metrics and data; its evaluations and
   checkpoints are not counted. Its clamp is: one is timed and counted with the profile's cadence.
+* kl3m_nb, padded segments: the same with the data of a profile that pads (kl3m-002, instruction pairs included), on real text.
+  Counted are the tokens that have a label, so this row is no comparison.
 * Trainer: transformers' Trainer with fused AdamW and its own loss, also with each block compiled. It does less: plain
   cross-entropy, no Muon, no clamp.
 * plain loop: forward, backward, AdamW, with the same loss as Trainer.
 
-Tokens are synthetic (uniform over the vocabulary, from a parquet file) or real (licence texts). The real models' own tokenizers
+Tokens are synthetic (uniform over the tokenizer, from a parquet file) or real (licence texts). The real models' own tokenizers
 are on the hub; here all text goes through one of 4,096 entries, trained on the spot, unless --tokenizer names another. MFU is
-relative to the data sheet of the GPU, in two conventions: causal attention counted exactly, and PaLM's 6N + 12LHT. Needs
-`accelerate`, which Trainer does.
+relative to the data sheet of the GPU, in two conventions: causal attention counted exactly, and PaLM's 6N + 12LHT. The time by
+part is from further steps, in which the device is waited for at both ends of every part; "other" is the rest of those steps.
+Trainer needs `accelerate`, which the extra `bench` installs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pyarrow
 import pyarrow.parquet
 import torch
 from _common import write_table
-from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kl3m_nb import flops, models, training
-from kl3m_nb.estimate import GPUS, estimate
+from kl3m_nb.estimate import data_sheet, estimate
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.packing import PackedStream
 from kl3m_nb.profiles import PROFILES, Profile, get_profile
 from kl3m_nb.runtime import choose_runtime, prepare_model
-from kl3m_nb.tokenizer import load_tokenizer
+from kl3m_nb.tokenizer import SPECIAL_TOKENS, load_tokenizer
 
 TEXT = "package:licensedcode-data"
 CASES = ("kl3m_nb", "Trainer", "Trainer, blocks compiled", "plain loop")
-PARTS = ("data", "forward", "backward", "optimizer", "clamp")
+PADDED = "kl3m_nb, padded segments"
+PARTS = ("data", "forward", "backward", "optimizer", "other", "clamp")
+PART_STEPS = 4
+ON_GPU = torch.cuda.is_available()
 
 
 def settings(arguments: argparse.Namespace, folder: Path) -> Profile:
     """The profile as it is trained here; what a short run cannot show (evaluations, checkpoints) comes at its end only."""
     steps = arguments.warmup + arguments.steps
     own = get_profile(arguments.profile)
-    accumulation = min(arguments.grad_accumulation or own.data.grad_accumulation, own.data.grad_accumulation)
+    tokenizer = arguments.tokenizer or str(own_tokenizer(folder))
+    packing = {} if arguments.case == PADDED else {"packing": "dense", "p_sft": 0.0}
     return get_profile(
         arguments.profile, max_steps=steps, warmup_steps=1, clamp_every=steps, eval_every=steps, checkpoint_every=steps,
-        held_out_windows=1, grad_accumulation=accumulation, tokenizer=arguments.tokenizer or str(own_tokenizer(folder)),
-        source=TEXT if arguments.tokens == "real" else f"files:{synthetic_tokens(folder, own)}",
+        held_out_windows=1, grad_accumulation=accumulation(arguments, own), tokenizer=tokenizer,
+        source=TEXT if arguments.tokens == "real" else f"files:{synthetic_tokens(folder, own, tokenizer)}", **packing,
     )  # fmt: skip
+
+
+def accumulation(arguments: argparse.Namespace, own: Profile) -> int:
+    return min(arguments.grad_accumulation, own.data.grad_accumulation)
 
 
 def own_tokenizer(folder: Path) -> Path:
@@ -66,51 +83,74 @@ def own_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer"
 
 
-def synthetic_tokens(folder: Path, own: Profile) -> Path:
+def synthetic_tokens(folder: Path, own: Profile, tokenizer: str) -> Path:
     """Documents of uniformly drawn tokens, in the family's schema."""
+    entries = len(load_tokenizer(tokenizer, TEXT, own.model.vocabulary))  # the model may have room for more
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(13, own.model.vocabulary, (200, 4 * own.data.seq_len), generator=generator)
+    drawn = torch.randint(len(SPECIAL_TOKENS), entries, (200, 4 * own.data.seq_len), generator=generator)
     table = pyarrow.table({"identifier": [str(number) for number in range(len(drawn))], "tokens": drawn.tolist()})
     pyarrow.parquet.write_table(table, folder / "synthetic.parquet")
     return folder / "synthetic.parquet"
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """Tokens per second and peak bytes of one case; of ours also the seconds a step spends in each part."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         chosen = settings(arguments, folder)
-        if arguments.case == "kl3m_nb":
+        if arguments.case in (CASES[0], PADDED):
             return measure_ours(arguments, chosen, folder)
         batches = windows_of(chosen, arguments.warmup + arguments.steps)
         if arguments.case == "plain loop":
-            return measure_plain_loop(arguments, chosen, batches)
-        return measure_trainer(arguments, chosen, batches, folder, compiled="compiled" in arguments.case)
+            seconds = measure_plain_loop(arguments, chosen, batches)
+        else:
+            seconds = measure_trainer(arguments, chosen, batches, folder, compiled="compiled" in arguments.case)
+        return {"rate": chosen.tokens_per_step / seconds, "peak": peak_bytes()}
 
 
 def measure_ours(arguments: argparse.Namespace, chosen: Profile, folder: Path) -> dict[str, float]:
     training.train(chosen, folder / "run")
+    peak = peak_bytes()
     train, clamp = read_metrics(folder / "run", "train"), read_metrics(folder / "run", "clamp")
-    counted = train.iloc[arguments.warmup :]
-    seconds = (counted.seconds.iloc[-1] - train.seconds.iloc[arguments.warmup - 1]) / len(counted)
-    cadence = get_profile(arguments.profile).clamp.clamp_every
-    seconds += clamp.clamp_seconds.iloc[-1] / cadence
-    result = {"seconds": seconds, "peak": peak_bytes(), "clamp": clamp.clamp_seconds.iloc[-1] / cadence}
-    return result | time_by_part(arguments, chosen, folder)
+    before, last = train.iloc[arguments.warmup - 1], train.iloc[-1]
+    clamping = clamp.clamp_seconds.iloc[-1] / get_profile(arguments.profile).clamp.clamp_every
+    seconds = (last.seconds - before.seconds) / arguments.steps + clamping
+    rate = (last.valid_tokens - before.valid_tokens) / arguments.steps / seconds
+    result = {"rate": rate, "peak": peak, "clamp": clamping}
+    return result if arguments.case == PADDED else result | time_by_part(arguments, chosen, folder)
+
+
+class PartClock:
+    """Stands in for the `record_function` of `training`: seconds by part, the device idle at both ends.
+
+    Kernels that a part has queued then count for it, those of the backward pass too, which another thread launches.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = now()
+        yield
+        self.seconds[name.removeprefix("kl3m_nb ")] += now() - began
 
 
 def time_by_part(arguments: argparse.Namespace, chosen: Profile, folder: Path) -> dict[str, float]:
-    """Seconds of a step that each part takes, from a second run under torch's profiler; on a GPU those of its kernels."""
-    steps = 4
+    """Seconds of a step that each part takes, from a run of its own; compilation falls into its warm-up."""
+    steps = arguments.warmup + PART_STEPS
     short = dataclasses.replace(chosen, schedule=dataclasses.replace(chosen.schedule, max_steps=steps))
-    on_gpu = torch.cuda.is_available()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
-        training.train(short, folder / "profiled")
-    totals = {}
-    for event in profiled.key_averages():
-        if event.key.startswith("kl3m_nb "):
-            spent = event.device_time_total if on_gpu else event.cpu_time_total
-            totals[event.key.removeprefix("kl3m_nb ")] = spent / 1e6 / steps
-    return {part: totals[part] for part in PARTS if part in totals and part != "clamp"}
+    clock = PartClock()
+
+    def begin_anew(row) -> None:
+        if row["kind"] == "train" and row["step"] == arguments.warmup:
+            clock.seconds.clear()
+
+    with mock.patch.object(training, "record_function", clock):
+        training.train(short, folder / "by_part", callbacks=[begin_anew])
+    seconds = read_metrics(folder / "by_part", "train").seconds
+    clock.seconds["other"] = seconds.iloc[-1] - seconds.iloc[arguments.warmup - 1] - sum(clock.seconds.values())
+    return {part: clock.seconds[part] / PART_STEPS for part in PARTS if part != "clamp"}
 
 
 def windows_of(chosen: Profile, steps: int) -> torch.Tensor:
@@ -119,7 +159,8 @@ def windows_of(chosen: Profile, steps: int) -> torch.Tensor:
     return PackedStream(chosen.data, tokenizer).next_batch(count)[:, :-1].contiguous()
 
 
-def measure_plain_loop(arguments: argparse.Namespace, chosen: Profile, windows: torch.Tensor) -> dict[str, float]:
+def measure_plain_loop(arguments: argparse.Namespace, chosen: Profile, windows: torch.Tensor) -> float:
+    """Seconds of a step."""
     runtime = choose_runtime(chosen)
     uncompiled = dataclasses.replace(runtime, compile_blocks=False)
     model = prepare_model(models.build_model(chosen, attention=runtime.attention), uncompiled)
@@ -136,7 +177,7 @@ def measure_plain_loop(arguments: argparse.Namespace, chosen: Profile, windows: 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return {"seconds": (now() - began) / arguments.steps, "peak": peak_bytes()}
+    return (now() - began) / arguments.steps
 
 
 class Clock(TrainerCallback):
@@ -154,7 +195,8 @@ class Clock(TrainerCallback):
 
 def measure_trainer(
     arguments: argparse.Namespace, chosen: Profile, windows: torch.Tensor, folder: Path, compiled: bool
-) -> dict[str, float]:
+) -> float:
+    """Seconds of a step."""
     runtime = choose_runtime(chosen)
     model = prepare_model(
         models.build_model(chosen, attention=runtime.attention), dataclasses.replace(runtime, compile_blocks=compiled)
@@ -169,30 +211,23 @@ def measure_trainer(
     clock = Clock(arguments.warmup)
     rows = [{"input_ids": window, "labels": window} for window in windows]
     Trainer(model=model, args=options, train_dataset=rows, callbacks=[clock]).train()
-    return {"seconds": (clock.ended - clock.began) / arguments.steps, "peak": peak_bytes()}
+    return (clock.ended - clock.began) / arguments.steps
 
 
 def now() -> float:
-    if torch.cuda.is_available():
+    if ON_GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def peak_bytes() -> int:
-    if torch.cuda.is_available():
+    if ON_GPU:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def peak_operations() -> float:
-    """Of this GPU's data sheet, 0 without a GPU or for one that is not listed."""
-    if not torch.cuda.is_available():
-        return 0.0
-    found = [gpu.products for key, gpu in GPUS.items() if key.upper() in torch.cuda.get_device_name()]
-    return found[0] if found else 0.0
-
-
-def in_a_process(arguments: argparse.Namespace, name: str, tokens: str, case: str) -> dict[str, float]:
+def in_a_process(arguments: argparse.Namespace, name: str, tokens: str, case: str) -> dict:
+    """What `measure` returns, or why it failed."""
     command = [
         sys.executable, __file__, "--measure", "--profile", name, "--tokens", tokens, "--case", case,
         *(word for key in ("steps", "warmup", "threads", "grad_accumulation", "tokenizer")
@@ -200,55 +235,60 @@ def in_a_process(arguments: argparse.Namespace, name: str, tokens: str, case: st
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise SystemExit(f"{name}, {tokens} tokens, {case} failed:\n{ended.stderr}")
+        print(f"{name}, {tokens} tokens, {case} failed:\n{ended.stderr}", file=sys.stderr)
+        return {"failed": (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]}
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def rows_of(arguments: argparse.Namespace, name: str, tokens: str) -> tuple[list[dict], dict]:
-    best: dict[str, dict] = {}
+def results_of(arguments: argparse.Namespace, name: str, tokens: str) -> dict[str, dict]:
+    """The best of the rounds by case; a case that has failed is not tried again."""
+    pads = get_profile(name).data.packing == "segments" and tokens == "real"
+    best: dict[str, dict] = {case: {} for case in (*arguments.cases, *([PADDED] if pads else []))}
     for _ in range(arguments.rounds):
-        for case in arguments.cases:
-            result = in_a_process(arguments, name, tokens, case)
-            if case not in best or result["seconds"] < best[case]["seconds"]:
-                best[case] = result
-    chosen = get_profile(name)
-    accumulation = min(arguments.grad_accumulation or chosen.data.grad_accumulation, chosen.data.grad_accumulation)
-    tokens_per_step = chosen.data.micro_batch * accumulation * chosen.data.seq_len
-    ours = tokens_per_step / best["kl3m_nb"]["seconds"]
+        for case, known in best.items():
+            if "failed" not in known:
+                result = in_a_process(arguments, name, tokens, case)
+                if result.get("rate", math.inf) > known.get("rate", 0.0):
+                    known.update(result)
+    return best
+
+
+def rows_of(chosen: Profile, tokens: str, results: dict[str, dict]) -> tuple[list[dict], dict]:
+    """The table's rows of one profile and one kind of tokens, and the row of the time by part."""
+    gpu = data_sheet(torch.cuda.get_device_name()) if ON_GPU else None
+    exact = flops.flops_per_token(chosen.model, chosen.data.seq_len)
+    palm = flops.palm_flops_per_token(chosen.model, chosen.data.seq_len)
+    ours = results.get(CASES[0], {})
     rows = []
-    for case, result in best.items():
-        rate, peak = tokens_per_step / result["seconds"], peak_operations()
-        exact = flops.flops_per_token(chosen.model, chosen.data.seq_len)
-        palm = flops.palm_flops_per_token(chosen.model, chosen.data.seq_len)
+    for case, result in results.items():
+        rate = result.get("rate", 0.0)
+        compared = rate and case != PADDED
         rows.append(
             {
-                "profile": name,
+                "profile": chosen.name,
                 "tokens": tokens,
                 "case": case,
-                "tokens/s": rate,
-                "ours / this": ours / rate,
-                "MFU causal": f"{rate * exact / peak:.1%}" if peak else "",
-                "MFU PaLM": f"{rate * palm / peak:.1%}" if peak else "",
-                "peak GB": result["peak"] / 1e9,
+                "tokens/s": rate or "",
+                "ours / this": ours["rate"] / rate if compared and "rate" in ours else "",
+                "MFU causal": f"{rate * exact / gpu.products:.1%}" if compared and gpu else "",
+                "MFU PaLM": f"{rate * palm / gpu.products:.1%}" if compared and gpu else "",
+                "peak GB": result["peak"] / 1e9 if rate else "",
+                "failed": result.get("failed", ""),
             }
         )
-    parts = {part: best["kl3m_nb"].get(part, 0.0) for part in PARTS}
-    total = sum(parts.values())
-    shares = {f"{part} %": f"{100 * spent / total:.1f}" for part, spent in parts.items()}
-    estimated = estimate(dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, grad_accumulation=accumulation)))
-    return rows, {"profile": name, "tokens": tokens, **shares, "tokens/s": ours, "estimated": estimated.tokens_per_second}
+    total = sum(ours.get(part, 0.0) for part in PARTS)
+    shares = {f"{part} %": f"{100 * ours[part] / total:.1f}" if part in ours else "" for part in PARTS}
+    estimated = estimate(chosen).tokens_per_second
+    return rows, {"profile": chosen.name, "tokens": tokens, **shares, "tokens/s": ours.get("rate", ""), "estimated": estimated}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    small = ["tiny", "tiny-moe"]
-    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(PROFILES) if torch.cuda.is_available() else small)
-    parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=[case for case in CASES if torch.cuda.is_available() or "comp" not in case]
-    )
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(PROFILES) if ON_GPU else ["tiny", "tiny-moe"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=[case for case in CASES if ON_GPU or "comp" not in case])
+    parser.add_argument("--steps", type=int, default=20 if ON_GPU else 8)
+    parser.add_argument("--warmup", type=int, default=5 if ON_GPU else 2, help="steps before those that count, at least 1")
+    parser.add_argument("--rounds", type=int, default=3 if ON_GPU else 2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--grad-accumulation", type=int, default=4, help="at most; a step of the real profiles has 32 micro-batches"
@@ -263,10 +303,18 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments)))
         return
-    measured = [rows_of(arguments, name, tokens) for name in arguments.profiles for tokens in ("synthetic", "real")]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    write_table(f"throughput_{device}", [row for rows, _ in measured for row in rows])
-    write_table(f"throughput_parts_{device}", [parts for _, parts in measured])
+    rows, parts = [], []
+    for name in arguments.profiles:
+        chosen = get_profile(name)
+        chosen = get_profile(name, packing="dense", p_sft=0.0, grad_accumulation=accumulation(arguments, chosen))
+        for tokens in ("synthetic", "real"):
+            of_cases, by_part = rows_of(chosen, tokens, results_of(arguments, name, tokens))
+            rows, parts = [*rows, *of_cases], [*parts, by_part]
+        device = "cuda" if ON_GPU else "cpu"  # after every profile: what comes later may take hours, or fail
+        write_table(f"throughput_{device}", rows)
+        write_table(f"throughput_parts_{device}", parts)
+    if any(row["failed"] for row in rows):
+        raise SystemExit("Some cases failed; their rows say why.")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ class CardFacts:
 
     `conditions` is {role group: (median, maximum)} of σ₁/σ_min over the matrices of attention, MLP and head at the clamp of
     `conditions_step`, empty before the first clamp. `stack` is the `stack.json` of the checkpoint the run started from, or {}.
+
+    How a model was grown is told by its `stack`. Of a model of the family, which comes without one, the profile says it.
     """
 
     counts: Counts
@@ -85,19 +87,24 @@ def carried_counts(init: str | Path | None) -> Counts:
     A name that ends in -stepN or -checkpoint-N, as the family's do, says that N steps are behind the model, and its card how many
     tokens. Every other checkpoint is a beginning. Raises ValueError when such a model's card does not name its tokens.
     """
-    match = _STEP_IN_NAME.search(str(init).rstrip("/")) if init else None
-    if match is None or int(match[1]) == 0:
+    steps = _steps_by_name(init)
+    if steps == 0:
         return Counts()
     folder = paths.resolve(init)
     text = _read_card(folder) if folder.is_dir() else _fetch_card(str(init))
     found = {name: re.search(_COUNT.format(name), text, re.IGNORECASE) for name in ("Tokens Processed", "Valid Tokens")}
     if found["Tokens Processed"] is None:
         raise ValueError(
-            f"{init} has {match[1]} steps behind it by its name, and its {CARD_FILE} has no line 'Tokens Processed: …' to go on "
+            f"{init} has {steps} steps behind it by its name, and its {CARD_FILE} has no line 'Tokens Processed: …' to go on "
             "counting from; add it, or rename the folder so that counting starts at 0."
         )
     tokens = _number(found["Tokens Processed"])
-    return Counts(int(match[1]), tokens, _number(found["Valid Tokens"]) if found["Valid Tokens"] else tokens)
+    return Counts(steps, tokens, _number(found["Valid Tokens"]) if found["Valid Tokens"] else tokens)
+
+
+def _steps_by_name(init: str | Path | None) -> int:
+    match = _STEP_IN_NAME.search(str(init).rstrip("/")) if init else None
+    return int(match[1]) if match else 0
 
 
 def _number(match: re.Match) -> int:
@@ -154,20 +161,20 @@ def card_name(checkpoint: Path) -> str:
 
 def model_card(profile: Profile, facts: CardFacts) -> str:
     """The Markdown of a checkpoint's README.md, with the metadata block that the hub reads."""
-    name = published_name(profile, facts.counts.step)
+    name, grown = published_name(profile, facts.counts.step), _source_layers(profile, facts) > 0
     metadata = {
         "model_name": name,
         "language": "en",
         "license": "apache-2.0",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["kl3m", "legal", *(["g_stack"] if profile.growth_factor > 1 else [])],
+        "tags": ["kl3m", "legal", *(["g_stack"] if grown else [])],
     }
     sections = {
         "Model Details": _details(profile, facts),
         "Training Progress": _progress(profile, facts),
         "Model Architecture": _architecture(profile),
-        "G_stack": _stacking(profile, facts.stack),
+        "G_stack": _stacking(profile, facts) if grown else "",
         "Training Configuration": _configuration(profile),
         "Training Details": _training_details(profile, facts),
         "Spectra": _spectra(profile, facts),
@@ -177,7 +184,7 @@ def model_card(profile: Profile, facts: CardFacts) -> str:
             "A small base model: it continues text in the manner of its data and does not know whether a sentence is true. "
             "Nothing it writes is legal advice."
         ),
-        "Citation": _CITATION if profile.growth_factor > 1 else "",
+        "Citation": _CITATION if grown else "",
         "License": "Apache 2.0. The text it was trained on has its own terms.",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
@@ -187,9 +194,8 @@ def model_card(profile: Profile, facts: CardFacts) -> str:
 def _summary(profile: Profile, facts: CardFacts) -> str:
     total = count_parameters(profile.model).total
     kind = "mixture-of-experts" if profile.model.experts else "dense"
-    grown = (
-        f", grown from {profile.model.layers // profile.growth_factor} layers by stacking" if profile.growth_factor > 1 else ""
-    )
+    layers = _source_layers(profile, facts)
+    grown = f", grown from {layers} layers by {_manner(facts.stack)}" if layers else ""
     return (
         f"A {kind} language model of {_millions(total)} parameters and {profile.model.layers} layers{grown}, after "
         f"{facts.counts.step:,} training steps."
@@ -242,18 +248,35 @@ def _architecture(profile: Profile) -> str:
     return _items(rows)
 
 
-def _stacking(profile: Profile, stack: dict) -> str:
-    if profile.growth_factor == 1:
-        return ""
-    layers = profile.model.layers // profile.growth_factor
-    text = (
-        f"The model has {profile.growth_factor} times the {layers} blocks of its source (G_stack, arXiv:2405.15319). Embedding, "
-        "final norm and LM head were copied once, nothing was rescaled, and the optimizer started fresh."
-    )
+def _source_layers(profile: Profile, facts: CardFacts) -> int:
+    """Depth of the model that this one was grown from, by what it started from; 0 when that was not grown."""
+    if facts.stack:
+        return facts.stack["source_layers"] if facts.stack["factor"] > 1 else 0
+    continues_the_family = profile.growth_factor > 1 and _steps_by_name(facts.init) > 0
+    return profile.model.layers // profile.growth_factor if continues_the_family else 0
+
+
+def _manner(stack: dict) -> str:
+    return "random blocks" if stack and stack["order"] == "random" else "stacking"
+
+
+def _stacking(profile: Profile, facts: CardFacts) -> str:
+    stack, layers = facts.stack, _source_layers(profile, facts)
+    times = profile.model.layers // layers
+    blocks = f"The model has {times} times the {layers} blocks of its source (G_stack, arXiv:2405.15319)."
     if not stack:
-        return text
-    rows = {"Source": _public(stack["source"]), "Order": stack["order"], "Noise": f"{stack['noise']:.0%}"}
+        return f"{blocks} This run continues the grown model with a fresh optimizer."
+    order, noise = stack["order"], stack["noise"]
+    if order == "random":
+        blocks = f"The first {layers} of its {profile.model.layers} blocks are its source's, the others were drawn at random."
+    changed = "nothing was rescaled"
+    if order == "zero_initialised":
+        changed = f"o_proj and down_proj of all blocks after the first {layers} were set to zero"
+    if noise:
+        changed = f"every matrix of the copied blocks was mixed with {noise:.0%} of noise"
+    rows = {"Source": _public(stack["source"]), "Order": order, "Noise": f"{noise:.0%}"}
     rows |= {f"SHA-256 of {name}": digest for name, digest in stack["source_sha256"].items()}
+    text = f"{blocks} Embedding, final norm and LM head were copied once, {changed}, and the optimizer started fresh."
     return f"{text}\n\n{_items(rows)}"
 
 
@@ -296,10 +319,12 @@ def _configuration(profile: Profile) -> str:
 
 def _training_details(profile: Profile, facts: CardFacts) -> str:
     schedule, data = profile.schedule, profile.data
+    marks = "dense windows, `<|end|>` after each document"
+    if data.packing == "segments":
+        marks = "padded segments, `<|start|>` and `<|end|>` at a document's own borders"
     return _items(
         {
-            "Data": f"{data.source}, tokenizer {_public(data.tokenizer)}, shuffle buffer {data.shuffle_buffer}, "
-            "`<|end|>` after each document",
+            "Data": f"{data.source}, tokenizer {_public(data.tokenizer)}, shuffle buffer {data.shuffle_buffer}, {marks}",
             "Schedule": f"linear warmup over {schedule.warmup_steps} steps, cosine to {schedule.min_lr_ratio:g} of the peak at "
             f"step {schedule.max_steps:,}",
             "Gradient clipping": f"{schedule.clip_mode}, maximum {schedule.clip_max_norm:g}, coefficient "

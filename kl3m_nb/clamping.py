@@ -14,13 +14,16 @@ The result is W' = U max(S, τ) Vᵀ (kl3m-007 card, "Spectral Clamping"), but a
 A matrix that needs nothing keeps every bit. A value within one rounding of the weight's dtype (eps·σ₁) below τ counts as τ,
 since it cannot be stored better: clamping twice is clamping once. Proofs allow for their own rounding errors (Higham,
 "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.5 and theorem 10.3). On a CPU a matrix is the work of
-one thread, as small factorisations gain little from more; on a GPU the tests run in batches of one shape.
+one thread, as small factorisations gain little from more. On a GPU the tests run in batches of one shape, and only the Gram
+matrices of what fails go to threads of the CPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +41,7 @@ ROUTES = ("certified", "tested", "decomposed", "repaired", "zero", "not_finite")
 _EXACTNESS = 1e-9  # in units of σ₁: the error of what is called exact
 _GRAM_RESOLUTION = 1e-5  # in units of σ₁: smaller values are lost in a float64 Gram matrix
 _ONE_THREAD_ELEMENTS = 2**23  # a larger matrix gets all threads to itself
+_BATCHED = ("cuda",)  # types of device on which matrices of one shape are tested together
 _GPU_BATCH_ELEMENTS = 2**24  # a batch of square float64 matrices then works in 1 GiB
 
 
@@ -133,9 +137,10 @@ def clamp_spectrum_(weight: Tensor, max_condition: float, sigma_floor: float) ->
 class SpectralClamp:
     """Clamps the matrices of `targets` and remembers, as certificates, what is known of their spectra.
 
-    `threads`: how many matrices are worked on at a time on the CPU; by default torch's number of threads. `decompose_on`:
-    where matrices on a GPU that fail the test are decomposed, "cpu" (copied there; batched decompositions of CUDA have been
-    reported far slower than they should be, pytorch issues 174674 and 175585) or "device".
+    `threads`: how many matrices are worked on at a time on the CPU; by default torch's number of threads, beside a GPU the
+    cores of this rank. `decompose_on`: where the Gram matrices of what fails the test on a GPU are decomposed, "cpu" (copied
+    there; batched decompositions of CUDA have been reported far slower than they should be, pytorch issues 174674 and 175585) or
+    "device". The weights themselves stay where they are.
     """
 
     def __init__(self, targets: Iterable[ClampTarget], threads: int | None = None, decompose_on: str = "cpu") -> None:
@@ -234,28 +239,42 @@ class SpectralClamp:
         """Test and repair. The jobs of a group differ in nothing but their names and values."""
         results: list[_Result] = []
         for_workers: list[tuple[list[_Job], tuple[torch.dtype, ...]]] = []
+        suspects: list[tuple[_Job, Tensor]] = []
         for jobs in groups:
             matrix = jobs[0].matrix
-            if matrix.device.type == "cuda":
-                healthy, suspects = _test_in_batches(jobs)
+            if matrix.device.type in _BATCHED:
+                on_device = self._decompose_on_device
+                healthy, failed = _test_in_batches(jobs, matrix.device if on_device else torch.device("cpu"))
                 results += healthy
-                if self._decompose_on_device:
-                    results += [_decompose(job, matrix.device) for job in suspects]
-                elif suspects:
-                    for_workers.append((suspects, ()))
+                if on_device:
+                    results += [_decompose(*suspect) for suspect in failed]
+                else:
+                    suspects += failed
             elif matrix.numel() > _ONE_THREAD_ELEMENTS:
                 results += [_clamp_on_cpu(job, useful_precisions(matrix)) for job in jobs]
             else:
                 for_workers.append((jobs, useful_precisions(matrix)))
-        if for_workers:
-            with _single_threaded_workers(self._threads or torch.get_num_threads()) as workers:
+        if for_workers or suspects:
+            with _single_threaded_workers(self._threads or _worker_count(groups[0][0].matrix.device)) as workers:
+                decomposed = workers.map(_decompose, *zip(*suspects, strict=True)) if suspects else []
                 firsts = [workers.submit(_clamp_on_cpu, jobs[0], precisions) for jobs, precisions in for_workers]
                 for (jobs, precisions), first in zip(for_workers, firsts, strict=True):
                     # Matrices of one shape and ceiling are alike: what float32 could not prove for the first is not tried again.
                     if first.result().proven_in != torch.float32:
                         precisions = precisions[-1:]
                     results += [first.result(), *workers.map(_clamp_on_cpu, jobs[1:], itertools.repeat(precisions))]
+                results += decomposed
         return results
+
+
+def _worker_count(device: torch.device) -> int:
+    """Threads for matrices on `device`: torch's own number, beside a GPU this rank's share of the cores.
+
+    torchrun gives every rank one thread, which is meant for ranks that compute on the CPU.
+    """
+    if device.type != "cuda":
+        return torch.get_num_threads()
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _cost(shape: torch.Size) -> int:
@@ -298,32 +317,33 @@ class _Result:
 @torch.no_grad()
 def _clamp_on_cpu(job: _Job, precisions: Sequence[torch.dtype]) -> _Result:
     """Test in each of `precisions` until one succeeds, else decompose, on whatever device the weight is."""
-    cpu = torch.device("cpu")
+    here = dataclasses.replace(job, matrix=job.matrix.cpu())
     gram = None
     for precision in precisions:
-        [proof], gram = _test([job], precision, cpu)
+        [proof], [gram] = _test([here], precision)
         if proof.holds:
             return _tested(job, proof, precision)
-    return _decompose(job, cpu, None if gram is None else gram[0])
+    result = _decompose(here, gram)
+    if result.event.raised and here.matrix is not job.matrix:
+        job.matrix.copy_(here.matrix)
+    return result
 
 
-def _test_in_batches(jobs: list[_Job]) -> tuple[list[_Result], list[_Job]]:
-    """Results of the jobs whose matrices are proven healthy on their own device, and the other jobs."""
+def _test_in_batches(jobs: list[_Job], decompose_on: torch.device) -> tuple[list[_Result], list[tuple[_Job, Tensor]]]:
+    """Results of the jobs whose matrices are proven healthy on their own device; the others with their Gram matrices."""
     size = max(1, _GPU_BATCH_ELEMENTS // jobs[0].matrix.numel())
     healthy, suspects = [], []
     for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
-        proofs, _ = _test(batch, torch.float64, batch[0].matrix.device)
-        for job, proof in zip(batch, proofs, strict=True):
-            if proof.holds:
-                healthy.append(_tested(job, proof, torch.float64))
-            else:
-                suspects.append(job)
+        proofs, grams = _test(batch, torch.float64)
+        failed = [index for index, proof in enumerate(proofs) if not proof.holds]
+        suspects += zip([batch[index] for index in failed], grams[failed].to(decompose_on), strict=True)
+        healthy += [_tested(job, proof, torch.float64) for job, proof in zip(batch, proofs, strict=True) if proof.holds]
     return healthy, suspects
 
 
-def _test(jobs: list[_Job], precision: torch.dtype, device: torch.device) -> tuple[list[Proof], Tensor]:
+def _test(jobs: list[_Job], precision: torch.dtype) -> tuple[list[Proof], Tensor]:
     """Proofs for the matrices of `jobs`, all of one shape, and the Gram matrices they were read from."""
-    wides = [_wide(job.matrix).to(device) for job in jobs]
+    wides = [_wide(job.matrix) for job in jobs]
     wides = torch.stack(wides) if len(wides) > 1 else wides[0].unsqueeze(0)  # one alone may be large: not copied
     grams = gram_matrix(wides, precision)
     return prove_healthy(grams, wides.shape[-1], jobs[0].max_condition, jobs[0].sigma_floor), grams
@@ -334,14 +354,12 @@ def _tested(job: _Job, proof: Proof, precision: torch.dtype) -> _Result:
     return _Result(event, (proof.lower, proof.upper), precision)
 
 
-def _decompose(job: _Job, device: torch.device, gram: Tensor | None = None) -> _Result:
-    """Clamp the matrix of `job` by its exact spectrum, computed on `device`; `gram` is what a test that failed has left."""
-    matrix = job.matrix.to(device)
-    failed_test = gram is not None
-    gram = gram if failed_test else gram_matrix(_wide(matrix), torch.float64)
-    outcome, interval = _clamp_exactly_(matrix, gram, job.max_condition, job.sigma_floor, failed_test)
-    if outcome.raised and matrix is not job.matrix:
-        job.matrix.copy_(matrix)
+@torch.no_grad()
+def _decompose(job: _Job, gram: Tensor | None) -> _Result:
+    """Clamp the matrix of `job` by its exact spectrum; `gram` is what a failed test has left, None where there was no test."""
+    suspect = gram is not None
+    gram = gram if suspect else gram_matrix(_wide(job.matrix), torch.float64)
+    outcome, interval = _clamp_exactly_(job.matrix, gram, job.max_condition, job.sigma_floor, suspect)
     if interval is None:
         route = "zero" if outcome.finite else "not_finite"
     else:
@@ -354,8 +372,9 @@ def _clamp_exactly_(
 ) -> tuple[ClampOutcome, tuple[float, float] | None]:
     """Clamp `matrix` by its exact spectrum; also bounds of all its singular values afterwards, None where it has no spectrum.
 
-    `gram` is the float64 Gram matrix of `_wide(matrix)`. `suspect` says that something seems to lie below τ: the eigenvectors,
-    which cost as much again as the eigenvalues, are then asked for at once.
+    `gram` is the float64 Gram matrix of `_wide(matrix)`. What is decomposed is decomposed on its device; the products with the
+    matrix are made on the matrix's own. `suspect` says that something seems to lie below τ: the eigenvectors, which cost as much
+    again as the eigenvalues, are then asked for at once.
     """
     wide = _wide(matrix)
     trace = gram.trace().item()
@@ -371,7 +390,7 @@ def _clamp_exactly_(
         sigma = eigenvalues.clamp(min=0).sqrt()
         resolved = bool(sigma[0] >= _GRAM_RESOLUTION * sigma[-1])
     if not resolved:
-        left, sigma, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        left, sigma, right = torch.linalg.svd(matrix.to(gram.device, torch.float64), full_matrices=False)
         left, sigma, right = left.flip(1), sigma.flip(0), right.flip(0)  # ascending, as eigh gives them
     sigma_min, sigma_max = sigma[0].item(), sigma[-1].item()
     tau = max(sigma_floor, sigma_max / max_condition)
@@ -383,7 +402,8 @@ def _clamp_exactly_(
         return outcome, (sigma_min - margin, sigma_max + margin)
     if resolved:
         eigenvectors = torch.linalg.eigh(gram).eigenvectors if eigenvectors is None else eigenvectors
-        within, values, right = torch.linalg.svd(_product(eigenvectors[:, :raised].T, wide), full_matrices=False)
+        below = _product(eigenvectors[:, :raised].T, wide)
+        within, values, right = torch.linalg.svd(below.to(gram.device), full_matrices=False)
         _add_product_(wide, eigenvectors[:, :raised] @ within * (tau - values).clamp(min=0), right)
     else:
         _add_product_(matrix, left[:, :raised] * (tau - sigma[:raised]), right[:raised])
@@ -409,12 +429,14 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """`rows` [k, m] @ `matrix` [m, n] in float64, in pieces."""
+    """`rows` [k, m] @ `matrix` [m, n] in float64, in pieces, on the matrix's device."""
+    rows = rows.to(matrix.device)
     return torch.cat([rows @ piece.double() for piece in matrix.split(PIECE[torch.float64], dim=1)], dim=1)
 
 
 def _add_product_(matrix: Tensor, left: Tensor, right: Tensor) -> None:
-    """`matrix` [m, n] += `left` [m, k] @ `right` [k, n] in float64, in pieces, rounded once."""
+    """`matrix` [m, n] += `left` [m, k] @ `right` [k, n] in float64, in pieces, rounded once, on the matrix's device."""
+    left, right = left.to(matrix.device), right.to(matrix.device)
     size = PIECE[torch.float64]
     for piece, columns in zip(matrix.split(size, dim=1), right.split(size, dim=1), strict=True):
         piece.copy_(torch.addmm(piece.double(), left, columns))

@@ -1,10 +1,14 @@
 """What a run will need, before it begins: memory by part, operations, time, on this machine or on a named GPU.
 
 Everything follows from a profile's numbers, so the real models are estimated on any laptop in no time. Memory is that of
-`memory`; operations are those of `flops`. On a GPU the time is the sum of three: matrix products at 80% of the data sheet's
-rate, attention at 40% of it, and what the element-wise work moves at 90% of the memory's rate. The shares, and the bytes moved,
-are what was measured on an H200 for single operations of kl3m-007-500m; no whole training step has been timed there. Take
-a GPU's time as good to a quarter. This machine's rate is measured, with one matrix product, when it is asked for.
+`memory`; operations are those of `flops`. On a GPU of `GPUS`, this machine's or a named one, the time is the sum of three:
+matrix products at 80% of the data sheet's rate, attention at 40% of it, and what the element-wise work moves at 90% of the
+memory's rate. The shares, and the bytes moved, are what was measured on an H200 for single operations of kl3m-007-500m in
+bfloat16; no whole training step has been timed there. Take a GPU's time as good to a quarter. In float32 twice the bytes are
+moved, and products run at half the rate in TF32. Any other machine's rate is measured, with one matrix product.
+
+Windows are taken as full: where segments are padded, fewer tokens have a label. A sliding window saves time with flash-attn alone;
+to sdpa it is a mask, and all keys are computed. For a named GPU the latter is assumed unless the profile asks for flash-attn.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 from kl3m_nb import flops
 from kl3m_nb.display import table_html
 from kl3m_nb.memory import StepMemory, count_parameters, largest_micro_batch, step_memory
-from kl3m_nb.profiles import ModelSpec, Profile
+from kl3m_nb.profiles import ModelSpec, Profile, RuntimeSpec
 from kl3m_nb.progress import clock
 from kl3m_nb.runtime import Runtime, choose_runtime, device_memory
 
@@ -28,25 +32,36 @@ _HERE = 0.45  # share of the speed of large matrix products that a training step
 # and 3.70 GB backward at 5 × 4096; compiled per block 56% of that.
 _MOVED_FORWARD, _MOVED_BACKWARD, _MOVED_COMPILED = 3.24, 7.35, 0.56
 _LOGITS_MOVED = 16  # bytes per token and vocabulary entry, with the element-wise work fused
+_TF32 = 0.5  # rate of products in TF32, relative to bfloat16
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet: dense bfloat16 products (operations a second), memory traffic (bytes a second), memory in bytes."""
+    """A GPU's data sheet: dense products in bfloat16 and float32 (operations a second), memory traffic (bytes a second), memory.
+
+    `reported` is its name as the driver gives it: a sibling of less bandwidth, or a slice of one, has another.
+    """
 
     name: str
+    reported: str
     products: float
+    float32_products: float
     traffic: float
     memory: int
 
 
 GPUS = {
-    "h200": Gpu("NVIDIA H200", 989e12, 4.8e12, 141 * 10**9),
-    "h100": Gpu("NVIDIA H100 SXM", 989e12, 3.35e12, 80 * 10**9),
-    "a100": Gpu("NVIDIA A100 80 GB", 312e12, 2.04e12, 80 * 10**9),
-    "l40s": Gpu("NVIDIA L40S", 362e12, 0.864e12, 48 * 10**9),
-    "4090": Gpu("NVIDIA RTX 4090", 165e12, 1.01e12, 24 * 10**9),
+    "h200": Gpu("NVIDIA H200", "NVIDIA H200", 989e12, 67e12, 4.8e12, 141 * 10**9),
+    "h100": Gpu("NVIDIA H100 SXM", "NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 80 * 10**9),
+    "a100": Gpu("NVIDIA A100 80 GB", "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.04e12, 80 * 10**9),
+    "l40s": Gpu("NVIDIA L40S", "NVIDIA L40S", 362e12, 91.6e12, 0.864e12, 48 * 10**9),
+    "4090": Gpu("NVIDIA RTX 4090", "NVIDIA GeForce RTX 4090", 165e12, 82.6e12, 1.01e12, 24 * 10**9),
 }
+
+
+def data_sheet(reported: str) -> Gpu | None:
+    """The GPU of `GPUS` whose driver gives it the name `reported`; None when its data sheet is not there."""
+    return next((gpu for gpu in GPUS.values() if gpu.reported == reported), None)
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ class Estimate:
     """Sizes in bytes, work in floating-point operations, time in seconds. `memory` is a step's as it will be carried out.
 
     `kept` and `recomputed` are the same step without and with gradient checkpointing, `largest_kept` and `largest_recomputed` the
-    most windows that fit into `device_bytes` each way (0: not one).
+    most windows that fit into `device_bytes` each way (0: not one). `assumed` says in words what the time holds for.
     """
 
     profile: str
@@ -73,6 +88,7 @@ class Estimate:
     tokens_per_second: float
     tokens_per_step: int
     max_steps: int
+    assumed: str
 
     @property
     def memory(self) -> int:
@@ -111,6 +127,7 @@ class Estimate:
             ),
             "tokens per second": f"{self.tokens_per_second:,.{0 if self.tokens_per_second >= 10 else 1}f}",
             "a run": f"{self.max_steps:,} steps of {self.tokens_per_step:,} tokens: {clock(self.seconds)}",
+            "assumed": self.assumed,
         }
 
     def _repr_html_(self) -> str:
@@ -125,19 +142,21 @@ def estimate(profile: Profile, gpu: str = "") -> Estimate:
     if gpu and gpu not in GPUS:
         raise ValueError(f"The GPU {gpu!r} is not known; choose one of {', '.join(GPUS)}, or none for this machine.")
     if gpu:
-        device, device_bytes, precision = GPUS[gpu].name, GPUS[gpu].memory, "bfloat16"
-        compiled = profile.runtime.compile != "off"
+        sheet, runtime = GPUS[gpu], _runtime_on_a_gpu(profile.runtime)
+        device, device_bytes = sheet.name, sheet.memory
     else:
         runtime = choose_runtime(profile)
-        device, device_bytes = runtime.device.type.upper(), device_memory(runtime.device)
-        precision, compiled = runtime.precision, runtime.compile_blocks
+        on_gpu = runtime.device.type == "cuda"
+        device = torch.cuda.get_device_name(runtime.device) if on_gpu else "CPU"
+        sheet, device_bytes = data_sheet(device), device_memory(runtime.device)
+    precision, compiled = runtime.precision, runtime.compile_blocks
     kept, recomputed = (step_memory(profile, precision, compiled, recompute) for recompute in (False, True))
     largest = [largest_micro_batch(profile, device_bytes, precision, compiled, recompute) for recompute in (False, True)]
     recompute = profile.runtime.gradient_checkpointing == "on"
     if profile.runtime.gradient_checkpointing == "auto":
         recompute = largest[0] < profile.data.micro_batch
     count = count_parameters(profile.model)
-    seconds = _seconds_on_gpu(profile, GPUS[gpu], compiled, recompute) if gpu else _seconds_here(profile, runtime, recompute)
+    seconds = _seconds_on_gpu(profile, sheet, runtime, recompute) if sheet else _seconds_here(profile, runtime, recompute)
     return Estimate(
         profile=profile.name,
         device=device,
@@ -155,29 +174,68 @@ def estimate(profile: Profile, gpu: str = "") -> Estimate:
         tokens_per_second=profile.tokens_per_step / seconds,
         tokens_per_step=profile.tokens_per_step,
         max_steps=profile.schedule.max_steps,
+        assumed=_assumed(profile, runtime),
     )
 
 
-def _seconds_on_gpu(profile: Profile, gpu: Gpu, compiled: bool, recompute: bool) -> float:
+def _runtime_on_a_gpu(asked: RuntimeSpec) -> Runtime:
+    """What `choose_runtime` chooses where there is a GPU and no flash-attn; gradient checkpointing is decided by its memory."""
+    return Runtime(
+        device=torch.device("cuda"),
+        precision="bfloat16" if asked.precision == "auto" else asked.precision,
+        attention="sdpa" if asked.attention == "auto" else asked.attention,
+        compile_blocks=asked.compile != "off",
+        recompute=False,
+        tf32=asked.tf32 != "off",
+    )
+
+
+def _seconds_on_gpu(profile: Profile, gpu: Gpu, runtime: Runtime, recompute: bool) -> float:
     """Of one optimizer step."""
-    spec, seq_len = profile.model, profile.data.seq_len
-    forward = flops.forward_flops_per_token(spec, seq_len)
-    passes = 1 + flops.MATMUL_BACKWARD
-    products = passes * (forward.blocks + forward.lm_head) + recompute * forward.blocks
-    attention = (1 + flops.ATTENTION_BACKWARD + recompute) * forward.attention
+    spec, rate = profile.model, gpu.products
     moved = (1 + recompute) * _MOVED_FORWARD + _MOVED_BACKWARD
-    moved *= (_MOVED_COMPILED if compiled else 1.0) * spec.layers * _block_elements(spec) * 2
+    moved *= (_MOVED_COMPILED if runtime.compile_blocks else 1.0) * spec.layers * _block_elements(spec) * 2
+    if runtime.precision == "float32":
+        rate = _TF32 * gpu.products if runtime.tf32 else gpu.float32_products
+        moved *= 2
     moved += _LOGITS_MOVED * spec.vocabulary
-    per_token = products / (_PRODUCTS * gpu.products) + attention / (_ATTENTION * gpu.products) + moved / (_MEMORY * gpu.traffic)
+    products, attention = _operations_per_token(profile, runtime, recompute)
+    per_token = products / (_PRODUCTS * rate) + attention / (_ATTENTION * rate) + moved / (_MEMORY * gpu.traffic)
+    # Muon iterates in bfloat16 on a GPU, whatever the precision of the model
     orthogonalising = flops.muon_flops_per_step(spec, profile.optimizer.ns_steps) / (_ATTENTION * gpu.products)
     return profile.tokens_per_step * per_token + orthogonalising
 
 
 def _seconds_here(profile: Profile, runtime: Runtime, recompute: bool) -> float:
     """Of one optimizer step."""
-    work = profile.tokens_per_step * flops.flops_per_token(profile.model, profile.data.seq_len, recompute)
+    work = profile.tokens_per_step * sum(_operations_per_token(profile, runtime, recompute))
     work += flops.muon_flops_per_step(profile.model, profile.optimizer.ns_steps)
     return work / (_HERE * _matmul_speed(runtime.device, runtime.precision))
+
+
+def _operations_per_token(profile: Profile, runtime: Runtime, recompute: bool) -> tuple[float, float]:
+    """Forward and backward, of matrix products and of attention, as they are carried out."""
+    spec, seq_len = profile.model, profile.data.seq_len
+    forward = flops.forward_flops_per_token(spec, seq_len)
+    attention = forward.attention
+    if _window_is_a_mask(profile, runtime):
+        attention *= seq_len / flops.mean_keys_seen(seq_len, spec.sliding_window)
+    products = (1 + flops.MATMUL_BACKWARD) * (forward.blocks + forward.lm_head) + recompute * forward.blocks
+    return products, (1 + flops.ATTENTION_BACKWARD + recompute) * attention
+
+
+def _window_is_a_mask(profile: Profile, runtime: Runtime) -> bool:
+    return bool(profile.model.sliding_window) and runtime.attention != "flash_attention_2"
+
+
+def _assumed(profile: Profile, runtime: Runtime) -> str:
+    text = "full windows"
+    if profile.data.packing == "segments":
+        text += " (this profile pads its segments: fewer tokens have a label)"
+    if _window_is_a_mask(profile, runtime):
+        window, keys = profile.model.sliding_window, profile.data.seq_len
+        text += f", attention over all {keys:,} keys: without flash-attn the window of {window} is a mask"
+    return text
 
 
 def _block_elements(spec: ModelSpec) -> float:

@@ -125,6 +125,7 @@ def prepare_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
     Each block is compiled on its own: compiling the whole Hugging Face model forces an explicit mask into attention.
     """
     model.to(runtime.device)
+    model.train()  # a model that was loaded is in evaluation mode, where gradient checkpointing does nothing
     if runtime.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if runtime.tf32 else "highest")
     if runtime.precision == "bfloat16":

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 
@@ -24,11 +25,15 @@ FACTS = cards.CardFacts(
     conditions_step=37_000,
     stack={
         "source": "/home/somebody/kl3m-006-170m",
+        "factor": 4,
         "order": "cyclic",
         "noise": 0.0,
+        "source_layers": 30,
         "source_sha256": {"model.safetensors": "abc"},
     },
 )
+
+SCRATCH = cards.CardFacts(cards.Counts(200, 409_600, 409_600), "random weights", "CPU")
 
 
 def test_the_card_of_the_500m_has_the_familys_sections_and_figures():
@@ -38,16 +43,48 @@ def test_the_card_of_the_500m_has_the_familys_sections_and_figures():
         "# kl3m-007-500m-step37000", "500,309,568; 424,812,096 without embedding", "37,000 / 100,000 planned", "3,917,824,000",
         "3,914,825,728", "9 (3 KV heads, 64 each)", "RoPE theta**: 100,000", "0.0036515 = 0.01 × √(16/120)", "3000 (attention)",
         "2000 (MLP)", "655,360 tokens a step", "| attention | 2,168.0 | 2,501.0 |", "2.6123 nats per token", "temperature 0.8",
-        "4 times the 30 blocks", "SHA-256 of model.safetensors**: abc", "arXiv:2405.15319", "cosine to 0.1",
+        "4 times the 30 blocks", "copied once, nothing was rescaled", "grown from 30 layers by stacking",
+        "SHA-256 of model.safetensors**: abc", "arXiv:2405.15319", "cosine to 0.1",
     ):  # fmt: skip
         assert figure in text, figure
     assert "- **Source**: kl3m-006-170m\n" in text and "somebody" not in text
 
 
 def test_the_mixtures_card_speaks_of_experts_and_not_of_stacking():
-    text = cards.model_card(get_profile("kl3m-002-520m"), FACTS)
+    text = cards.model_card(get_profile("kl3m-002-520m"), SCRATCH)
     assert "4 per layer, 2 active" in text and "318,866,432 active per token" in text and "temperature 0.5" in text
     assert "sliding window 256" in text and "G_stack" not in text and "gstack2024" not in text
+    assert "padded segments, `<|start|>` and `<|end|>` at a document's own borders" in text and "after each document" not in text
+
+
+def test_a_model_from_scratch_is_not_called_grown():
+    """The comparison of notebook 05 trains a profile that says how it is grown from random weights."""
+    text = cards.model_card(get_profile("tiny"), SCRATCH)
+    assert get_profile("tiny").growth_factor == 4 and "random weights" in text
+    for word in ("grown", "stack", "copied", "rescaled", "2405.15319"):
+        assert word not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("stack", "said", "not_said"),
+    [
+        ({"noise": 0.2}, "every matrix of the copied blocks was mixed with 20% of noise", "nothing was rescaled"),
+        ({"order": "zero_initialised"}, "o_proj and down_proj of all blocks after the first 30 were set to zero", "rescaled"),
+        ({"order": "random"}, "The first 30 of its 120 blocks are its source's, the others were drawn at random", "4 times"),
+        ({"order": "random"}, "grown from 30 layers by random blocks", "by stacking"),
+        ({"factor": 1}, "120 layers, after", "grown"),
+    ],
+)
+def test_the_card_tells_how_the_stack_was_made(stack, said, not_said):
+    text = cards.model_card(get_profile("kl3m-007-500m"), dataclasses.replace(FACTS, stack={**FACTS.stack, **stack}))
+    assert said in text and not_said not in text
+
+
+def test_a_continued_model_of_the_family_is_a_grown_one_of_which_no_more_is_known():
+    continued = dataclasses.replace(FACTS, init="alea-institute/kl3m-007-500m-step37000", stack={})
+    text = cards.model_card(get_profile("kl3m-007-500m"), continued)
+    assert "grown from 30 layers by stacking" in text and "4 times the 30 blocks" in text and "g_stack" in text
+    assert "rescaled" not in text and "copied once" not in text
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -235,6 +235,36 @@ def test_a_walk_does_to_every_matrix_what_the_function_does(threads, large, rout
             assert (event.sigma_max, event.sigma_min) == pytest.approx((sigma[0].item(), sigma[-1].item()), rel=1e-6)
 
 
+@pytest.mark.parametrize("decompose_on", ["cpu", "device"])
+def test_what_fails_a_test_in_batches_is_decomposed_by_the_gram_matrix_of_the_test(decompose_on, monkeypatch):
+    """The route of a GPU, with tensors on the CPU."""
+    monkeypatch.setattr(clamping, "_BATCHED", ("cpu",))
+    monkeypatch.setattr(clamping, "_GPU_BATCH_ELEMENTS", 3 * 40 * 90)
+    targets = mixed_targets()
+    expected = [reference(target.parameter) for target in targets]
+    built = []
+    monkeypatch.setattr(clamping, "gram_matrix", lambda wide, dtype: built.append(len(wide)) or gram.gram_matrix(wide, dtype))
+    events = SpectralClamp(targets, decompose_on=decompose_on).clamp()
+    assert sum(built) == len(targets) and max(built) > 1  # of every matrix once
+    assert {event.route for event in events} == {"tested", "decomposed", "repaired"}
+    for target, event, (clamped, sigma, tau) in zip(targets, events, expected, strict=True):
+        assert relative_error(target.parameter, clamped) < 2e-7
+        assert event.raised == int((sigma < tau - max(1e-9, torch.finfo(torch.float32).eps) * sigma[0]).sum())
+
+
+def test_beside_a_gpu_a_rank_decomposes_on_its_share_of_the_cores(monkeypatch):
+    """torchrun gives every rank one thread."""
+    monkeypatch.setattr("os.cpu_count", lambda: 96)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    counts = []
+    for ranks in ("1", "8", "200"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        counts.append(clamping._worker_count(torch.device("cuda")))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert counts == [96, 12, 1] and clamping._worker_count(torch.device("cuda")) == 96
+    assert clamping._worker_count(torch.device("cpu")) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("decompose_on", ["cpu", "device"])
 def test_a_gpu_does_what_the_cpu_does(decompose_on):

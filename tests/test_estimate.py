@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import small_profile
 
-from kl3m_nb import models, roles
-from kl3m_nb.estimate import GPUS, estimate, estimate_table
+import kl3m_nb.estimate
+from kl3m_nb import flops, models, roles
+from kl3m_nb.estimate import GPUS, data_sheet, estimate, estimate_table
 from kl3m_nb.profiles import get_profile
+from kl3m_nb.runtime import Runtime
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,49 @@ def test_time_grows_with_steps_and_tokens():
     short, long = estimate(small_profile(max_steps=10), "h200"), estimate(small_profile(max_steps=1000), "h200")
     assert long.seconds / short.seconds == pytest.approx(100)
     assert "10 steps of 128 tokens" in estimate(small_profile(max_steps=10)).sentence()
+
+
+def test_precision_counts_on_a_named_gpu():
+    """TF32 halves the rate of products; float32 also doubles what is kept and moved, so nothing is more than twice as slow."""
+    needed = {
+        key: estimate(get_profile("kl3m-007-500m", **settings), "h200")
+        for key, settings in {
+            "auto": {}, "bfloat16": {"precision": "bfloat16"}, "tf32": {"precision": "float32"},
+            "float32": {"precision": "float32", "tf32": "off"},
+        }.items()
+    }  # fmt: skip
+    assert needed["auto"] == needed["bfloat16"] and needed["auto"].precision == "bfloat16"
+    assert needed["tf32"].precision == "float32" and needed["tf32"].kept.activations > 1.5 * needed["auto"].kept.activations
+    assert needed["auto"].tokens_per_second / needed["tf32"].tokens_per_second == pytest.approx(2, abs=0.1)
+    assert needed["float32"].tokens_per_second < 67e12 / needed["float32"].flops_per_token
+
+
+@pytest.mark.parametrize(("reported", "known"), [("NVIDIA H200", True), ("NVIDIA H200 MIG 1g.18gb", False)])
+def test_a_known_gpu_of_this_machine_is_estimated_by_its_data_sheet(reported, known, monkeypatch):
+    chosen = Runtime(torch.device("cuda"), "bfloat16", "sdpa", compile_blocks=True, recompute=False, tf32=True)
+    monkeypatch.setattr(kl3m_nb.estimate, "choose_runtime", lambda profile: chosen)
+    monkeypatch.setattr(kl3m_nb.estimate, "device_memory", lambda device: GPUS["h200"].memory)
+    monkeypatch.setattr(kl3m_nb.estimate, "_matmul_speed", lambda device, precision: 1e12)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: reported)
+    profile = get_profile("kl3m-007-500m")
+    here = estimate(profile)
+    assert here.device == reported and (data_sheet(reported) is not None) == known
+    assert (here.tokens_per_second == estimate(profile, "h200").tokens_per_second) == known
+
+
+def test_a_sliding_window_saves_time_with_flash_attention_alone():
+    masked, window = (
+        estimate(get_profile("kl3m-002-520m", attention=attention), "h200") for attention in ("auto", "flash_attention_2")
+    )
+    model = get_profile("kl3m-002-520m").model
+    all_keys = 3.5 * 2 * model.layers * 2 * model.heads * model.head_size * 1024
+    in_window = 3.5 * flops.forward_flops_per_token(model, 1024).attention
+    slower = 1 / masked.tokens_per_second - 1 / window.tokens_per_second
+    assert slower == pytest.approx((all_keys - in_window) / (0.4 * 989e12), rel=1e-6)
+    assert masked.flops_per_token == window.flops_per_token  # what is counted as done is the same
+    assert "window of 256 is a mask" in masked.table()["assumed"] and "mask" not in window.table()["assumed"]
+    assert "pads its segments" in window.table()["assumed"]
+    assert estimate(get_profile("kl3m-007-500m"), "h200").table()["assumed"] == "full windows"
 
 
 def test_the_table_names_its_conventions_and_what_is_active():

@@ -1,4 +1,4 @@
-"""The real models at their true size, through the notebooks, on the machine the tests run on: minutes, and most of its memory.
+"""The real models at their true size, trained through notebook 02, on the machine the tests run on: minutes, most of its memory.
 
 The sources are random: what is tested is that 500 million parameters are stacked, verified, loaded, trained and used.
 """
@@ -6,6 +6,7 @@ The sources are random: what is tested is that 500 million parameters are stacke
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import pipeline
 
-from kl3m_nb import checkpoints, models, stacking
+from kl3m_nb import checkpoints, generation, models, stacking
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import get_profile, source_profile
 from kl3m_nb.tokenizer import load_tokenizer
@@ -61,7 +62,8 @@ def _train_two_steps(folder: Path, profile: str, tokenizer: Path, init: str = ""
     run_dir = folder / "runs" / f"{profile}-grown"
     train = read_metrics(run_dir, "train")
     assert list(train.step) == [1, 2] and list(train.tokens) == [512, 1024] and not train.skipped.any()
-    assert train.cross_entropy.between(11, 13).all() or get_profile(profile).model.experts
+    unknowing = math.log(get_profile(profile).model.vocabulary)
+    assert train.cross_entropy.between(unknowing - 0.8, unknowing + 1.3).all()
     return checkpoints.latest_checkpoint(run_dir)
 
 
@@ -100,7 +102,8 @@ def test_the_500m_is_stacked_verified_loaded_and_trained_through_the_notebooks(f
     )
 
 
-def test_the_520m_mixture_is_stacked_loaded_and_trained_through_the_notebooks(folder):
+def test_the_520m_mixture_is_stacked_from_a_quarter_trained_through_notebook_02_and_writes_as_its_card_does(folder):
+    """Not through notebook 01: the profile was not grown, so the notebook would copy its source."""
     profile = get_profile("kl3m-002-520m")
     source = _random_source(source_profile(get_profile(profile.name, growth_factor=4)), folder / "kl3m-002-quarter")
     stack = folder / "mixture"
@@ -110,5 +113,10 @@ def test_the_520m_mixture_is_stacked_loaded_and_trained_through_the_notebooks(fo
     trained = _train_two_steps(folder, profile.name, source, init=str(stack))
     expert = "model.layers.15.block_sparse_moe.experts.3.w1.weight"
     _moved(stack, trained, ("lm_head.weight", "model.embed_tokens.weight", "model.layers.0.block_sparse_moe.gate.weight", expert))
-    used = read_metrics(trained.parents[1], "experts")
-    assert len(used) == 16 * 4 and used.share.sum() == pytest.approx(16, abs=1e-3)
+    shares = read_metrics(trained.parents[1], "experts").pivot(index="layer", columns="expert", values="share")
+    assert shares.shape == (16, 4) and shares.max(axis=None) <= 0.5  # the two experts of a token are two
+    assert (shares.loc[0] > 0.01).all()  # behind random blocks tokens are alike, and some experts are left out
+    prompts = generation.CARD_USAGE[profile.name].prompts
+    written = generation.run_card(trained, profile.name, seed=5)
+    assert [len(texts) for texts in written] == [3, 3]
+    assert all(text.startswith(prompt) for prompt, texts in zip(prompts, written, strict=True) for text in texts)

@@ -73,6 +73,16 @@ def test_memory_is_bounded_by_what_a_job_may_use(tmp_path, monkeypatch):
     assert runtime.device_memory(torch.device("cpu")) == 1_000_000
 
 
+def test_a_loaded_model_is_recomputed_too(tmp_path):
+    models.build_model(small_profile()).save_pretrained(tmp_path)
+    chosen = runtime.Runtime(torch.device("cpu"), "float32", "sdpa", compile_blocks=False, recompute=True, tf32=False)
+    model = runtime.prepare_model(models.load_model(tmp_path), chosen)
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append("mlp"))
+    models.forward_body(model, torch.randint(0, 512, (2, 32))).hidden.sum().backward()
+    assert len(calls) == 2, "once forward and once again for the backward pass"
+
+
 @pytest.mark.parametrize("experts", [0, 4])
 def test_each_block_is_compiled_once_for_all_and_computes_the_same(experts):
     profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)

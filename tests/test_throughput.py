@@ -1,0 +1,72 @@
+"""The benchmark of training speed, in what can go wrong before and between its measurements."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+import pytest
+
+from kl3m_nb.profiles import get_profile
+from kl3m_nb.streams import open_stream
+from kl3m_nb.tokenizer import load_tokenizer
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def throughput(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("throughput")
+
+
+def arguments(**changes) -> argparse.Namespace:
+    given = dict(profile="kl3m-002-520m", case="kl3m_nb", tokens="synthetic", steps=2, warmup=1, rounds=2, grad_accumulation=1)
+    return argparse.Namespace(**{**given, "cases": ["kl3m_nb", "Trainer"], **changes})
+
+
+def test_a_real_profile_reads_synthetic_tokens_through_a_small_tokenizer(throughput, tmp_path):
+    tokenizer = load_tokenizer("corpus", "package:licensedcode-data", 512)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    chosen = throughput.settings(arguments(tokenizer=str(tmp_path / "tokenizer")), tmp_path)
+    stream = open_stream(chosen.data, tokenizer)
+    batch = stream.take(4)
+    assert stream.report.bad_rows == 0 and batch.input_ids.max() < 512 < chosen.model.vocabulary
+    assert batch.valid_tokens == batch.input_ids.numel() == 4 * 1024
+
+
+def test_all_that_is_compared_has_the_same_windows(throughput, tmp_path):
+    for case in throughput.CASES:
+        data = throughput.settings(arguments(case=case, tokens="real", tokenizer="corpus"), tmp_path).data
+        assert (data.packing, data.p_sft) == ("dense", 0.0)
+    padded = throughput.settings(arguments(case=throughput.PADDED, tokens="real", tokenizer="corpus"), tmp_path).data
+    assert (padded.packing, padded.p_sft) == ("segments", 0.1)
+
+
+def test_a_case_that_fails_is_noted_and_the_others_go_on(throughput, monkeypatch):
+    asked = []
+
+    def measured(options, name, tokens, case):
+        asked.append(case)
+        return {"failed": "out of memory"} if case == "Trainer" else {"rate": 100.0 * len(asked), "peak": 1e9, "forward": 2.0}
+
+    monkeypatch.setattr(throughput, "in_a_process", measured)
+    results = throughput.results_of(arguments(), "kl3m-002-520m", "real")
+    assert asked == ["kl3m_nb", "Trainer", throughput.PADDED, "kl3m_nb", throughput.PADDED]  # in turns, the failed one once
+    rows, parts = throughput.rows_of(get_profile("kl3m-002-520m", packing="dense", p_sft=0.0), "real", results)
+    ours, trainer, padded = rows
+    assert (ours["tokens/s"], ours["ours / this"], ours["failed"]) == (400.0, 1.0, "")
+    assert (trainer["tokens/s"], trainer["failed"]) == ("", "out of memory")
+    assert (padded["tokens/s"], padded["ours / this"]) == (500.0, "")
+    assert (parts["forward %"], parts["clamp %"]) == ("100.0", "")
+
+
+def test_a_part_that_comes_several_times_in_a_step_counts_each_time(throughput, monkeypatch):
+    times = iter([0.0, 1.0, 10.0, 12.0, 20.0, 20.5])
+    monkeypatch.setattr(throughput, "now", lambda: next(times))
+    clock = throughput.PartClock()
+    for name in ("kl3m_nb forward", "kl3m_nb backward", "kl3m_nb forward"):
+        with clock(name):
+            pass
+    assert clock.seconds == {"forward": 1.5, "backward": 2.0}
