@@ -129,10 +129,6 @@ def prepare_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
         torch.set_float32_matmul_precision("high" if runtime.tf32 else "highest")
     if runtime.precision == "bfloat16":
         use_grouped_experts(model)
-    if runtime.recompute:
-        # transformers 5.23 renamed the call; the older name serves 5.17 to 5.22
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
     if runtime.compile_blocks:
         for layer in model.model.layers:
             layer.compile(dynamic=False)

@@ -321,7 +321,9 @@ class _Run:
     def _losses(self, batch: Batch, valid_tokens: int) -> tuple[torch.Tensor, dict]:
         """The loss to go backward from, and its terms."""
         spec, labels = self.profile.objective, batch.labels
-        body = models.forward_body(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)
+        body = models.forward_body(
+            self.model, batch.input_ids, batch.attention_mask, batch.position_ids, batch.document_ids, self.runtime.recompute
+        )
         head = self.model.get_output_embeddings().weight
         terms = chunked_objective(
             body.hidden, head, labels, spec, num_valid=valid_tokens, compiled=self.runtime.compile_blocks
