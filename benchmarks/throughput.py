@@ -166,7 +166,8 @@ def measure_trainer(
         output_dir=str(folder / "trainer"), max_steps=arguments.warmup + arguments.steps, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=chosen.data.micro_batch, gradient_accumulation_steps=chosen.data.grad_accumulation,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch", bf16=runtime.precision == "bfloat16", use_cpu=not on_gpu,
-        gradient_checkpointing=runtime.recompute, tf32=True if on_gpu else None, save_strategy="no", logging_strategy="no", dataloader_num_workers=2 if on_gpu else 0,
+        gradient_checkpointing=runtime.recompute, tf32=True if on_gpu else None, save_strategy="no",
+        logging_strategy="no", dataloader_num_workers=2 if on_gpu else 0,
     )  # fmt: skip
     clock = Clock(arguments.warmup)
     rows = [{"input_ids": window, "labels": window} for window in windows]
