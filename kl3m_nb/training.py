@@ -418,7 +418,7 @@ class _Run:
         return self.saver.save_and_wait(self.counters["step"], lambda: self._contents(stream_state))
 
     def _contents(self, stream_state: dict | None = None) -> tuple[dict, str]:
-        """What a checkpoint holds beside the weights, and its card. Raises TrainingStopped when the weights are not to be kept."""
+        """What a checkpoint holds beside the weights, and its card. Raises TrainingStopped when a weight is not finite."""
         self._require_finite_weights()
         state = {
             "counters": dict(self.counters),
