@@ -52,10 +52,6 @@ class Batch:
         """The same windows in batches of at most `windows`."""
         return [self[start : start + windows] for start in range(0, len(self), windows)]
 
-    def every(self, ranks: int, rank: int) -> Batch:
-        """The windows `rank`, `rank + ranks`, `rank + 2·ranks` …"""
-        return self._each(lambda tensor: tensor[rank::ranks])
-
     def to(self, device: torch.device | str) -> Batch:
         """A copy on `device`; without waiting when this one lies in pinned memory."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -163,11 +159,12 @@ def rank_share(batch: Batch, micro_batch: int, rank: int, ranks: int) -> list[Ba
     Micro-batches are dealt out one by one where they come out even, so that they are the same for any number of ranks; else
     their windows are. Raises ValueError when not even the windows can be shared evenly.
     """
-    micro_batches = list(batch.split(micro_batch))
+    micro_batches = batch.split(micro_batch)
     if len(micro_batches) % ranks == 0:
         return micro_batches[rank::ranks]
-    check_shares(len(batch.labels), ranks)
-    return list(batch.every(ranks, rank).split(micro_batch))
+    check_shares(len(batch), ranks)
+    share = len(batch) // ranks
+    return batch[rank * share : (rank + 1) * share].split(micro_batch)
 
 
 def check_shares(windows: int, ranks: int) -> None:

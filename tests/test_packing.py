@@ -160,6 +160,7 @@ def test_the_shares_of_all_ranks_are_the_step_without_overlap(micro_batch, accum
     rows = [row for share in shares for batch in share for row in batch.input_ids.tolist()]
     assert sorted(rows) == windows.tolist()
     assert len({sum(len(batch.labels) for batch in share) for share in shares}) == 1
+    assert all(batch.input_ids.is_contiguous() for share in shares for batch in share)
     assert all(torch.equal(batch.labels, batch.input_ids + 1) for share in shares for batch in share)
     if accumulation % ranks == 0:  # then micro-batches are the same for any number of ranks
         micro_batches = {tuple(map(tuple, batch.input_ids.tolist())) for share in shares for batch in share}
