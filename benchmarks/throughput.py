@@ -164,6 +164,8 @@ def measure_plain_loop(arguments: argparse.Namespace, chosen: Profile, windows: 
     runtime = choose_runtime(chosen)
     uncompiled = dataclasses.replace(runtime, compile_blocks=False)
     model = prepare_model(models.build_model(chosen, attention=runtime.attention), uncompiled)
+    if runtime.recompute:
+        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=runtime.device.type == "cuda")
     micro_batches = iter(windows.split(chosen.data.micro_batch))
     for step in range(arguments.warmup + arguments.steps):
@@ -193,9 +195,7 @@ class Clock(TrainerCallback):
             self.ended = now()
 
 
-def measure_trainer(
-    arguments: argparse.Namespace, chosen: Profile, windows: torch.Tensor, folder: Path, compiled: bool
-) -> float:
+def measure_trainer(arguments: argparse.Namespace, chosen: Profile, windows: torch.Tensor, folder: Path, compiled: bool) -> float:
     """Seconds of a step."""
     runtime = choose_runtime(chosen)
     model = prepare_model(
@@ -206,7 +206,8 @@ def measure_trainer(
         output_dir=str(folder / "trainer"), max_steps=arguments.warmup + arguments.steps, report_to="none", disable_tqdm=True,
         per_device_train_batch_size=chosen.data.micro_batch, gradient_accumulation_steps=chosen.data.grad_accumulation,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch", bf16=runtime.precision == "bfloat16", use_cpu=not on_gpu,
-        tf32=True if on_gpu else None, save_strategy="no", logging_strategy="no", dataloader_num_workers=2 if on_gpu else 0,
+        gradient_checkpointing=runtime.recompute, tf32=True if on_gpu else None, save_strategy="no",
+        logging_strategy="no", dataloader_num_workers=2 if on_gpu else 0,
     )  # fmt: skip
     clock = Clock(arguments.warmup)
     rows = [{"input_ids": window, "labels": window} for window in windows]

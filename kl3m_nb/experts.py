@@ -1,10 +1,12 @@
-"""A mixture's experts as two grouped matrix products in the precision of autocast, and how evenly the router uses them.
+"""A mixture's experts as two grouped matrix products in the precision of autocast; what its routers decide.
 
 transformers' own grouped form multiplies in the dtype of the weights. Over float32 master weights that is float32 even under
 bfloat16 autocast, for which a GPU has no fast grouped kernel. Nothing here asks the host for a number, so a GPU never waits.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +46,32 @@ def use_grouped_experts(model: PreTrainedModel) -> None:
         model.set_experts_implementation(IMPLEMENTATION)
 
 
+def keep_router_logits(model: PreTrainedModel) -> PreTrainedModel:
+    """Lets every router of `model` keep the logits of its last pass, for `take_router_logits`; a dense model is left as it is.
+
+    transformers' own way, `output_router_logits`, cannot be compiled: it breaks each block into several graphs.
+    """
+    if getattr(model.config, "num_local_experts", 0):
+        for layer in model.model.layers:
+            layer.mlp.gate.logits = None
+            layer.mlp.gate.register_forward_hook(_keep_logits)
+    return model
+
+
+def _keep_logits(router: nn.Module, _inputs, output: tuple[Tensor, ...]) -> None:
+    router.logits = output[0]  # an attribute: a list that grows would be guarded by its length, one graph for every layer
+
+
+def take_router_logits(layer: nn.Module) -> Tensor | None:
+    """Hands over the logits [tokens, experts] of a block's last pass, which the router then forgets; None for a dense block."""
+    if not hasattr(layer.mlp, "gate"):
+        return None
+    logits, layer.mlp.gate.logits = layer.mlp.gate.logits, None
+    return logits
+
+
 @torch.no_grad()
-def expert_counts(router_logits: tuple[Tensor, ...], active: int, attention_mask: Tensor | None = None) -> Tensor:
+def expert_counts(router_logits: Sequence[Tensor], active: int, attention_mask: Tensor | None = None) -> Tensor:
     """How many tokens chose each expert of each layer, float32 [layers, experts]; a row sums to tokens × `active`.
 
     router_logits: a tensor [batch·seq_len, experts] for each layer, e.g. 16 of [20480, 4]. attention_mask: bool
@@ -54,3 +80,17 @@ def expert_counts(router_logits: tuple[Tensor, ...], active: int, attention_mask
     logits = torch.stack(router_logits)
     chosen = torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, logits.topk(active, dim=-1).indices, 1.0)
     return chosen.sum(1) if attention_mask is None else (chosen * attention_mask.reshape(1, -1, 1)).sum(1)
+
+
+def load_balancing_loss(router_logits: Sequence[Tensor], counts: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Experts × Σ over them of (share of tokens that chose it) × (its mean probability), a 0-d float32 tensor over all layers.
+
+    Switch Transformer, arXiv:2101.03961, equations 4 to 6, as transformers computes it; even use gives the number of active
+    experts. router_logits, attention_mask: as for `expert_counts`, which gave `counts`.
+    """
+    probabilities = torch.stack(router_logits).float().softmax(-1)
+    tokens = probabilities.shape[1]
+    if attention_mask is not None:
+        probabilities, tokens = probabilities * attention_mask.reshape(1, -1, 1), attention_mask.sum()
+    rows = len(counts) * tokens
+    return counts.shape[1] * ((counts.sum(0) / rows) * (probabilities.sum((0, 1)) / rows)).sum()

@@ -1,8 +1,9 @@
 """metrics.jsonl: one JSON object a line, the record every figure is drawn from.
 
-Rows have a `kind`: `train` (a step), `held_out` (an evaluation), `clamp` (one event, its matrices as parallel lists), `experts`
-(of a mixture, with each evaluation: the share of a layer's choices that each expert got in the step before), `checkpoint` (one
-that was written, and how long training waited for it). A resumed run cuts the file back to where its checkpoint was written, so
+Rows have a `kind`: `train` (a step; its `clipped` and `skipped` count the steps since the row before), `held_out` (an
+evaluation), `clamp` (one event, its matrices as parallel lists), `experts` (of a mixture, with each evaluation: the share of a
+layer's choices that each expert got in the step before), `checkpoint` (one that was written, and how long training waited for
+it). A resumed run cuts the file back to where its checkpoint was written, so
 no step stands twice.
 """
 

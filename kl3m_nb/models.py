@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils.logging import disable_progress_bar
 
 from kl3m_nb import paths
-from kl3m_nb.experts import expert_counts
+from kl3m_nb.experts import expert_counts, keep_router_logits, load_balancing_loss, take_router_logits
 from kl3m_nb.profiles import ModelSpec, Profile
 from kl3m_nb.roles import parameter_roles, role_table
 from kl3m_nb.tokenizer import END_ID, PAD_ID, START_ID
@@ -78,7 +78,7 @@ def build_model(profile: Profile, device: str | torch.device | None = None, atte
     model_class = MixtralForCausalLM if profile.model.experts else LlamaForCausalLM
     with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
         torch.manual_seed(profile.data.seed)
-        return model_class(config)
+        return keep_router_logits(model_class(config))
 
 
 def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTrainedModel:
@@ -93,7 +93,10 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
         name = str(folder)
     elif name.count("/") != 1 or name.startswith((".", "/", "runs/")):
         raise ValueError(f"There is no checkpoint folder {name}; train one first, or name a folder or a hub id OWNER/NAME.")
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+    )
+    return keep_router_logits(model)
 
 
 def check_checkpoint(folder: str | Path) -> dict:
@@ -200,58 +203,74 @@ def forward_body(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> BodyOutput:
     """Runs everything below the LM head on input_ids, int64 [batch, seq_len], e.g. [8, 256].
 
-    `attention_mask`, bool [batch, seq_len], is False on padding. Packed windows are causal and full and have none: a mask would
-    switch off the fast causal path. `position_ids`, int64 [batch, seq_len], that begin anew inside a row keep attention within
-    what they delimit, unless there is an attention mask. Raises ValueError where FlashAttention would drop that limit.
+    `attention_mask`, bool [batch, seq_len], is False on padding, where the output means nothing. `position_ids`, int64 of the
+    same shape, count through where none are given. `document_ids`, int64 too, keep attention within equal ids. Full windows have no
+    mask and no documents: only then attention takes its fast causal path. `recompute` is gradient checkpointing: of each block
+    only the input is kept, and the block runs again in the backward pass.
 
-    Full windows never make the host wait for a GPU, which transformers' search for packed sequences would.
+    `model` comes from `build_model` or `load_model`. Nothing makes the host wait for a GPU, except a mask or documents under
+    FlashAttention. Raises ValueError where FlashAttention would mix the documents.
     """
-    attention = model.config._attn_implementation
-    full_windows = attention_mask is None and position_ids is None
-    if position_ids is not None and attention_mask is None and len(input_ids) > 1 and "flash" in attention:
+    body, attention = model.model, model.config._attn_implementation
+    if document_ids is not None and len(input_ids) > 1 and "flash" in attention:
         raise ValueError("FlashAttention keeps documents apart in one row at a time only; use attention 'sdpa' or micro_batch 1.")
-    experts = getattr(model.config, "num_local_experts", 0)
-    if full_windows and not experts and attention != "eager":  # eager attention is causal by its mask alone
-        return _full_causal_windows(model.model, input_ids)
-    mask = attention_mask
-    if full_windows and attention == "sdpa" and model.config.sliding_window:
-        mask = _window_mask(input_ids.shape[1], model.config.sliding_window, input_ids.device)
-    residuals = []
-    hook = model.model.norm.register_forward_pre_hook(lambda _, inputs: residuals.append(inputs[0]))
-    try:
-        output = model.model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=False,
-            **({"output_router_logits": True} if experts else {}),
-        )
-    finally:
-        hook.remove()
-    residual = residuals[0]
-    router_loss, counts = residual.new_zeros(()), residual.new_zeros(0, 0)
-    if experts:
-        active = model.config.num_experts_per_tok
-        router_loss = load_balancing_loss_func(output.router_logits, experts, active, attention_mask)
-        counts = expert_counts(output.router_logits, active, attention_mask)
-    return BodyOutput(output.last_hidden_state, residual, router_loss, counts)
-
-
-def _full_causal_windows(body: nn.Module, input_ids: torch.Tensor) -> BodyOutput:
-    """The forward pass of a Llama for windows without padding or borders: no mask is built and none is looked for."""
     residual = body.embed_tokens(input_ids)
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-    rotary = body.rotary_emb(residual, position_ids=positions)
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+    settings = {"position_embeddings": body.rotary_emb(residual, position_ids=position_ids), "use_cache": False}
+    if "flash" in attention:
+        # transformers finds the documents where positions begin anew, and the window in the config
+        settings |= {"attention_mask": attention_mask, "position_ids": None if document_ids is None else position_ids}
+    else:
+        settings["attention_mask"] = _square_mask(model.config, residual, attention_mask, document_ids)
+    router_logits = []
     for layer in body.layers:
-        residual = layer(residual, attention_mask=None, position_embeddings=rotary, use_cache=False)
-    return BodyOutput(body.norm(residual), residual, residual.new_zeros(()), residual.new_zeros(0, 0))
+        if recompute:  # our own, around the compiled block: transformers' checkpoints in training mode only, and inside the graph
+            residual, logits = checkpoint(_run_block, layer, residual, settings, use_reentrant=False, preserve_rng_state=False)
+        else:
+            residual, logits = _run_block(layer, residual, settings)
+        router_logits.append(logits)
+    router_loss, counts = residual.new_zeros(()), residual.new_zeros(0, 0)
+    if getattr(model.config, "num_local_experts", 0):
+        counts = expert_counts(router_logits, model.config.num_experts_per_tok, attention_mask)
+        router_loss = load_balancing_loss(router_logits, counts, attention_mask)
+    return BodyOutput(body.norm(residual), residual, router_loss, counts)
 
 
-def _window_mask(seq_len: int, window: int, device: torch.device) -> torch.Tensor:
-    """bool [1, 1, seq_len, seq_len]: True where a query may look, at itself and the `window` - 1 positions before it."""
-    positions = torch.arange(seq_len, device=device)
+def _run_block(layer: nn.Module, hidden: torch.Tensor, settings: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The block's output, and its router's logits where it has a router."""
+    try:
+        return layer(hidden, **settings), take_router_logits(layer)
+    finally:  # also where recomputation stops early: logits that stay would hold the activations they were computed from
+        take_router_logits(layer)
+
+
+def _square_mask(
+    config: LlamaConfig | MixtralConfig,
+    hidden: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    document_ids: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Which positions a query sees, [batch or 1, 1, seq_len, seq_len]: bool for sdpa, added to the scores for eager attention.
+
+    None where plain causal attention says the same, which is faster. hidden: [batch, seq_len, hidden].
+    """
+    seq_len, eager = hidden.shape[1], config._attn_implementation == "eager"
+    window = getattr(config, "sliding_window", None) or seq_len
+    if attention_mask is None and document_ids is None and window >= seq_len and not eager:  # eager is causal by its mask alone
+        return None
+    positions = torch.arange(seq_len, device=hidden.device)
     distance = positions[:, None] - positions[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
+    seen = ((distance >= 0) & (distance < window))[None]
+    if document_ids is not None:
+        seen = seen & (document_ids[:, :, None] == document_ids[:, None, :])
+    if attention_mask is not None:
+        # Padding sees itself: a softmax over nothing is NaN in some kernels, and reaches all weights through the gradient.
+        seen = seen & attention_mask[:, None, :] | (distance == 0)
+    seen = seen[:, None]
+    return torch.where(seen, 0.0, torch.finfo(hidden.dtype).min).to(hidden.dtype) if eager else seen

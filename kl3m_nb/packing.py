@@ -27,14 +27,15 @@ class Batch:
     """What one step is trained on: input_ids and labels, int64 [windows, seq_len], e.g. [8, 256], labels −100 where none is.
 
     `attention_mask`, bool of the same shape, is False on padding; None says that every position is real. `position_ids`, int64 of
-    the same shape, begins at 0 with every document; None says that positions count through. Given without an attention mask,
-    position_ids that begin anew keep attention inside the documents (a convention of transformers).
+    the same shape, begins at 0 with every document; None says that positions count through. `document_ids`, int64 of the same
+    shape, numbers the documents of a window, in which attention then stays; None says that it goes across.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
 
     @property
     def valid_tokens(self) -> int:
@@ -51,10 +52,6 @@ class Batch:
         """The same windows in batches of at most `windows`."""
         return [self[start : start + windows] for start in range(0, len(self), windows)]
 
-    def every(self, ranks: int, rank: int) -> Batch:
-        """The windows `rank`, `rank + ranks`, `rank + 2·ranks` …"""
-        return self._each(lambda tensor: tensor[rank::ranks])
-
     def to(self, device: torch.device | str) -> Batch:
         """A copy on `device`; without waiting when this one lies in pinned memory."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -64,7 +61,7 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change) -> Batch:
-        tensors = (self.input_ids, self.labels, self.attention_mask, self.position_ids)
+        tensors = (self.input_ids, self.labels, self.attention_mask, self.position_ids, self.document_ids)
         return Batch(*(None if tensor is None else change(tensor) for tensor in tensors))
 
 
@@ -136,14 +133,15 @@ class PackedStream(BatchStream):
         return torch.from_numpy(everything[:wanted].reshape(-1, length).astype(np.int64))
 
     def take(self, windows: int) -> Batch:
-        """`next_batch` as inputs and labels, with positions and mask as the profile's `document_borders` says."""
+        """`next_batch` as inputs and labels, with positions and documents as the profile's `document_borders` says."""
         tokens = self.next_batch(windows)
-        input_ids, labels = tokens[:, :-1], tokens[:, 1:]
+        # Contiguous: a view is copied to a GPU through memory that is not pinned, and the host waits for it.
+        input_ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         if self.spec.document_borders == "ignored":
             return Batch(input_ids, labels)
         positions = restarting_positions(input_ids, self.tokenizer.eos_token_id)
-        everywhere = torch.ones_like(input_ids, dtype=torch.bool)
-        return Batch(input_ids, labels, everywhere if self.spec.document_borders == "positions" else None, positions)
+        documents = (positions == 0).cumsum(1) if self.spec.document_borders == "mask" else None
+        return Batch(input_ids, labels, position_ids=positions, document_ids=documents)
 
     def state_dict(self) -> dict:
         """Place in the source, shuffle buffer, its generator, tokens not yet given; cheap enough for every step."""
@@ -161,11 +159,12 @@ def rank_share(batch: Batch, micro_batch: int, rank: int, ranks: int) -> list[Ba
     Micro-batches are dealt out one by one where they come out even, so that they are the same for any number of ranks; else
     their windows are. Raises ValueError when not even the windows can be shared evenly.
     """
-    micro_batches = list(batch.split(micro_batch))
+    micro_batches = batch.split(micro_batch)
     if len(micro_batches) % ranks == 0:
         return micro_batches[rank::ranks]
-    check_shares(len(batch.labels), ranks)
-    return list(batch.every(ranks, rank).split(micro_batch))
+    check_shares(len(batch), ranks)
+    share = len(batch) // ranks
+    return batch[rank * share : (rank + 1) * share].split(micro_batch)
 
 
 def check_shares(windows: int, ranks: int) -> None:

@@ -75,8 +75,9 @@ def plot_stack_map(order: Sequence[int], source_layers: int) -> Figure:
 def plot_training(train: pd.DataFrame, held_out: pd.DataFrame) -> Figure:
     """Loss, learning rates, gradient norm and speed over the steps of one run.
 
-    `train` has a row a step (step, loss, cross_entropy, lr_muon, lr_aux, grad_norm, clip_threshold, clipped, skipped,
-    tokens_per_second); `held_out` a row an evaluation (step, held_out_loss) and may be empty. Raises ValueError if `train` is.
+    `train` has a row a step or every few steps (step, loss, cross_entropy, lr_muon, lr_aux, grad_norm, clip_threshold,
+    tokens_per_second; clipped, skipped: how many steps since the row before were); `held_out` a row an evaluation (step,
+    held_out_loss) and may be empty. Raises ValueError if `train` is.
     """
     train = _require_rows(train, "training steps")
     figure, ((loss, rates), (norm, speed)) = plt.subplots(2, 2, figsize=(12, 7), sharex=True)
@@ -94,8 +95,8 @@ def plot_training(train: pd.DataFrame, held_out: pd.DataFrame) -> Figure:
     _noisy_line(norm, steps, train["grad_norm"], BLUE, "norm")
     norm.plot(steps, _smooth(train["clip_threshold"]), "--", color=BLACK, linewidth=1.2, label="clip threshold")
     plain_log_axis(norm.yaxis)
-    _mark_steps(norm, steps[train["clipped"].astype(bool)], 0.03, "|", VERMILLION, "clipped")
-    _mark_steps(norm, steps[train["skipped"].astype(bool)], 0.10, "x", BLACK, "skipped")
+    _mark_steps(norm, steps, train["clipped"], 0.03, "|", VERMILLION, "clipped")
+    _mark_steps(norm, steps, train["skipped"], 0.10, "x", BLACK, "skipped")
     norm.set(title="Gradient", ylabel="global norm")
     median = train["tokens_per_second"].median()
     _noisy_line(speed, steps, train["tokens_per_second"], BLUE, "per step")
@@ -188,7 +189,7 @@ def plot_clamp_events(clamp: pd.DataFrame) -> Figure:
             raised.bar(events, counts, width, bottom, color=ROLE_LINES[role]["color"])
             bottom += counts
         singular = of_group.loc[measured & (sigma_min <= 0), "step"].drop_duplicates()
-        _mark_steps(condition, singular, 0.98, "^", VERMILLION, "singular")
+        _mark_steps(condition, singular, singular > 0, 0.98, "^", VERMILLION, "singular")
         condition.set_title(title)
         if not bottom.any():
             raised.text(0.5, 0.5, "none", color=GREY, ha="center", va="center", transform=raised.transAxes)
@@ -314,8 +315,9 @@ def _noisy_line(axes: Axes, x: pd.Series, y: pd.Series, color: str, label: str |
     axes.plot(x, _smooth(y), color=color, label=label)
 
 
-def _mark_steps(axes: Axes, steps: pd.Series, height: float, marker: str, color: str, what: str) -> None:
-    """Ticks at a fixed height of the panel, one a step, and their number in the legend; nothing when there are none."""
-    if len(steps):
-        label = f"{what} ({len(steps):,} step{'s' * (len(steps) > 1)})"
+def _mark_steps(axes: Axes, steps: pd.Series, counts: pd.Series, height: float, marker: str, color: str, what: str) -> None:
+    """Ticks at a fixed height of the panel, one for each of `steps` with a count, and the sum in the legend; nothing for zero."""
+    if number := int(counts.sum()):
+        label = f"{what} ({number:,} step{'s' * (number > 1)})"
+        steps = steps[counts > 0]
         axes.plot(steps, np.full(len(steps), height), marker, color=color, transform=axes.get_xaxis_transform(), label=label)

@@ -365,17 +365,49 @@ _CHOICES = {
     "ns_coefficients": ("keller_jordan", "polar_express"),
     "ns_precision": ("auto", "float32", "bfloat16"),
 }
-_AT_LEAST_ONE = (
-    "layers hidden mlp heads kv_heads head_size vocabulary context seq_len micro_batch grad_accumulation shuffle_buffer "
-    "held_out_windows max_steps chunk_tokens log_every eval_every checkpoint_every keep_checkpoints growth_factor source_steps"
-).split()
+_RANGES = {  # what is accepted, in words: the test, and the fields
+    "at least 1": (
+        lambda value: value >= 1,
+        "layers hidden mlp heads kv_heads head_size vocabulary context seq_len micro_batch grad_accumulation shuffle_buffer "
+        "held_out_windows max_steps chunk_tokens log_every eval_every checkpoint_every keep_checkpoints growth_factor "
+        "source_steps attention_max_condition mlp_max_condition lm_head_max_condition",
+    ),
+    "at least 0 and finite": (
+        lambda value: 0 <= value < math.inf,
+        "sliding_window experts active_experts router_aux_loss entropy_bonus entropy_target_bits entropy_target_weight "
+        "activation_norm base_lr weight_decay attention_outer_multiplier attention_inner_multiplier mlp_multiplier "
+        "lm_head_multiplier aux_lr aux_weight_decay clamp_every sigma_floor warmup_steps seed keep_every prefetch_batches",
+    ),
+    "above 0 and finite": (
+        lambda value: 0 < value < math.inf,
+        "rope_theta initializer_range clip_max_norm clip_coefficient",
+    ),
+    "at least 0 and below 1": (
+        lambda value: 0 <= value < 1,
+        "label_smoothing momentum aux_beta1 aux_beta2 clip_beta",
+    ),
+    "between 0 and 1": (lambda value: 0 <= value <= 1, "min_lr_ratio p_sft"),
+    "from 3 to 5": (lambda value: 3 <= value <= 5, "ns_steps"),
+}
+
+
+def _check_experts(model: ModelSpec) -> None:
+    if model.experts:
+        if not 1 <= model.active_experts <= model.experts:
+            raise ValueError(
+                f"active_experts is {model.active_experts} of {model.experts} experts; choose from 1 to {model.experts}."
+            )
+        return
+    for key in ("active_experts", "router_aux_loss", "sliding_window"):
+        if value := getattr(model, key):
+            raise ValueError(f"{key} is {value} without experts, and a dense Llama has none; set experts, or {key} to 0.")
 
 
 def _check_data(data: DataSpec) -> None:
-    if not 0 <= data.p_sft <= 1:
-        raise ValueError(f"The profile field 'p_sft' is {data.p_sft}; it lies between 0 and 1.")
     if data.p_sft and data.packing == "dense":
         raise ValueError(f"p_sft is {data.p_sft} with packing 'dense'; instruction pairs need packing 'segments'.")
+    if data.sft_loss != "response" and not data.p_sft:
+        raise ValueError(f"sft_loss is {data.sft_loss!r} with p_sft 0, which takes no instruction pairs; raise p_sft too.")
     if data.document_borders != "ignored" and data.packing == "segments":
         raise ValueError(
             f"document_borders is {data.document_borders!r} with packing 'segments', which never hold two documents; "
@@ -391,11 +423,11 @@ def _check_consistent(profile: Profile) -> None:
     for key, choices in _CHOICES.items():
         if value(key) not in choices:
             raise ValueError(f"The profile field {key!r} is {value(key)!r}; it accepts {', '.join(choices)}.")
-    for key in _AT_LEAST_ONE:
-        if value(key) < 1:
-            raise ValueError(f"The profile field {key!r} is {value(key)}; it must be at least 1.")
-    if value("prefetch_batches") < 0:
-        raise ValueError(f"The profile field 'prefetch_batches' is {value('prefetch_batches')}; it must be at least 0.")
+    for words, (accepts, keys) in _RANGES.items():
+        for key in keys.split():
+            if not accepts(value(key)):
+                raise ValueError(f"The profile field {key!r} is {value(key)}; it must be {words}.")
+    _check_experts(profile.model)
     _check_data(profile.data)
     if profile.data.seq_len > profile.model.context:
         raise ValueError(

@@ -35,6 +35,12 @@ class ParameterRule:
         """How many matrices are stacked along dim -2: a Mixtral keeps gate and up of an expert in one tensor."""
         return 2 if self.role == "gate_up_proj" else 1
 
+    @property
+    def layer(self) -> int:
+        """The block it belongs to; -1 for embedding, head and final norm."""
+        parts = self.name.split(".")
+        return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
+
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """{parameter name: role}. A head tied to the embedding is one parameter, and its role is `lm_head`.

@@ -6,14 +6,15 @@ Chosen once, from a profile's "auto" or its word, and logged.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend
 from transformers import PreTrainedModel
 
 from kl3m_nb.experts import use_grouped_experts
@@ -33,6 +34,7 @@ class Runtime:
     compile_blocks: bool
     recompute: bool  # gradient checkpointing: activations are computed again in the backward pass
     tf32: bool
+    kernel: str = ""  # that torch takes for sdpa: cudnn_attention | flash_attention | efficient_attention | math
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context every forward pass runs in."""
@@ -49,7 +51,7 @@ class Runtime:
             (
                 place,
                 self.precision + (" with TF32" if self.tf32 else ""),
-                f"attention {self.attention}",
+                f"attention {self.attention}" + (f" ({self.kernel})" if self.kernel else ""),
                 "compiled per block" if self.compile_blocks else "not compiled",
                 "gradient checkpointing" if self.recompute else "no gradient checkpointing",
                 f"torch {torch.__version__}",
@@ -69,31 +71,59 @@ def choose_runtime(profile: Profile) -> Runtime:
     on_gpu = device.type == "cuda"
     precision = spec.precision
     if precision == "auto":
-        precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+        # not emulated, which a V100 or T4 offers too and is slower there than float32
+        precision = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     compiled = spec.compile == "on" or (spec.compile == "auto" and on_gpu)
     recompute = spec.gradient_checkpointing == "on"
     if spec.gradient_checkpointing == "auto":
         recompute = step_memory(profile, precision, compiled, recompute=False).total > USABLE * device_memory(device)
-    return Runtime(
-        device, precision, _choose_attention(profile, device, precision), compiled, recompute, _choose_tf32(spec.tf32, on_gpu)
-    )
+    attention = _choose_attention(profile, device, precision)
+    kernel = _sdpa_kernel(profile, device, precision) if attention == "sdpa" else ""
+    return Runtime(device, precision, attention, compiled, recompute, _choose_tf32(spec.tf32, on_gpu), kernel)
 
 
 def _choose_attention(profile: Profile, device: torch.device, precision: str) -> str:
     """flash_attention_2 where it is the fastest that is at hand, else sdpa, in which torch picks a kernel.
 
     On Hopper that kernel is cuDNN's, which is faster than FlashAttention-2 at these head sizes (0.85 against 1.21 ms for a layer
-    of kl3m-007 at 5 × 4096). A sliding window needs a mask in sdpa, and none in flash_attention_2.
+    of kl3m-007 at 5 × 4096). A sliding window needs a mask in sdpa, and none in flash_attention_2. That in turn makes the host
+    wait where padding is masked, and keeps documents apart in one row only.
     """
     asked = profile.runtime.attention
     on_gpu = device.type == "cuda"
-    has_flash = on_gpu and precision == "bfloat16" and importlib.util.find_spec("flash_attn") is not None
+    has_flash = on_gpu and precision == "bfloat16" and _flash_attn_loads()
     if asked == "flash_attention_2" and not has_flash:
-        raise ValueError("attention flash_attention_2 needs a GPU, bfloat16 and the flash-attn package; choose auto or sdpa.")
+        raise ValueError(
+            "attention flash_attention_2 needs a GPU, bfloat16 and a flash-attn package that loads; choose auto or sdpa."
+        )
     if asked != "auto":
         return asked
     on_hopper = on_gpu and torch.cuda.get_device_capability(device)[0] == 9
-    return "flash_attention_2" if has_flash and (profile.model.sliding_window or not on_hopper) else "sdpa"
+    unmasked = profile.data.packing == "dense" and profile.data.document_borders != "mask"
+    return "flash_attention_2" if has_flash and unmasked and (profile.model.sliding_window or not on_hopper) else "sdpa"
+
+
+def _flash_attn_loads() -> bool:
+    """Whether the package is there and its extension fits this torch: one built for another is found, but breaks at import."""
+    try:
+        importlib.import_module("flash_attn")
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _sdpa_kernel(profile: Profile, device: torch.device, precision: str) -> str:
+    """The fused kernel that torch would take for the attention of one window, in lower case as `SDPBackend` names it."""
+    spec, data = profile.model, profile.data
+    masked = data.packing == "segments" or data.document_borders == "mask" or 0 < spec.sliding_window < data.seq_len
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    query, key = (
+        torch.empty(1, heads, data.seq_len, spec.head_size, dtype=dtype, device=device, requires_grad=True)
+        for heads in (spec.heads, spec.heads if masked else spec.kv_heads)  # with a mask transformers repeats keys and values
+    )
+    mask = torch.ones(1, 1, data.seq_len, data.seq_len, dtype=torch.bool, device=device) if masked else None
+    chosen = torch._fused_sdp_choice(query, key, key, mask, is_causal=not masked, enable_gqa=not masked)
+    return SDPBackend(chosen).name.lower()
 
 
 def _choose_tf32(asked: str, on_gpu: bool) -> bool:
@@ -125,15 +155,10 @@ def prepare_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
     Each block is compiled on its own: compiling the whole Hugging Face model forces an explicit mask into attention.
     """
     model.to(runtime.device)
-    model.train()  # a model that was loaded is in evaluation mode, where gradient checkpointing does nothing
     if runtime.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if runtime.tf32 else "highest")
     if runtime.precision == "bfloat16":
         use_grouped_experts(model)
-    if runtime.recompute:
-        # transformers 5.23 renamed the call; the older name serves 5.17 to 5.22
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
     if runtime.compile_blocks:
         for layer in model.model.layers:
             layer.compile(dynamic=False)

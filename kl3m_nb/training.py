@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from kl3m_nb import cards, checkpoints, distributed, evaluation, models, packing, paths, roles, run_folder
+from kl3m_nb import cards, checkpoints, distributed, evaluation, finite, models, packing, paths, roles, run_folder
 from kl3m_nb.clamping import SpectralClamp
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import MetricsLog, read_metrics
@@ -39,7 +39,7 @@ MOST_SKIPS_IN_A_ROW = 10
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on: too many steps in a row were not finite, or the data broke off. The last good state is saved."""
+    """Training cannot go on: steps or weights are not finite, or the data broke off. The newest checkpoint is a good one."""
 
 
 class _SourceBroke(RuntimeError):
@@ -71,9 +71,9 @@ def train(
     after a warmup of its own, and the data begins anew. With `resume="auto"` a run folder that holds a checkpoint is continued,
     at once finished when it is complete; `resume="never"` refuses such a folder.
 
-    Raises ValueError before anything is written when the pieces do not fit or another process trains there, TrainingStopped
-    when steps are not finite or the data breaks off, CheckpointFailed when the last checkpoint cannot be written,
-    KeyboardInterrupt after the checkpoint of an interrupted run is saved.
+    Raises ValueError before anything is written when the pieces do not fit, a weight is not finite or another process trains
+    there, TrainingStopped when steps or weights are not finite or the data breaks off, CheckpointFailed when the last checkpoint
+    cannot be written, KeyboardInterrupt after the checkpoint of an interrupted run is saved.
     """
     run_dir = paths.resolve(run_dir)
     if resume not in ("auto", "never"):
@@ -118,9 +118,7 @@ def _finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:
 class _Run:
     """Everything one run holds between its steps."""
 
-    def __init__(
-        self, profile: Profile, run_dir: Path, init, checkpoint: Path | None, callbacks: list[Callback], lock: RunLock
-    ):
+    def __init__(self, profile: Profile, run_dir: Path, init, checkpoint: Path | None, callbacks: list[Callback], lock: RunLock):
         self.profile, self.run_dir, self.init, self.callbacks = profile, run_dir, init, callbacks
         self.world = distributed.world()
         packing.check_shares(profile.data.micro_batch * profile.data.grad_accumulation, self.world.size)
@@ -151,13 +149,16 @@ class _Run:
         self.flops_per_token = flops_per_token(profile.model, profile.data.seq_len)
         self.counters = {
             "first_step": carried.step, "step": carried.step, "tokens": carried.tokens, "valid_tokens": carried.valid_tokens,
-            "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0,
+            "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0, "clipped_since_row": 0,
         }  # fmt: skip
+        self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
         self.last_held_out = self.last_cross_entropy = float("nan")
         self.conditions: dict = {"step": 0, "by_role": {}}
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
             self._load_state(state)
+        if bad := finite.first_bad_weight(self.model):
+            raise ValueError(f"The weight {bad} of {start or 'the new model'} is not finite; start from an earlier checkpoint.")
         self._begins = state is None or state["metrics_position"] == 0
         identity = distributed.on_first_rank(lambda: self._open_folder(lock, init))
         self.saver = CheckpointSaver(
@@ -276,7 +277,10 @@ class _Run:
                 self.aux.step()
             bounds = self.muon.movement_bounds()
             self.clamp.note_movement({self.names[parameter]: bound for parameter, bound in bounds.items()})
-        bad = None if usable else self._first_bad_tensor()
+            self.first_bad = ""
+        else:
+            self._require_finite_weights()  # no later step could be finite
+            self.first_bad = self.first_bad or finite.why_not_finite(self.model)
         self._zero_gradients()
         seconds = time.perf_counter() - began
         counters = self.counters
@@ -286,22 +290,26 @@ class _Run:
         counters["seconds"] += seconds
         counters["skipped"] += not usable
         counters["skipped_in_a_row"] = 0 if usable else counters["skipped_in_a_row"] + 1
-        if counters["step"] % self.profile.runtime.log_every == 0 or not usable:
+        counters["clipped_since_row"] += clipped.clipped
+        is_last = counters["step"] == self.profile.schedule.max_steps
+        if counters["step"] % self.profile.runtime.log_every == 0 or is_last or not usable:
             self._record(
                 {
                     "kind": "train", **self._progress(), "valid_tokens": counters["valid_tokens"], **values,
                     "lr_muon": self.profile.muon_lr * factor, "lr_aux": self.profile.optimizer.aux_lr * factor,
-                    "grad_norm": clipped.norm, "clip_threshold": clipped.threshold, "clipped": clipped.clipped,
-                    "skipped": not usable, "tokens_per_second": self.profile.tokens_per_step / seconds,
+                    "grad_norm": clipped.norm, "clip_threshold": clipped.threshold, "clipped": counters["clipped_since_row"],
+                    "skipped": int(not usable), "tokens_per_second": self.profile.tokens_per_step / seconds,
                     "epoch": self.stream.epoch,
                 }
             )  # fmt: skip
+            counters["clipped_since_row"] = 0
         self.last_cross_entropy = values["cross_entropy"]
         if expert_counts.numel() and self._evaluates_after(counters["step"]):
             self._record_experts(expert_counts)
         if counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
             raise self._stopped(
-                f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {bad}; lower the learning rate or see their data"
+                f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {self.first_bad}; "
+                "lower the learning rate or see their data"
             )
         return True
 
@@ -323,11 +331,11 @@ class _Run:
     def _losses(self, batch: Batch, valid_tokens: int) -> tuple[torch.Tensor, dict]:
         """The loss to go backward from, and its terms."""
         spec, labels = self.profile.objective, batch.labels
-        body = models.forward_body(self.model, batch.input_ids, batch.attention_mask, batch.position_ids)
-        head = self.model.get_output_embeddings().weight
-        terms = chunked_objective(
-            body.hidden, head, labels, spec, num_valid=valid_tokens, compiled=self.runtime.compile_blocks
+        body = models.forward_body(
+            self.model, batch.input_ids, batch.attention_mask, batch.position_ids, batch.document_ids, self.runtime.recompute
         )
+        head = self.model.get_output_embeddings().weight
+        terms = chunked_objective(body.hidden, head, labels, spec, num_valid=valid_tokens, compiled=self.runtime.compile_blocks)
         activation = activation_penalty(body.residual, labels, spec.activation_norm, valid_tokens)
         # the router's loss is a mean over its tokens: weighted by their share, micro-batches add up to the mean
         router = self.profile.model.router_aux_loss * body.router_loss * ((labels != -100).sum() / valid_tokens)
@@ -357,13 +365,15 @@ class _Run:
         self.muon.zero_grad(set_to_none=True)
         self.aux.zero_grad(set_to_none=True)
 
-    def _first_bad_tensor(self) -> str:
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(distributed.whole(parameter.detach())).all():
-                return f"the weight {name}"
-            if parameter.grad is not None and not torch.isfinite(distributed.whole(parameter.grad)).all():
-                return f"the gradient of {name}"
-        return "the loss"
+    def _require_finite_weights(self) -> None:
+        """Ends the run when a weight is not finite, and saves nothing of it."""
+        if bad := finite.first_bad_weight(self.model):
+            self.saver.close()
+            earlier = distributed.on_first_rank(lambda: checkpoints.latest_checkpoint(self.run_dir))
+            raise TrainingStopped(
+                f"Training has stopped: the weight {bad} is not finite after step {self.counters['step']}, so nothing is saved; "
+                + (f"training again continues from {earlier}." if earlier else "there is no checkpoint, lower the learning rate.")
+            )
 
     def _clamp(self) -> None:
         began = time.perf_counter()
@@ -375,7 +385,7 @@ class _Run:
             row[column] = [getattr(event, column) for event in events]
         parents = [next(rule for name, rule in self.rules.items() if event.name.startswith(name)) for event in events]
         row["role"] = [rule.role for rule in parents]
-        row["layer"] = [_layer(rule.name) for rule in parents]
+        row["layer"] = [rule.layer for rule in parents]
         row["max_condition"] = [rule.max_condition for rule in parents]
         self._record(row)
         self.conditions = {"step": self.counters["step"], "by_role": cards.conditions_by_group(row)}
@@ -406,7 +416,8 @@ class _Run:
         return self.saver.save_and_wait(self.counters["step"], lambda: self._contents(stream_state))
 
     def _contents(self, stream_state: dict | None = None) -> tuple[dict, str]:
-        """What a checkpoint holds beside the weights, and its card."""
+        """What a checkpoint holds beside the weights, and its card. Raises TrainingStopped when a weight is not finite."""
+        self._require_finite_weights()
         state = {
             "counters": dict(self.counters),
             "last_held_out": self.last_held_out,
@@ -436,13 +447,15 @@ class _Run:
         )
 
     def _load_state(self, state: dict) -> None:
-        self.counters = dict(state["counters"])
+        self.counters.update(state["counters"])
         self.last_held_out = state["last_held_out"]
         self.last_cross_entropy, self.conditions = state["last_cross_entropy"], state["conditions"]
         for optimizer, saved in ((self.muon, state["muon"]), (self.aux, state["aux"])):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             for index, values in saved["state"].items():
-                saved["state"][index] = {name: _laid_out(value, parameters[index]) for name, value in values.items()}
+                for name, value in values.items():
+                    if isinstance(value, torch.Tensor):
+                        values[name] = distributed.laid_out(value, parameters[index])
             optimizer.load_state_dict(saved)
         self.clip.load_state_dict(state["clip"])
         self.clamp.load_state_dict(state["clamp"])
@@ -463,13 +476,3 @@ class _Run:
     def _tell(self, row: Mapping) -> None:
         for callback in self.callbacks if self.world.is_first else ():
             callback(row)
-
-
-def _laid_out(value, parameter: torch.nn.Parameter):
-    return distributed.laid_out(value, parameter) if isinstance(value, torch.Tensor) else value
-
-
-def _layer(name: str) -> int:
-    """The block a parameter belongs to; -1 for embedding, head and final norm."""
-    parts = name.split(".")
-    return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import small_profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from kl3m_nb import models, roles
 from kl3m_nb.experts import use_grouped_experts
-from kl3m_nb.objective import activation_penalty
+from kl3m_nb.objective import activation_penalty, chunked_objective
 from kl3m_nb.profiles import get_profile
 
 
@@ -43,6 +44,86 @@ def test_the_forward_pass_without_a_head_is_the_models_own(experts):
     assert body.router_loss.item() == pytest.approx(reference.aux_loss.item() if experts else 0.0)
 
 
+def _documents(borders: str) -> dict[str, torch.Tensor]:
+    """What `forward_body` is given for two windows of 32, beside the tokens; the second row has 9 + 4 positions of padding."""
+    mask = torch.ones(2, 32, dtype=torch.bool)
+    mask[1, :9] = mask[1, 28:] = False
+    positions = torch.cat([torch.arange(20), torch.arange(12)]).expand(2, 32)
+    return {
+        "full": {},
+        "padded": {"attention_mask": mask},
+        "documents": {"position_ids": positions, "document_ids": (positions == 0).cumsum(1)},
+    }[borders]
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("borders", ["full", "padded", "documents"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_outputs_and_gradients_are_those_of_transformers_own_forward(experts, attention, borders, recompute):
+    profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
+    model = models.build_model(profile, attention=attention)
+    inputs, given = torch.randint(0, 512, (2, 32)), _documents(borders)
+    valid = given.get("attention_mask", torch.ones(2, 32, dtype=torch.bool))
+    body = models.forward_body(model, inputs, **given, recompute=recompute)
+    own = {name: value for name, value in given.items() if name != "document_ids"}  # transformers finds them in the positions
+    reference = model.model(inputs, **own, use_cache=False, **({"output_router_logits": True} if experts else {}))
+    router = torch.zeros(())
+    if experts:
+        router = load_balancing_loss_func(reference.router_logits, 4, 2, own.get("attention_mask"))
+    results = []
+    for hidden, loss in ((body.hidden, body.router_loss), (reference.last_hidden_state, router)):
+        (hidden[valid].square().mean() + loss).backward()
+        results.append((hidden[valid].detach(), loss.detach(), [parameter.grad for parameter in model.parameters()]))
+        model.zero_grad()
+    torch.testing.assert_close(*results)
+    assert torch.isfinite(body.hidden).all()
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_no_row_of_the_mask_is_empty(experts):
+    """cuDNN and others make NaN of a softmax over nothing, and one NaN times zero is a NaN in every gradient."""
+    model = models.build_model(small_profile(experts=experts, active_experts=experts // 2, sliding_window=16 if experts else 0))
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda *arguments: seen.append(arguments[2]["attention_mask"]), with_kwargs=True)
+    models.forward_body(model, torch.randint(0, 512, (2, 32)), **_documents("padded"))
+    assert len(seen) == 2 and seen[0] is seen[1], "built once for all blocks"
+    assert seen[0].any(-1).all() and seen[0].tril().equal(seen[0])
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_checkpointing_keeps_less_and_computes_the_same(tmp_path, experts):
+    """Of a model from the disk, which transformers gives in evaluation mode, as of a new one."""
+    profile = small_profile(experts=experts, active_experts=experts // 2)
+    models.build_model(profile).save_pretrained(tmp_path)
+    inputs = torch.randint(0, 512, (2, 32))
+    for model in (models.build_model(profile), models.load_model(tmp_path)):
+        kept, gradients = [], []
+        for recompute in (False, True):
+            kept.append([])
+
+            def keep(tensor, into=kept[-1]):
+                into.append(tensor)
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                body = models.forward_body(model, inputs, recompute=recompute)
+            (body.hidden.square().mean() + body.router_loss).backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+            model.zero_grad()
+        assert len(kept[1]) < len(kept[0]) / 2
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_nothing_of_a_pass_outlives_it():
+    """Router logits that a recomputation leaves behind would keep all activations of their blocks until the next step."""
+    model = models.build_model(small_profile(experts=4, active_experts=2))
+    body = models.forward_body(model, torch.randint(0, 512, (2, 32)), recompute=True)
+    (body.hidden.square().mean() + body.router_loss).backward()
+    assert all(layer.mlp.gate.logits is None for layer in model.model.layers)
+
+
 @pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_position_sees_those_before_it_and_no_farther_than_the_window(experts, attention):
@@ -58,29 +139,45 @@ def test_a_position_sees_those_before_it_and_no_farther_than_the_window(experts,
 
 
 @pytest.mark.parametrize("experts", [0, 4])
-def test_forward_and_backward_never_read_a_number_back(experts):
+@pytest.mark.parametrize("borders", ["full", "padded", "documents"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_never_reads_a_number_back(monkeypatch, experts, borders, recompute):
     """On a GPU each of these would make the host wait for all that is queued."""
     profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
     model = models.build_model(profile)
     use_grouped_experts(model)
-    inputs = torch.randint(0, 512, (2, 32))
-    with _ReadBacks() as read_backs:
-        body = models.forward_body(model, inputs)
-        (body.hidden.square().mean() + activation_penalty(body.residual, inputs, 0.1, 64) + body.router_loss).backward()
-        assert not read_backs.found
-        bool(body.hidden.sum() > 0)
-    assert read_backs.found == ["_local_scalar_dense"], "the watch itself works"
+    inputs, given = torch.randint(0, 512, (2, 32)), _documents(borders)
+    labels = inputs.masked_fill(~given["attention_mask"], -100) if borders == "padded" else inputs
+    muon, aux = roles.build_optimizers(model, roles.role_table(model, profile), profile)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))  # the objective counts on a CPU only
+    for step in range(2):
+        counts = [state["step"] for state in aux.state.values()]  # AdamW's own, which stay on the host
+        with _ReadBacks(on_host=counts) as read_backs:
+            body = models.forward_body(model, inputs, **given, recompute=recompute)
+            terms = chunked_objective(body.hidden, model.get_output_embeddings().weight, labels, profile.objective, num_valid=64)
+            (terms.total + activation_penalty(body.residual, labels, 0.1, 64) + body.router_loss).backward()
+            if step:
+                muon.step()
+                aux.step()
+                muon.movement_bounds()
+            assert not read_backs.found
+            bool(body.hidden.sum() > 0)
+        assert read_backs.found == ["_local_scalar_dense"], "the watch itself works"
+        muon.step()
+        aux.step()
 
 
 class _ReadBacks(TorchDispatchMode):
     """Notes every operation whose result the host has to know before it can go on."""
 
-    def __init__(self):
+    def __init__(self, on_host=()):
         super().__init__()
-        self.found = []
+        self.found, self.on_host = [], on_host
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
+        if any(args[:1] and args[0] is tensor for tensor in self.on_host):
+            return function(*args, **(kwargs or {}))
         if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "_unique2"):
             self.found.append(name)
         return function(*args, **(kwargs or {}))

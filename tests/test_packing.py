@@ -94,6 +94,19 @@ def test_positions_begin_anew_behind_every_end():
     assert packing.restarting_positions(tokens, 1).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
 
 
+def test_borders_say_what_a_batch_holds_and_all_of_it_is_contiguous(spec):
+    """Of a view, which is not contiguous, a GPU's copy cannot be queued: the host waits."""
+    held = {}
+    for borders in ("ignored", "positions", "mask"):
+        batch = packing.PackedStream(dataclasses.replace(spec, document_borders=borders), Letters()).take(2)
+        held[borders] = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
+        assert all(tensor.is_contiguous() and tensor.shape == (2, 9) for tensor in held[borders].values())
+    assert set(held["ignored"]) == {"input_ids", "labels"}
+    assert set(held["positions"]) == {"input_ids", "labels", "position_ids"}
+    documents, tokens = held["mask"]["document_ids"], held["mask"]["input_ids"]
+    assert torch.equal(documents.diff(dim=1), (tokens[:, :-1] == 0).long())
+
+
 @pytest.mark.parametrize("experts", [0, 4])
 def test_a_document_mask_hides_the_documents_before_and_positions_alone_do_not(spec, experts):
     """A document in a window against the same document alone."""
@@ -107,8 +120,8 @@ def test_a_document_mask_hides_the_documents_before_and_positions_alone_do_not(s
     assert all(torch.equal(first, other) for other in others)
     outputs = {}
     for borders, batch in batches.items():
-        body = models.forward_body(model, batch.input_ids % 500, batch.attention_mask, batch.position_ids)
-        outputs[borders] = body.hidden
+        tokens = batch.input_ids % 500
+        outputs[borders] = models.forward_body(model, tokens, None, batch.position_ids, batch.document_ids).hidden
     for row in range(2):
         ends = (first[row] == 0).nonzero().flatten().tolist()
         begin, end = ends[-2] + 1, ends[-1] + 1
@@ -124,7 +137,7 @@ def test_flash_attention_is_refused_where_it_would_mix_documents(spec):
     model.config._attn_implementation = "flash_attention_2"
     batch = packing.PackedStream(dataclasses.replace(spec, document_borders="mask"), Letters()).take(2)
     with pytest.raises(ValueError, match="micro_batch 1"):
-        models.forward_body(model, batch.input_ids, batch.attention_mask, batch.position_ids)
+        models.forward_body(model, batch.input_ids, None, batch.position_ids, batch.document_ids)
 
 
 def test_too_few_held_out_documents_and_an_empty_source_are_refused(spec, tmp_path):
@@ -147,6 +160,7 @@ def test_the_shares_of_all_ranks_are_the_step_without_overlap(micro_batch, accum
     rows = [row for share in shares for batch in share for row in batch.input_ids.tolist()]
     assert sorted(rows) == windows.tolist()
     assert len({sum(len(batch.labels) for batch in share) for share in shares}) == 1
+    assert all(batch.input_ids.is_contiguous() for share in shares for batch in share)
     assert all(torch.equal(batch.labels, batch.input_ids + 1) for share in shares for batch in share)
     if accumulation % ranks == 0:  # then micro-batches are the same for any number of ranks
         micro_batches = {tuple(map(tuple, batch.input_ids.tolist())) for share in shares for batch in share}

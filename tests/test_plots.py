@@ -62,6 +62,10 @@ class TestTraining:
         np.testing.assert_array_equal(rates.lines[1].get_ydata(), log.lr_aux)
         assert norm.get_yscale() == "log"
 
+    def test_steps_clipped_between_two_rows_are_counted(self):
+        log = training_log(30).assign(clipped=[0, 4, 1] + 27 * [0])
+        assert line(plots.plot_training(log, HELD_OUT).axes[2], "clipped (5 steps)").get_xdata().tolist() == [2, 3]
+
     def test_clipped_and_skipped_steps_are_marked_and_counted(self):
         log = training_log(40)
         log.loc[7, "skipped"] = True

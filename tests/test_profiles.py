@@ -28,14 +28,14 @@ def test_a_profile_survives_json(name):
 
 
 def test_one_keyword_changes_one_field_wherever_it_stands():
-    base = get_profile("tiny")
+    base = get_profile("tiny-moe")
     for key, section in profiles.FIELD_SECTIONS.items():
         owner = base if section == "profile" else getattr(base, section)
         value = getattr(owner, key)
-        bound = ("heads", "kv_heads", "layers", "growth_factor", "seq_len", "context", "p_sft")
+        bound = ("heads", "kv_heads", "layers", "growth_factor", "seq_len", "context", "p_sft", "ns_steps")
         if key in bound or isinstance(value, (str, bool)):
             continue
-        changed = override_profile(base, **{key: value + 1})
+        changed = override_profile(base, **{key: value / 2 if isinstance(value, float) else value + 1})
         differing = [
             field.name
             for field in dataclasses.fields(profiles.Profile)
@@ -73,11 +73,36 @@ def test_the_source_of_a_profile_is_shallower_and_nothing_else():
         ("tiny", {"kv_heads": 3}, "kv_heads"),
         ("tiny", {"p_sft": 0.1}, "segments"),
         ("tiny", {"p_sft": 1.5, "packing": "segments"}, "between 0 and 1"),
+        ("tiny", {"sft_loss": "all", "packing": "segments"}, "raise p_sft"),
         ("tiny", {"document_borders": "mask", "packing": "segments"}, "never hold two documents"),
         ("tiny", {"prefetch_batches": -1}, "at least 0"),
+        ("tiny", {"sliding_window": 64}, "sliding_window is 64 without experts"),
+        ("tiny", {"router_aux_loss": 0.05}, "router_aux_loss is 0.05 without experts"),
+        ("tiny", {"active_experts": 2}, "active_experts is 2 without experts"),
+        ("tiny-moe", {"active_experts": 5}, "active_experts is 5 of 4 experts; choose from 1 to 4"),
+        ("tiny-moe", {"active_experts": 0}, "from 1 to 4"),
+        ("tiny", {"momentum": 1.0}, "below 1"),
+        ("tiny", {"base_lr": math.inf}, "finite"),
+        ("tiny", {"aux_lr": math.nan}, "finite"),
+        ("tiny", {"clip_coefficient": 0.0}, "above 0"),
+        ("tiny", {"ns_steps": 2}, "from 3 to 5"),
     ],
 )
 def test_bad_values_get_one_sentence_that_names_what_is_accepted(name, overrides, words):
     with pytest.raises(ValueError, match=words) as caught:
         get_profile(name, **overrides)
     assert "\n" not in str(caught.value)
+
+
+def _numeric_fields() -> list[str]:
+    return [key for key, kind in profiles.FIELD_TYPES.items() if kind in (int, float)]
+
+
+@pytest.mark.parametrize("key", _numeric_fields())
+def test_no_number_may_be_negative_or_absurdly_small(key):
+    with pytest.raises(ValueError, match=rf"The profile field '{key}' is -1(\.0)?; it must be "):
+        get_profile("tiny", **{key: -1})
+
+
+def test_an_infinite_ceiling_is_a_clamp_that_only_knows_its_floor():
+    assert get_profile("tiny", mlp_max_condition=math.inf).clamp.max_condition("up_proj") == math.inf

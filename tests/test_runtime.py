@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-import importlib.util
+import sys
+import types
 
 import pytest
 import torch
 from conftest import small_profile
+from torch.nn.attention import SDPBackend
 
 from kl3m_nb import models, runtime
 from kl3m_nb.profiles import get_profile
@@ -13,15 +15,15 @@ from kl3m_nb.profiles import get_profile
 @pytest.fixture
 def gpu(monkeypatch):
     """A make-believe H200 with flash-attn installed; its parts can be changed."""
-    parts = {"capability": (9, 0), "bytes": 141 * 10**9, "flash": True}
-    find_spec = importlib.util.find_spec
+    parts = {"capability": (9, 0), "bytes": 141 * 10**9}
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or parts["capability"] >= (8, 0)
+    )
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: parts["capability"])
     monkeypatch.setattr(runtime, "device_memory", lambda device: parts["bytes"])
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name: parts["flash"] or None if name == "flash_attn" else find_spec(name)
-    )
+    monkeypatch.setattr(runtime, "_sdpa_kernel", lambda *arguments: "cudnn_attention")
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     return parts
 
 
@@ -38,14 +40,53 @@ def test_a_large_gpu_gets_everything_that_is_fast(gpu):
     assert chosen.tf32 and not chosen.recompute
 
 
-def test_attention_follows_the_gpu_and_the_window(gpu):
-    assert runtime.choose_runtime(get_profile("kl3m-002-520m")).attention == "flash_attention_2"
+def test_attention_follows_the_gpu_the_window_and_the_mask(gpu):
+    def chosen(name, **overrides):
+        return runtime.choose_runtime(get_profile(name, **overrides)).attention
+
+    assert chosen("kl3m-002-520m", packing="dense", p_sft=0.0) == "flash_attention_2"
+    assert chosen("kl3m-002-520m") == "sdpa", "segments are padded, and their mask costs FlashAttention a host sync a layer"
     gpu["capability"] = (8, 0)
-    assert runtime.choose_runtime(get_profile("kl3m-007-500m")).attention == "flash_attention_2"
-    assert runtime.choose_runtime(get_profile("kl3m-007-500m", attention="sdpa")).attention == "sdpa"
-    assert runtime.choose_runtime(get_profile("kl3m-007-500m", precision="float32")).attention == "sdpa"
-    gpu["flash"] = False
-    assert runtime.choose_runtime(get_profile("kl3m-002-520m")).attention == "sdpa"
+    assert chosen("kl3m-007-500m") == chosen("kl3m-007-500m", document_borders="positions") == "flash_attention_2"
+    assert chosen("kl3m-007-500m", document_borders="mask") == "sdpa"
+    assert chosen("kl3m-007-500m", attention="sdpa") == chosen("kl3m-007-500m", precision="float32") == "sdpa"
+
+
+def test_bfloat16_is_not_chosen_where_it_is_emulated(gpu):
+    gpu["capability"] = (7, 5)
+    chosen = runtime.choose_runtime(get_profile("kl3m-006-170m"))
+    assert (chosen.precision, chosen.attention) == ("float32", "sdpa")
+
+
+@pytest.mark.parametrize("error", ["ImportError('undefined symbol: _ZN3c105Error')", "OSError('libcudart.so.11')", None])
+def test_flash_attn_that_is_missing_or_does_not_load_is_done_without(gpu, monkeypatch, tmp_path, error):
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    if error:
+        (tmp_path / "flash_attn.py").write_text(f"raise {error}")
+        monkeypatch.syspath_prepend(tmp_path)
+    gpu["capability"] = (8, 0)
+    assert runtime.choose_runtime(get_profile("kl3m-007-500m")).attention == "sdpa"
+    with pytest.raises(ValueError, match="flash-attn package that loads"):
+        runtime.choose_runtime(get_profile("kl3m-007-500m", attention="flash_attention_2"))
+
+
+@pytest.mark.parametrize(("overrides", "masked"), [({}, False), ({"packing": "segments"}, True)])
+def test_the_kernel_is_asked_for_with_the_shapes_of_the_run(monkeypatch, overrides, masked):
+    asked = []
+
+    def choice(query, key, value, mask, is_causal, enable_gqa):
+        asked.append((tuple(query.shape), tuple(key.shape), mask is not None, is_causal, enable_gqa, query.requires_grad))
+        return int(SDPBackend.CUDNN_ATTENTION.value)
+
+    monkeypatch.setattr("torch._fused_sdp_choice", choice)
+    chosen = runtime.choose_runtime(small_profile(**overrides))
+    assert asked == [((1, 4, 32, 8), (1, 4 if masked else 2, 32, 8), masked, not masked, not masked, True)]
+    assert "attention sdpa (cudnn_attention)" in chosen.describe()
+    assert runtime.choose_runtime(small_profile(attention="eager")).kernel == "" and len(asked) == 1
+
+
+def test_torch_tells_its_kernel():
+    assert runtime.choose_runtime(small_profile()).kernel in {backend.lower() for backend in SDPBackend.__members__}
 
 
 @pytest.mark.parametrize(("asked", "on_large", "on_small"), [("auto", False, True), ("on", True, True), ("off", False, False)])
@@ -73,20 +114,13 @@ def test_memory_is_bounded_by_what_a_job_may_use(tmp_path, monkeypatch):
     assert runtime.device_memory(torch.device("cpu")) == 1_000_000
 
 
-def test_a_loaded_model_is_recomputed_too(tmp_path):
-    models.build_model(small_profile()).save_pretrained(tmp_path)
-    chosen = runtime.Runtime(torch.device("cpu"), "float32", "sdpa", compile_blocks=False, recompute=True, tf32=False)
-    model = runtime.prepare_model(models.load_model(tmp_path), chosen)
-    calls = []
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append("mlp"))
-    models.forward_body(model, torch.randint(0, 512, (2, 32))).hidden.sum().backward()
-    assert len(calls) == 2, "once forward and once again for the backward pass"
-
-
 @pytest.mark.parametrize("experts", [0, 4])
-def test_each_block_is_compiled_once_for_all_and_computes_the_same(experts):
-    profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
-    inputs = torch.randint(0, 512, (2, 32))
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_all_blocks_are_one_graph_that_computes_the_same(tmp_path, experts, padded, recompute):
+    profile = small_profile(layers=3, experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
+    models.build_model(profile).save_pretrained(tmp_path)
+    inputs, mask = torch.randint(0, 512, (2, 32)), torch.arange(32).expand(2, 32) > 4 if padded else None
     results, graphs = [], []
 
     def backend(graph, _):
@@ -94,15 +128,15 @@ def test_each_block_is_compiled_once_for_all_and_computes_the_same(experts):
         return graph.forward
 
     for compiled in (False, True):
-        model = models.build_model(profile)
+        model = models.load_model(tmp_path)
         if compiled:
             torch._dynamo.reset()
             for layer in model.model.layers:
-                layer.compile(dynamic=False, backend=backend)
-        body = models.forward_body(model, inputs)
-        (body.hidden.square().mean() + body.router_loss).backward()
+                layer.compile(dynamic=False, backend=backend, fullgraph=True)
+        for _ in range(2):  # a second pass compiles nothing
+            model.zero_grad()
+            body = models.forward_body(model, inputs, mask, recompute=recompute)
+            (body.hidden.square().mean() + body.router_loss).backward()
         results.append((body.hidden.detach(), body.router_loss.detach(), [parameter.grad for parameter in model.parameters()]))
     torch.testing.assert_close(results[1], results[0])
-    count = len(graphs)
-    models.forward_body(model, inputs)
-    assert 0 < len(graphs) == count, "a second pass compiles nothing"
+    assert len(graphs) == 1

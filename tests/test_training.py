@@ -71,15 +71,28 @@ def test_accumulated_micro_batches_are_one_large_batch(tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path):
-    training.train(small_profile(max_steps=3), tmp_path / "plain")
-    training.train(small_profile(max_steps=3, gradient_checkpointing="on"), tmp_path / "recomputed")
-    assert _losses(tmp_path / "plain") == pytest.approx(_losses(tmp_path / "recomputed"), rel=1e-6)
+    """In a run that goes on from a checkpoint, as every run after stacking does."""
+    models.build_model(small_profile()).save_pretrained(tmp_path / "start")
+    kept = {}
+    for chosen in ("off", "on"):
+        profile = small_profile(max_steps=3, gradient_checkpointing=chosen)
+        kept[chosen] = []
+
+        def keep(tensor, into=kept[chosen]):
+            into.append(1)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            training.train(profile, tmp_path / chosen, init=tmp_path / "start")
+    assert _losses(tmp_path / "off") == pytest.approx(_losses(tmp_path / "on"), rel=1e-6)
+    assert len(kept["on"]) < len(kept["off"]) / 2
 
 
 @pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("stop_at", [1, 4])
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path, experts, stop_at):
-    profile = small_profile(experts=experts, active_experts=min(2, experts), router_aux_loss=0.05, grad_accumulation=2)
+    mixture = {"experts": experts, "active_experts": 2, "router_aux_loss": 0.05} if experts else {}
+    profile = small_profile(**mixture, grad_accumulation=2)
     whole = training.train(profile, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         training.train(profile, tmp_path / "run", callbacks=[_interrupt_at(stop_at)])
@@ -189,6 +202,66 @@ def test_ten_bad_steps_in_a_row_stop_with_the_last_good_weights(tmp_path, monkey
     assert checkpoints.checkpoint_step(saved) == 10
     fresh = models.build_model(profile).state_dict()
     assert all(torch.equal(weight, fresh[name]) for name, weight in _weights(saved).items())
+
+
+def test_the_reason_named_is_that_of_the_first_bad_step(tmp_path, monkeypatch):
+    calls = []
+
+    def poisoned(residual, *_):
+        calls.append(1)
+        return residual.sum() * 0 + math.nan if len(calls) == 1 else residual.sum() * math.nan
+
+    monkeypatch.setattr(training, "activation_penalty", poisoned)
+    with pytest.raises(training.TrainingStopped, match="first in the loss;"):
+        training.train(small_profile(max_steps=30, clamp_every=0), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("spoilt_after", "checkpoint_every", "newest"), [(4, 3, "step-000003"), (4, 1, "step-000003"), (1, 100, None)]
+)
+def test_a_weight_that_is_not_a_number_is_named_and_never_saved(tmp_path, monkeypatch, spoilt_after, checkpoint_every, newest):
+    prepare, prepared = training.prepare_model, []
+    monkeypatch.setattr(training, "prepare_model", lambda model, runtime: prepared.append(prepare(model, runtime)))
+
+    def spoil(row):
+        if row["kind"] == "train" and row["step"] == spoilt_after:
+            prepared[0].model.layers[1].mlp.up_proj.weight.data[3, 5] = math.nan
+
+    profile = small_profile(clamp_every=0, checkpoint_every=checkpoint_every)
+    with pytest.raises(training.TrainingStopped) as stopped:
+        training.train(profile, tmp_path / "run", callbacks=[spoil])
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert f"the weight {name} is not finite after step {spoilt_after}, so nothing is saved;" in str(stopped.value)
+    assert (f"continues from {tmp_path}/run/checkpoints/{newest}" if newest else "there is no checkpoint") in str(stopped.value)
+    saved = checkpoints.latest_checkpoint(tmp_path / "run")
+    assert (saved and saved.name) == newest
+    assert not saved or all(torch.isfinite(weight).all() for weight in _weights(saved).values())
+
+
+def test_a_start_that_is_not_finite_is_refused_by_the_name_of_its_weight(tmp_path):
+    model = models.build_model(small_profile())
+    model.model.layers[0].self_attn.k_proj.weight.data[2, 2] = math.inf
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match=r"The weight model\.layers\.0\.self_attn\.k_proj\.weight of .*start is not finite"):
+        training.train(small_profile(), tmp_path / "run", init=tmp_path / "start")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_clipped_step_is_lost_between_two_rows(tmp_path):
+    """Nor at the end of the run, nor over a resume: here every step is clipped."""
+    profile = small_profile(
+        max_steps=8, log_every=3, clip_mode="fixed", clip_max_norm=1e-3, eval_every=5, checkpoint_every=4, clamp_every=0
+    )
+
+    def crash(row):
+        if row["kind"] == "held_out" and row["step"] == 5:
+            raise RuntimeError("a crash")
+
+    with pytest.raises(RuntimeError, match="a crash"):
+        training.train(profile, tmp_path / "run", callbacks=[crash])
+    training.train(profile, tmp_path / "run")
+    rows = read_metrics(tmp_path / "run", "train")
+    assert list(rows.step) == [3, 6, 8] and list(rows.clipped) == [3, 3, 2] and list(rows.skipped) == [0, 0, 0]
 
 
 def test_the_clamp_holds_its_ceilings(tmp_path):
