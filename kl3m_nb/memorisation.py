@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.corpus import Document
+from kl3m_nb.document_stream import token_ids
 from kl3m_nb.evaluation import bootstrap_interval, difference_interval, evaluation_mode
 
 PREFIX_LENGTHS = (5, 10, 20, 50)
@@ -34,7 +35,7 @@ def choose_passages(
     for document in documents:
         if len(passages) == count:
             break
-        tokens = list(document.tokens) or tokenizer.encode(document.text, add_special_tokens=False)
+        tokens = token_ids(document, tokenizer)
         if len(tokens) >= length:
             start = rng.randrange(len(tokens) - length + 1)
             passages.append(tokens[start : start + length])
