@@ -1,7 +1,7 @@
 """JSON extraction, judged: does the answer parse, has it the fields asked for, are its values those of the text?
 
 A prompt of the kind `extraction` ends inside the answer, behind `JSON:`, and carries the answer expected. What follows the first
-whole JSON value is not judged: a model without instruction tuning goes on writing.
+whole JSON value is not judged: a model without instruction tuning goes on writing, unless it is stopped where `is_answered`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from kl3m_nb import cotraining
 
 ANSWER_MARK = "JSON:"
 
@@ -22,6 +26,17 @@ class ExtractionScore:
     right_values: float  # share of the expected fields whose value is the expected one
 
 
+def as_instruction(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`prompt` as a model meets it that was cotrained on instructions: the question in the template, the answer begun behind it."""
+    question, mark, beginning = prompt.rpartition(ANSWER_MARK)
+    return cotraining.instruction_prompt(question + mark, tokenizer) + beginning.lstrip()
+
+
+def is_answered(prompt: str, continuation: str) -> bool:
+    """Whether `continuation` has closed the JSON value that `prompt` begins behind its last `JSON:`."""
+    return bool(_answer(prompt, continuation))
+
+
 def score_extraction(prompt: str, continuation: str, expected: Mapping[str, object]) -> ExtractionScore:
     """The score of `continuation` as the rest of the answer that `prompt` begins behind its last `JSON:`.
 
@@ -32,11 +47,10 @@ def score_extraction(prompt: str, continuation: str, expected: Mapping[str, obje
         raise ValueError(
             f"The prompt {prompt[:40]!r} is no extraction; it needs the mark {ANSWER_MARK!r} and an expected answer."
         )
-    answer = (prompt.rpartition(ANSWER_MARK)[2] + continuation).lstrip()
-    try:
-        value, _ = json.JSONDecoder().raw_decode(answer)
-    except json.JSONDecodeError:
+    answer = _answer(prompt, continuation)
+    if not answer:
         return ExtractionScore(parses=False, matches_schema=False, right_values=0.0)
+    (value,) = answer
     if not isinstance(value, dict):
         return ExtractionScore(parses=True, matches_schema=False, right_values=0.0)
     same_types = value.keys() == expected.keys() and all(_json_type(value[key]) == _json_type(expected[key]) for key in expected)
@@ -56,6 +70,14 @@ def extraction_rates(scores: Iterable[ExtractionScore]) -> dict[str, float]:
         "json_schema_rate": sum(score.matches_schema for score in scores) / len(scores),
         "json_value_rate": sum(score.right_values for score in scores) / len(scores),
     }
+
+
+def _answer(prompt: str, continuation: str) -> list:
+    """The first JSON value behind the mark, in a list; an empty list while it is not whole."""
+    try:
+        return [json.JSONDecoder().raw_decode((prompt.rpartition(ANSWER_MARK)[2] + continuation).lstrip())[0]]
+    except json.JSONDecodeError:
+        return []
 
 
 def _json_type(value: object) -> str:
