@@ -37,6 +37,14 @@ def stage_profile(profile_name: str, stage: str) -> Profile:
     return read_run_profile(folder) if (folder / RUN_FILE).is_file() else get_profile(profile_name)
 
 
+def stage_checkpoint(profile_name: str, stage: str) -> Path | None:
+    """The newest sound checkpoint of a stage of a profile, or its stack; None where there is none yet."""
+    folder = run_path(profile_name, stage)
+    if stage == "stack":
+        return folder / "checkpoint" if (folder / "checkpoint").is_dir() else None
+    return checkpoints.require_checkpoint(folder) if checkpoints.latest_checkpoint(folder) else None
+
+
 def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
     """The profile a checkpoint was trained with and the windows it had seen; None for a checkpoint that no run here wrote.
 
