@@ -1,7 +1,7 @@
 """JSON extraction, judged: does the answer parse, has it the fields asked for, are its values those of the text?
 
 A prompt of the kind `extraction` ends inside the answer, behind `JSON:`, and carries the answer expected. What follows the first
-whole JSON value is not judged: a model without instruction tuning goes on writing, unless it is stopped where `is_answered`.
+whole JSON value is not judged: a model without instruction tuning goes on writing, unless it is stopped where all `is_decided`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from kl3m_nb import cotraining
 
 ANSWER_MARK = "JSON:"
+_LONGEST_PIECE = 12  # characters: an error so far back is no literal, number or escape that is only cut
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,14 @@ def as_instruction(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return cotraining.instruction_prompt(question + mark, tokenizer) + beginning.lstrip()
 
 
-def is_answered(prompt: str, continuation: str) -> bool:
-    """Whether `continuation` has closed the JSON value that `prompt` begins behind its last `JSON:`."""
-    return bool(_answer(prompt, continuation))
+def is_decided(prompt: str, continuation: str) -> bool:
+    """Whether more text would change nothing: the JSON value that `prompt` begins is closed, or can no longer become one."""
+    text = _answer_text(prompt, continuation)
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        return not error.msg.startswith("Unterminated string") and error.pos < len(text.rstrip()) - _LONGEST_PIECE
+    return True
 
 
 def score_extraction(prompt: str, continuation: str, expected: Mapping[str, object]) -> ExtractionScore:
@@ -47,10 +53,10 @@ def score_extraction(prompt: str, continuation: str, expected: Mapping[str, obje
         raise ValueError(
             f"The prompt {prompt[:40]!r} is no extraction; it needs the mark {ANSWER_MARK!r} and an expected answer."
         )
-    answer = _answer(prompt, continuation)
-    if not answer:
+    try:
+        value, _ = json.JSONDecoder().raw_decode(_answer_text(prompt, continuation))
+    except json.JSONDecodeError:
         return ExtractionScore(parses=False, matches_schema=False, right_values=0.0)
-    (value,) = answer
     if not isinstance(value, dict):
         return ExtractionScore(parses=True, matches_schema=False, right_values=0.0)
     same_types = value.keys() == expected.keys() and all(_json_type(value[key]) == _json_type(expected[key]) for key in expected)
@@ -72,12 +78,8 @@ def extraction_rates(scores: Iterable[ExtractionScore]) -> dict[str, float]:
     }
 
 
-def _answer(prompt: str, continuation: str) -> list:
-    """The first JSON value behind the mark, in a list; an empty list while it is not whole."""
-    try:
-        return [json.JSONDecoder().raw_decode((prompt.rpartition(ANSWER_MARK)[2] + continuation).lstrip())[0]]
-    except json.JSONDecodeError:
-        return []
+def _answer_text(prompt: str, continuation: str) -> str:
+    return (prompt.rpartition(ANSWER_MARK)[2] + continuation).lstrip()
 
 
 def _json_type(value: object) -> str:

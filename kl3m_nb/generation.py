@@ -25,7 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kl3m_nb.evaluation import evaluation_mode
-from kl3m_nb.extraction import as_instruction, is_answered
+from kl3m_nb.extraction import as_instruction, is_decided
 from kl3m_nb.paths import prompts_dir
 
 ANSWER_TOKENS = 64  # the longest right answer to an extraction takes 55 of a vocabulary of 4,096
@@ -188,14 +188,14 @@ def generate(
 def answer_extractions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], cotrained: bool, seed: int = 0
 ) -> list[Sample]:
-    """The answers to extraction prompts, in their order: greedy, up to 64 tokens, each cut where its JSON value is closed.
+    """The answers to extraction prompts, in their order: greedy, up to 64 tokens, each cut where its JSON value is closed or broken.
 
     A model that was `cotrained` on instruction pairs is asked in their template, any other by the plain text.
     """
     asked = [as_instruction(prompt.text, tokenizer) if cotrained else prompt.text for prompt in prompts]
     plain = dict(zip(asked, (prompt.text for prompt in prompts), strict=True))
     sampling = Sampling(temperature=0, max_new_tokens=ANSWER_TOKENS)
-    return generate(model, tokenizer, asked, sampling, seed, 32, lambda prompt, text: is_answered(plain[prompt], text))
+    return generate(model, tokenizer, asked, sampling, seed, 32, lambda prompt, text: is_decided(plain[prompt], text))
 
 
 def generate_streaming(

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from kl3m_nb.cotraining import pair_sample
-from kl3m_nb.extraction import ExtractionScore, as_instruction, extraction_rates, is_answered, score_extraction
+from kl3m_nb.extraction import ExtractionScore, as_instruction, extraction_rates, is_decided, score_extraction
 from kl3m_nb.generation import ANSWER_TOKENS, load_prompts
 from kl3m_nb.instructions import InstructionPair
 from kl3m_nb.tokenizer import CORPUS_NAMES, load_tokenizer
@@ -62,9 +62,22 @@ def test_a_prompt_of_another_kind_is_refused():
 
 def test_an_answer_is_whole_when_its_value_is_closed_and_not_before():
     answer = ' 40, "months": {"of": "{}"}, "late": false}'
-    whole = [is_answered(PROMPT, answer[:length]) for length in range(len(answer) + 1)]
+    whole = [is_decided(PROMPT, answer[:length]) for length in range(len(answer) + 1)]
     assert whole == [False] * len(answer) + [True]
-    assert is_answered(PROMPT, answer + " and more")
+    assert is_decided(PROMPT, answer + " and more")
+
+
+@pytest.mark.parametrize("broken", [" forty, or what", ' 40, "months" 3, "late": false', ' 40\n\nText: The next', ' "4\n0", "months": 3'])
+def test_an_answer_that_can_no_longer_become_json_is_decided(broken):
+    decided = [is_decided(PROMPT, broken[:length]) for length in range(len(broken) + 1)]
+    assert decided[-1] and not decided[0] and decided == sorted(decided)
+
+
+@pytest.mark.parametrize("piece", ["-1.5e+10", "true", "null", '"a \\u00e4 \\n and a long string, {not [closed"', "[1, [2, 3], {}]"])
+def test_no_cut_of_a_sound_answer_is_taken_for_broken(piece):
+    answer = f' {piece}, "months" : {piece}   ,   "late":   false'
+    assert not any(is_decided(PROMPT, answer[:length]) for length in range(len(answer) + 1))
+    assert is_decided(PROMPT, answer + "}")
 
 
 @pytest.fixture(scope="module", params=CORPUS_NAMES)
@@ -78,7 +91,7 @@ def test_every_right_answer_has_room_and_full_marks(tokenizer):
         assert answer.startswith(beginning)
         rest = answer.removeprefix(beginning)
         assert len(tokenizer.encode(rest)) <= ANSWER_TOKENS
-        assert is_answered(prompt.text, rest)
+        assert is_decided(prompt.text, rest)
         assert score_extraction(prompt.text, rest, prompt.expected) == ExtractionScore(True, True, 1.0)
 
 
