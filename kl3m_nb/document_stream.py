@@ -1,8 +1,9 @@
 """Documents as tokens: the held-out ones in use, and training documents without end, pass after pass, shuffled, resumable.
 
-Rows that cannot be used are counted, said and left out of both alike. With several parts, the one whose tokens are furthest below its share gives the next document: shares of tokens are exact to
-within a document, and nothing is left to chance. The shuffle buffer is ours because a library's loses examples on resume: it and
-its generator are part of the state. The state shares its arrays with the stream, so one can be taken for every batch.
+Rows that cannot be used are counted, said and left out of both alike. With several parts, the one whose tokens are furthest below
+its share gives the next document: shares of tokens are exact to within a document, and nothing is left to chance. The shuffle
+buffer is ours because a library's loses examples on resume: it and its generator are part of the state. The state shares its
+arrays with the stream, so one can be taken for every batch.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class ExtractionScore:
 
 
 def as_instruction(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`prompt` as a model meets it that was cotrained on instructions: the question in the template, the answer begun behind it."""
+    """`prompt` for a model that was cotrained on instructions: the question in the template, the answer begun behind it."""
     question, mark, beginning = prompt.rpartition(ANSWER_MARK)
     return cotraining.instruction_prompt(question + mark, tokenizer) + beginning.lstrip()
 

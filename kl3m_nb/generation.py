@@ -188,7 +188,7 @@ def generate(
 def answer_extractions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], cotrained: bool, seed: int = 0
 ) -> list[Sample]:
-    """The answers to extraction prompts, in their order: greedy, up to 64 tokens, each cut where its JSON value is closed or broken.
+    """The answers to extraction prompts, in their order: greedy, up to 64 tokens, each cut where its JSON is closed or broken.
 
     A model that was `cotrained` on instruction pairs is asked in their template, any other by the plain text.
     """

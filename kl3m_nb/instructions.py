@@ -2,8 +2,8 @@
 
 The pairs lie in `data/instructions/`, one file a use, one JSON object a line. `validate_pairs` says in words what is wrong with a
 set of pairs. It holds the JSON answers to their sources: a date, number or string of an answer that the instruction does not
-contain, letter for letter, is a made-up value, and a model trained on such answers learns to invent them. Whether a legal statement is true it
-cannot know.
+contain, letter for letter, is a made-up value, and a model trained on such answers learns to invent them. Whether a legal
+statement is true it cannot know.
 """
 
 from __future__ import annotations
@@ -172,7 +172,10 @@ def _numbers(text: str) -> set[Decimal]:
 
 
 def _has_date(text: str, day: date) -> bool:
-    """Whether `text`, in lower case, names the day: March 4, 2019; Nov. 2, 2016; 14 June 2021; 28th day of October, 2022; 6/3/2021; or ISO."""
+    """Whether `text`, in lower case, names the day.
+
+    March 4, 2019; Nov. 2, 2016; 14 June 2021; 28th day of October, 2022; 6/3/2021; or ISO.
+    """
     month = rf"{MONTHS[day.month - 1]}[a-z]*\.?"
     of_month = rf"0?{day.day}(?:st|nd|rd|th)?"
     forms = (

@@ -146,9 +146,10 @@ def evaluate_documents(
     """Scores of `model` on every token of `documents`, with at most `window` tokens of context.
 
     The first token of a document is predicted from the end-of-text token, which in training stands between documents; the end
-    of a document is not predicted. Its text is judged; ids it stores are used where they are this tokenizer's own (`token_ids`), so
-    bits per byte of models with other tokenizers compare. A document's `dataset` is its domain. With `stride` equal to `window` the windows do not
-    overlap, which is how lm-eval counts; half the window costs twice the time and gives every token more context.
+    of a document is not predicted. Its text is judged; ids it stores are used where they are this tokenizer's own (`token_ids`),
+    so bits per byte of models with other tokenizers compare. A document's `dataset` is its domain. With `stride` equal to
+    `window` the windows do not overlap, which is how lm-eval counts; half the window costs twice the time and gives every token
+    more context.
     Raises ValueError for a document without text, a window beyond the model's context, or a stride outside 1 … window.
     """
     context = model.config.max_position_embeddings

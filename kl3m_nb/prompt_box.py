@@ -1,7 +1,7 @@
 """A prompt box in a notebook: two checkpoints side by side, sampling sliders, streaming text, token probabilities on hover.
 
-Where nobody can click (a batch job, papermill, an HTML page) the same object shows a fixed gallery instead, so a notebook needs no
-second cell. Text is written in a thread of its own: the sliders stay alive and a click stops it.
+Where nobody can click (a batch job, papermill, an HTML page) the same object shows a fixed gallery instead, so a notebook needs
+no second cell. Text is written in a thread of its own: the sliders stay alive and a click stops it.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ def test_held_out_rows_of_another_tokenizer_are_refused(tmp_path):
 
 def test_windows_and_stream_of_one_run_read_the_held_out_rows_once(tmp_path, monkeypatch):
     write_rows(tmp_path / "a.jsonl", _rows("d", 200, 20))
-    passes, part_documents = [], corpus.part_documents
-    monkeypatch.setattr(corpus, "part_documents", lambda part, held_out: passes.append(held_out) or part_documents(part, held_out))
+    passes, original = [], corpus.part_documents
+    monkeypatch.setattr(corpus, "part_documents", lambda part, held_out: passes.append(held_out) or original(part, held_out))
     spec, letters = _spec(f"files:{tmp_path}/*.jsonl"), Letters()
     packing.held_out_windows(spec, letters)
     DocumentStream(spec, letters).next()

@@ -67,13 +67,17 @@ def test_an_answer_is_whole_when_its_value_is_closed_and_not_before():
     assert is_decided(PROMPT, answer + " and more")
 
 
-@pytest.mark.parametrize("broken", [" forty, or what", ' 40, "months" 3, "late": false', ' 40\n\nText: The next', ' "4\n0", "months": 3'])
+@pytest.mark.parametrize(
+    "broken", [" forty, or what", ' 40, "months" 3, "late": false', " 40\n\nText: The next", ' "4\n0", "months": 3']
+)
 def test_an_answer_that_can_no_longer_become_json_is_decided(broken):
     decided = [is_decided(PROMPT, broken[:length]) for length in range(len(broken) + 1)]
     assert decided[-1] and not decided[0] and decided == sorted(decided)
 
 
-@pytest.mark.parametrize("piece", ["-1.5e+10", "true", "null", '"a \\u00e4 \\n and a long string, {not [closed"', "[1, [2, 3], {}]"])
+@pytest.mark.parametrize(
+    "piece", ["-1.5e+10", "true", "null", '"a \\u00e4 \\n and a long string, {not [closed"', "[1, [2, 3], {}]"]
+)
 def test_no_cut_of_a_sound_answer_is_taken_for_broken(piece):
     answer = f' {piece}, "months" : {piece}   ,   "late":   false'
     assert not any(is_decided(PROMPT, answer[:length]) for length in range(len(answer) + 1))

@@ -94,9 +94,12 @@ def test_extractions_are_answered_in_order_up_to_the_closed_value(monkeypatch, t
 
     def written(model, tokenizer, prompts, sampling, seed, batch_size, is_whole):
         texts = [next(text for name, text in answers.items() if name in prompt) for prompt in prompts]
-        lengths = [next((n for n in range(len(text)) if is_whole(prompt, text[:n])), None) for prompt, text in zip(prompts, texts)]
         assert sampling.temperature == 0 and sampling.max_new_tokens == 64
-        return [prompt + text[:length] for prompt, text, length in zip(prompts, texts, lengths)]
+        cut = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            length = next((n for n in range(len(text)) if is_whole(prompt, text[:n])), None)
+            cut.append(prompt + text[:length])
+        return cut
 
     monkeypatch.setattr("kl3m_nb.generation.generate", written)
     prompts = [Prompt(name, "extraction", f'Fields: {name}\nJSON: {{"{name}":', {name: 1}) for name in answers]
