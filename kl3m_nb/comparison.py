@@ -22,6 +22,17 @@ def summary_table(predictions: Mapping[str, Prediction]) -> pd.DataFrame:
     return table.rename_axis("model").sort_values("bits_per_byte").astype({"documents": int, "tokens": int})
 
 
+def steps_table(predictions: Mapping[int, Prediction]) -> pd.DataFrame:
+    """A row per step: `bits_per_byte` with its 95% interval, `_low` to `_high`, on the documents that all `predictions` have."""
+    shared = set.intersection(*(set(prediction.documents["identifier"]) for prediction in predictions.values()))
+    rows = []
+    for step, prediction in sorted(predictions.items()):
+        documents = prediction.documents[prediction.documents["identifier"].isin(shared)]
+        bits = bootstrap_interval(documents["bits_per_byte"], documents["bytes"])
+        rows.append((step, len(documents), *bits))
+    return pd.DataFrame(rows, columns=["step", "documents", "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high"])
+
+
 def paired_difference(first: Prediction, second: Prediction) -> Interval:
     """Bits per byte of `first` minus those of `second` on the same documents, with a 95% document bootstrap.
 

@@ -57,16 +57,14 @@ def iterate_documents(source: str, held_out: bool) -> Iterator[Document]:
     return itertools.chain.from_iterable(part_documents(part, held_out) for part in parse_source(source))
 
 
-def preview_parts(source: str, held_out: bool, most: int = 500) -> Iterator[tuple[Part, Document]]:
-    """Documents to look at, each with the part it is from: all of a package, of other parts the first `most`."""
-    for part in parse_source(source):
-        limit = None if part.kind == "package" else most
-        yield from ((part, document) for document in itertools.islice(part_documents(part, held_out), limit))
+def preview_part(part: Part, held_out: bool, most: int = 500) -> Iterator[Document]:
+    """Documents of one part to look at: all of a package, of another the first `most`."""
+    return itertools.islice(part_documents(part, held_out), None if part.kind == "package" else most)
 
 
 def preview(source: str, held_out: bool, most: int = 500) -> list[Document]:
-    """The documents of `preview_parts`."""
-    return [document for _, document in preview_parts(source, held_out, most)]
+    """Documents of every part of `source` to look at, as they are stored."""
+    return [document for part in parse_source(source) for document in preview_part(part, held_out, most)]
 
 
 def shingles_of(document: Document) -> np.ndarray:

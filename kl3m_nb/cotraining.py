@@ -29,14 +29,17 @@ class Sample:
     trained_from: int = 0
 
 
+def instruction_prompt(instruction: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What stands before the response to `instruction`, as text; the special tokens in it are matched when it is tokenized."""
+    has_instruction_tokens = not {*map(tokenizer.convert_tokens_to_ids, (OPENING, CLOSING))} & {None, tokenizer.unk_token_id}
+    marked = f"{OPENING}{instruction}{CLOSING}" if has_instruction_tokens else f"{instruction}{SEPARATOR}"
+    return tokenizer.bos_token + marked
+
+
 def pair_sample(pair: InstructionPair, tokenizer: PreTrainedTokenizerBase, loss: str) -> Sample:
     """The sequence of one pair. `loss` is "response" (the response and `<|end|>` are trained on) or "all"."""
-    opening, closing, separator = (tokenizer.convert_tokens_to_ids(token) for token in (OPENING, CLOSING, SEPARATOR))
-    instruction = tokenizer.encode(pair.instruction, add_special_tokens=False)
+    prompt = tokenizer.encode(instruction_prompt(pair.instruction, tokenizer), add_special_tokens=False)
     response = tokenizer.encode(pair.response, add_special_tokens=False)
-    has_instruction_tokens = not {opening, closing} & {None, tokenizer.unk_token_id}
-    prompt = [opening, *instruction, closing] if has_instruction_tokens else [*instruction, separator]
-    prompt = [tokenizer.bos_token_id, *prompt]
     tokens = np.array([*prompt, *response, tokenizer.eos_token_id], dtype=np.int32)
     return Sample(tokens, len(prompt) if loss == "response" else 0)
 

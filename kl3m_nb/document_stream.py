@@ -1,15 +1,17 @@
-"""Training documents without end: parts of a mixture pass after pass, filtered, tokenized, lightly shuffled, resumable.
+"""Documents as tokens: the held-out ones in use, and training documents without end, pass after pass, shuffled, resumable.
 
-With several parts, the one whose tokens are furthest below its share gives the next document: shares of tokens are exact to
-within a document, and nothing is left to chance. The shuffle buffer is ours because a library's loses examples on resume: it and
-its generator are part of the state. The state shares its arrays with the stream, so one can be taken for every batch.
+Rows that cannot be used are counted, said and left out of both alike. With several parts, the one whose tokens are furthest below
+its share gives the next document: shares of tokens are exact to within a document, and nothing is left to chance. The shuffle
+buffer is ours because a library's loses examples on resume: it and its generator are part of the state. The state shares its
+arrays with the stream, so one can be taken for every batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Generator
-from functools import cached_property
+from collections.abc import Generator, Iterable, Iterator
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -22,23 +24,7 @@ from kl3m_nb.shingles import ShingleIndex
 from kl3m_nb.sources import Document, Part, SourceReport, parse_source
 from kl3m_nb.tokenizer import read_tokenizer
 
-_CHARACTERS_PER_TOKEN = 3  # at least so many in English text, to judge how much text fills a number of windows
 _BAD_DOCUMENTS_IN_A_ROW = 100
-
-
-def held_out_documents(spec: DataSpec) -> list[tuple[Part, Document]]:
-    """The held-out documents in use: all of a package, of other parts the first that fill twice the held-out windows."""
-    parts = parse_source(spec.source)
-    wanted_tokens = 2 * spec.held_out_windows * (spec.seq_len + 1) / sum(part.weight for part in parts)
-    found = []
-    for part in parts:
-        room = wanted_tokens * part.weight
-        for document in corpus.part_documents(part, held_out=True):
-            found.append((part, document))
-            room -= document.tokens.size or len(document.text) / _CHARACTERS_PER_TOKEN
-            if room <= 0 and part.kind != "package":
-                break
-    return found
 
 
 class DocumentTokenizer:
@@ -68,6 +54,85 @@ class DocumentTokenizer:
         return tokens.astype(np.int32)  # a copy of its own: what was read belongs to a larger array
 
 
+def tokenized(
+    documents: Iterable[Document], tokenize: DocumentTokenizer, min_tokens: int, report: SourceReport
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Each of `documents` that can be used, with its tokens, int32 [length]; the others are counted in `report`.
+
+    Raises ValueError after too many unusable ones in a row: they are the wrong data, not an accident.
+    """
+    bad_in_a_row = 0
+    for document in documents:
+        try:
+            tokens = tokenize(document)
+        except ValueError as error:
+            bad_in_a_row += 1
+            if bad_in_a_row == _BAD_DOCUMENTS_IN_A_ROW:
+                raise
+            report.note("bad_rows", str(error))
+            continue
+        bad_in_a_row = 0
+        if tokens.size < min_tokens:
+            report.note("too_short")
+            continue
+        yield document, tokens
+
+
+def preview_tokenized(
+    source: str, tokenizer: PreTrainedTokenizerBase, held_out: bool, most: int = 500
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """The documents of `corpus.preview` that can be used, each with its tokens in the run's `tokenizer`."""
+    for part in parse_source(source):
+        documents = corpus.preview_part(part, held_out, most)
+        yield from tokenized(documents, DocumentTokenizer(part, tokenizer), part.options.min_tokens, SourceReport())
+
+
+def preview_texts(source: str, tokenizer: PreTrainedTokenizerBase, held_out: bool, most: int = 500) -> list[Document]:
+    """The documents of `preview_tokenized` with their text, to be read by models of any tokenizer.
+
+    A text that is stored as tokens is decoded; the document keeps the tokens of the run's `tokenizer`.
+    """
+    return [
+        document if document.text else dataclasses.replace(document, text=tokenizer.decode(tokens), tokens=tokens)
+        for document, tokens in preview_tokenized(source, tokenizer, held_out, most)
+    ]
+
+
+def token_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a document's text, nothing added: those it stores where they are this tokenizer's, else those of its text.
+
+    Stored ids are a tokenizer's own when it decodes them to the text. Raises ValueError for a document without text.
+    """
+    stored = list(document.tokens)
+    if stored and max(stored) < len(tokenizer) and tokenizer.decode(stored) == document.text:
+        return stored
+    ids = tokenizer.encode(document.text, add_special_tokens=False)
+    if not ids:
+        raise ValueError(f"The document {document.identifier!r} has no text; leave it out, or take it from preview_texts.")
+    return ids
+
+
+@lru_cache(maxsize=1)
+def held_out_documents(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Document, np.ndarray], ...]:
+    """The held-out documents in use, each with its tokens: all of a package, of other parts what fills twice the windows.
+
+    Read once for a run: its windows and the documents its stream leaves out are made from the same.
+    """
+    parts = parse_source(spec.source)
+    wanted_tokens = 2 * spec.held_out_windows * (spec.seq_len + 1) / sum(part.weight for part in parts)
+    found = []
+    for part in parts:
+        room = wanted_tokens * part.weight
+        documents = corpus.part_documents(part, held_out=True)
+        usable = tokenized(documents, DocumentTokenizer(part, tokenizer), part.options.min_tokens, SourceReport())
+        for document, tokens in usable:
+            found.append((document, tokens))
+            room -= tokens.size + 1
+            if room <= 0 and part.kind != "package":
+                break
+    return tuple(found)
+
+
 class DocumentStream:
     """The tokens of one training document after another. `report` counts what was read and what was left out."""
 
@@ -87,7 +152,7 @@ class DocumentStream:
     @cached_property
     def held_out_index(self) -> ShingleIndex:
         """The shingles of the held-out documents in use; read when the first row comes that could be like one of them."""
-        return ShingleIndex([corpus.shingles_of(document) for _, document in held_out_documents(self.spec)])
+        return ShingleIndex([corpus.shingles_of(document) for document, _ in held_out_documents(self.spec, self.tokenizer)])
 
     def next(self) -> np.ndarray:
         """Token ids of the next document, int32 [length], without anything added."""
@@ -125,23 +190,7 @@ class DocumentStream:
             part.close()
 
     def _read(self) -> np.ndarray:
-        bad_in_a_row = 0
-        while True:
-            passes = min(self._parts, key=lambda passes: passes.tokens / passes.part.weight)
-            document = passes.next()
-            try:
-                tokens = passes.tokenize(document)
-            except ValueError as error:
-                bad_in_a_row += 1
-                if bad_in_a_row == _BAD_DOCUMENTS_IN_A_ROW:
-                    raise
-                self.report.note("bad_rows", str(error))
-                continue
-            if tokens.size < passes.part.options.min_tokens:
-                self.report.note("too_short")
-                continue
-            passes.tokens += tokens.size + 1
-            return tokens
+        return min(self._parts, key=lambda passes: passes.tokens / passes.part.weight).next()
 
 
 class _Passes:
@@ -149,33 +198,41 @@ class _Passes:
 
     def __init__(self, part: Part, stream: DocumentStream):
         self.part, self._stream = part, stream
-        self.tokenize = DocumentTokenizer(part, stream.tokenizer)
+        self._tokenize = DocumentTokenizer(part, stream.tokenizer)
         self.epoch = 0
         self.tokens = 0  # given over all passes: what decides whose turn it is
         self._given = 0  # documents given in this pass
         self._open(None)
 
-    def next(self) -> Document:
-        report = self._stream.report
-        while True:
-            for document in self._documents:
-                if self.part.kind != "package":
-                    if corpus.is_held_out(document):
-                        report.note("held_out")
-                        continue
-                    if self._stream.held_out_index.likeness(corpus.shingles_of(document)) > corpus.MOST_SHARED:
-                        report.note("near_held_out")
-                        continue
-                self._given += 1
-                return document
+    def next(self) -> np.ndarray:
+        """Token ids of the next document. Raises ValueError when a whole pass has none."""
+        while (found := next(self._documents, None)) is None:
             if not self._given:
+                report = self._stream.report
                 raise ValueError(
                     f"The source {str(self.part)!r} has no training documents ({report.rows} rows read, {report.bad_rows} bad, "
-                    f"{report.above_score} above the score, {report.other_mime_type} of other mime types, {report.held_out} held "
-                    "out); choose another or wider options."
+                    f"{report.above_score} above the score, {report.other_mime_type} of other mime types, {report.too_short} "
+                    f"below min_tokens, {report.held_out} held out, {report.near_held_out} like a held-out one); choose another "
+                    "or wider options."
                 )
             self.epoch, self._given = self.epoch + 1, 0
             self._open(None)
+        _, tokens = found
+        self._given += 1
+        self.tokens += tokens.size + 1
+        return tokens
+
+    def _training_documents(self) -> Iterator[Document]:
+        report = self._stream.report
+        for document in self._reader:
+            if self.part.kind != "package":  # whose documents are those of training already
+                if corpus.is_held_out(document):
+                    report.note("held_out")
+                    continue
+                if self._stream.held_out_index.likeness(corpus.shingles_of(document)) > corpus.MOST_SHARED:
+                    report.note("near_held_out")
+                    continue
+            yield document
 
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "tokens": self.tokens, "given": self._given, "position": self._reader.position}
@@ -196,4 +253,6 @@ class _Passes:
             self._reader = open_rows(self.part, self._stream.report)
         if position is not None:
             self._reader.position = position
-        self._documents: Generator[Document, None, None] = iter(self._reader)
+        self._documents: Generator[tuple[Document, np.ndarray], None, None] = tokenized(
+            self._training_documents(), self._tokenize, self.part.options.min_tokens, self._stream.report
+        )

@@ -215,12 +215,9 @@ def bootstrap_interval(
         raise ValueError(f"bootstrap_interval was given a weight of {weights.min()}; every weight must be positive.")
     if not 0 < level < 1:
         raise ValueError(f"The level of an interval is {level}; it must lie between 0 and 1.")
-    rng = np.random.default_rng(seed)
     weighted = values * weights
-    means = np.empty(resamples)
-    for i in range(resamples):
-        drawn = rng.integers(values.size, size=values.size)
-        means[i] = weighted[drawn].sum() / weights[drawn].sum()
+    drawn = np.random.default_rng(seed).integers(values.size, size=(resamples, values.size))
+    means = weighted[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(weighted.sum() / weights.sum()), low=float(low), high=float(high))
 

@@ -5,9 +5,7 @@ A model keeps its colour and marker within a figure; whiskers and bands are 95% 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -43,8 +41,10 @@ def plot_prediction(predictions: Mapping[str, Prediction]) -> Figure:
     for number, (name, prediction) in enumerate(predictions.items()):
         look = _look(number)
         _domain_row(domains, prediction, (number - (len(predictions) - 1) / 2) * 0.7 / len(predictions), name, look)
-        centres, means = _means_over_ranges(prediction.by_position)
-        positions.plot(centres, means, DASHES[number % 4], markersize=4, label=name, **look)
+        context = prediction.by_position()
+        band = {"color": look["color"], "alpha": 0.12, "linewidth": 0}
+        positions.fill_between(context["context"], context["loss_low"], context["loss_high"], **band)
+        positions.plot(context["context"], context["loss"], DASHES[number % 4], markersize=4, label=name, **look)
         bins = prediction.calibration[prediction.calibration["tokens"] >= FEWEST_TOKENS]
         sizes = 4 + 10 * np.sqrt(bins["tokens"] / bins["tokens"].max())
         calibration.plot(bins["confidence"], bins["accuracy"], DASHES[number % 4], color=look["color"], linewidth=1.2, label=name)
@@ -75,19 +75,6 @@ def _domain_row(axes: Axes, prediction: Prediction, offset: float, name: str, lo
     high = np.array([whole.high, *table["bits_per_byte_high"]])
     spread = [np.maximum(0, means - low), np.maximum(0, high - means)]
     axes.errorbar(means, np.arange(len(means)) + offset, xerr=spread, linestyle="", capsize=2.5, markersize=6, label=name, **look)
-
-
-def _means_over_ranges(by_position: pd.DataFrame) -> tuple[list[float], list[float]]:
-    """Mean loss over growing ranges of context, every token counted once; centres are geometric."""
-    context, tokens, loss = (by_position[column].to_numpy(float) for column in ("context", "tokens", "loss"))
-    edges = np.unique(np.geomspace(context.min(), context.max() + 1, 14).round())
-    centres, means = [], []
-    for start, end in pairwise(edges):
-        inside = (context >= start) & (context < end)
-        if inside.any():
-            centres.append(math.sqrt(start * (end - 1)))
-            means.append(float(np.average(loss[inside], weights=tokens[inside])))
-    return centres, means
 
 
 @styled

@@ -1,7 +1,7 @@
 """JSON extraction, judged: does the answer parse, has it the fields asked for, are its values those of the text?
 
 A prompt of the kind `extraction` ends inside the answer, behind `JSON:`, and carries the answer expected. What follows the first
-whole JSON value is not judged: a model without instruction tuning goes on writing.
+whole JSON value is not judged: a model without instruction tuning goes on writing, unless it is stopped where all `is_decided`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
+from kl3m_nb import cotraining
+
 ANSWER_MARK = "JSON:"
+_LONGEST_PIECE = 12  # characters: an error so far back is no literal, number or escape that is only cut
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,22 @@ class ExtractionScore:
     parses: bool
     matches_schema: bool  # an object with exactly the fields expected, each of the expected JSON type
     right_values: float  # share of the expected fields whose value is the expected one
+
+
+def as_instruction(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`prompt` for a model that was cotrained on instructions: the question in the template, the answer begun behind it."""
+    question, mark, beginning = prompt.rpartition(ANSWER_MARK)
+    return cotraining.instruction_prompt(question + mark, tokenizer) + beginning.lstrip()
+
+
+def is_decided(prompt: str, continuation: str) -> bool:
+    """Whether more text would change nothing: the JSON value that `prompt` begins is closed, or can no longer become one."""
+    text = _answer_text(prompt, continuation)
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        return not error.msg.startswith("Unterminated string") and error.pos < len(text.rstrip()) - _LONGEST_PIECE
+    return True
 
 
 def score_extraction(prompt: str, continuation: str, expected: Mapping[str, object]) -> ExtractionScore:
@@ -32,9 +53,8 @@ def score_extraction(prompt: str, continuation: str, expected: Mapping[str, obje
         raise ValueError(
             f"The prompt {prompt[:40]!r} is no extraction; it needs the mark {ANSWER_MARK!r} and an expected answer."
         )
-    answer = (prompt.rpartition(ANSWER_MARK)[2] + continuation).lstrip()
     try:
-        value, _ = json.JSONDecoder().raw_decode(answer)
+        value, _ = json.JSONDecoder().raw_decode(_answer_text(prompt, continuation))
     except json.JSONDecodeError:
         return ExtractionScore(parses=False, matches_schema=False, right_values=0.0)
     if not isinstance(value, dict):
@@ -56,6 +76,10 @@ def extraction_rates(scores: Iterable[ExtractionScore]) -> dict[str, float]:
         "json_schema_rate": sum(score.matches_schema for score in scores) / len(scores),
         "json_value_rate": sum(score.right_values for score in scores) / len(scores),
     }
+
+
+def _answer_text(prompt: str, continuation: str) -> str:
+    return (prompt.rpartition(ANSWER_MARK)[2] + continuation).lstrip()
 
 
 def _json_type(value: object) -> str:

@@ -25,8 +25,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kl3m_nb.evaluation import evaluation_mode
+from kl3m_nb.extraction import as_instruction, is_decided
 from kl3m_nb.paths import prompts_dir
 
+ANSWER_TOKENS = 64  # the longest right answer to an extraction takes 55 of a vocabulary of 4,096
 PROMPT_KINDS = ("card", "clause", "regulation", "citation", "extraction")
 
 
@@ -72,7 +74,7 @@ class Sample:
     text: str  # the continuation alone, special tokens left out
     prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]  # ids of the continuation, without the end-of-text token
-    end_tokens: tuple[int, ...]  # the end-of-text token if the model wrote it; empty if it was cut at max_new_tokens
+    end_tokens: tuple[int, ...]  # the end-of-text token if the model wrote it; empty if it was cut
     seconds: float  # its share of the batch's time: these add up to the time of the whole call
 
     @property
@@ -162,8 +164,10 @@ def generate(
     sampling: Sampling,
     seed: int,
     batch_size: int = 16,
+    is_whole: Callable[[str, str], bool] | None = None,
 ) -> list[Sample]:
     """One sampled continuation for every prompt, in the order of `prompts`; a prompt given twice is sampled twice.
+    A text is cut after max_new_tokens or, with `is_whole`, before that, as soon as it says so of a prompt and its continuation.
 
     The same seed, prompts and batch size give the same samples on the same machine; the caller's random state and the model's
     mode are left as they were. The tokenizer must have a padding and an end-of-text token.
@@ -175,8 +179,23 @@ def generate(
     with evaluation_mode(model), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         _seed(model.device, seed)
         for start in range(0, len(prompts), batch_size):
-            samples += _generate_batch(model, tokenizer, prompts[start : start + batch_size], config)
+            batch = prompts[start : start + batch_size]
+            watch = _WholeTexts(tokenizer, batch, is_whole) if is_whole else None
+            samples += _generate_batch(model, tokenizer, batch, config, watch)
     return samples
+
+
+def answer_extractions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], cotrained: bool, seed: int = 0
+) -> list[Sample]:
+    """The answers to extraction prompts, in their order: greedy, up to 64 tokens, each cut where its JSON is closed or broken.
+
+    A model that was `cotrained` on instruction pairs is asked in their template, any other by the plain text.
+    """
+    asked = [as_instruction(prompt.text, tokenizer) if cotrained else prompt.text for prompt in prompts]
+    plain = dict(zip(asked, (prompt.text for prompt in prompts), strict=True))
+    sampling = Sampling(temperature=0, max_new_tokens=ANSWER_TOKENS)
+    return generate(model, tokenizer, asked, sampling, seed, 32, lambda prompt, text: is_decided(plain[prompt], text))
 
 
 def generate_streaming(
@@ -213,26 +232,45 @@ def generate_streaming(
 
     with evaluation_mode(model), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         _seed(model.device, seed)
-        criteria = StoppingCriteriaList([Stop()])
-        (sample,) = _generate_batch(model, tokenizer, [prompt], config, streamer=Teller(), stopping_criteria=criteria)
+        (sample,) = _generate_batch(model, tokenizer, [prompt], config, Stop(), streamer=Teller())
     return sample
+
+
+class _WholeTexts(StoppingCriteria):
+    """Ends the rows of a batch one by one; `lengths` has the tokens of those that are whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], is_whole: Callable[[str, str], bool]) -> None:
+        self._tokenizer, self._prompts, self._is_whole = tokenizer, prompts, is_whole
+        self._steps = 0
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        self._steps += 1
+        for row, tokens in enumerate(input_ids[:, -self._steps :].tolist()):
+            if row not in self.lengths and self._is_whole(self._prompts[row], _decode(self._tokenizer, tokens)):
+                self.lengths[row] = self._steps
+        return torch.tensor([row in self.lengths for row in range(len(input_ids))], device=input_ids.device)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _generate_batch(model, tokenizer, prompts: Sequence[str], config: GenerationConfig, **watching) -> list[Sample]:
+def _generate_batch(
+    model, tokenizer, prompts: Sequence[str], config: GenerationConfig, stop: StoppingCriteria | None = None, streamer=None
+) -> list[Sample]:
     started = time.perf_counter()
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False).to(
         model.device
     )
-    output = model.generate(**inputs, generation_config=config, **watching)
+    criteria = StoppingCriteriaList([stop] if stop else [])
+    output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria, streamer=streamer)
     continuations = output[:, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
     seconds = (time.perf_counter() - started) / len(prompts)
+    lengths = getattr(stop, "lengths", {})
     samples = []
-    for prompt, tokens in zip(prompts, continuations, strict=True):
-        end = config.eos_token_id
+    for row, (prompt, tokens) in enumerate(zip(prompts, continuations, strict=True)):
+        end, tokens = config.eos_token_id, tokens[: lengths.get(row)]  # what follows a whole text is padding
         ended = end in tokens
         tokens = tokens[: tokens.index(end)] if ended else tokens
         samples.append(

@@ -2,8 +2,8 @@
 
 The pairs lie in `data/instructions/`, one file a use, one JSON object a line. `validate_pairs` says in words what is wrong with a
 set of pairs. It holds the JSON answers to their sources: a date, number or string of an answer that the instruction does not
-contain is a made-up value, and a model trained on such answers learns to invent them. Whether a legal statement is true it
-cannot know.
+contain, letter for letter, is a made-up value, and a model trained on such answers learns to invent them. Whether a legal
+statement is true it cannot know.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _MONTH = rf"(?:{'|'.join(MONTHS)})[a-z]*\.?"
 _WRITTEN_DATES = (rf"{_MONTH}\s+\d{{1,2}},?\s+\d{{4}}", rf"\d{{1,2}}\s+{_MONTH},?\s+\d{{4}}", r"\d{1,2}/\d{1,2}/\d{4}")
 WRITTEN_DATE = re.compile("|".join(_WRITTEN_DATES), re.IGNORECASE)
+CITATION = re.compile(r"\d U\.S\.C\. |\bC\.F\.R\.|\bUnited States Code\b|\d U\.S\. \d")
 BLANK = re.compile(r"_{3,}|\[[^\]]*\]")
 
 
@@ -106,9 +107,13 @@ def _problems_of(pair: InstructionPair) -> Iterator[str]:
             yield "only an extraction states fields"
         if BLANK.search(pair.response):
             yield "the response leaves a blank to be filled in"
+        if pair.use == "regulation" and pair.response.strip() and not CITATION.search(pair.response):
+            yield "the response cites no statute, regulation or decision"
 
 
 def _extraction_problems(pair: InstructionPair) -> Iterator[str]:
+    if not re.search(r"\b(?:json|schema)\b", pair.instruction, re.IGNORECASE):
+        yield "the instruction does not ask for JSON"
     for field in pair.fields:
         if not re.search(rf"\b{re.escape(field)}\b", pair.instruction):
             yield f"the instruction does not name the field {field!r}"
@@ -122,19 +127,19 @@ def _extraction_problems(pair: InstructionPair) -> Iterator[str]:
         return
     if not pair.fields or sorted(answer) != sorted(pair.fields):
         yield f"the response has the keys {sorted(answer)}, the stated fields are {sorted(pair.fields)}"
-    text = _plain(pair.instruction)
+    text = " ".join(pair.instruction.split())
     for value in _leaves(answer):
         yield from _value_problems(value, text)
 
 
 def _value_problems(value: str | Decimal | float | bool | None, text: str) -> Iterator[str]:
-    """`text` is the instruction in lower case with single spaces. True, false and null need a reader; they are not looked up."""
+    """`text` is the instruction with single spaces. True, false and null need a reader; they are not looked up."""
     if isinstance(value, Decimal | float):
-        if value not in _numbers(text):
+        if value not in _numbers(text.casefold()):
             yield f"the number {value} does not stand in the instruction"
     elif isinstance(value, str) and ISO_DATE.fullmatch(value):
         try:
-            found = _has_date(text, date.fromisoformat(value))
+            found = _has_date(text.casefold(), date.fromisoformat(value))
         except ValueError:
             yield f"{value!r} is not a day of the calendar"
             return
@@ -143,7 +148,8 @@ def _value_problems(value: str | Decimal | float | bool | None, text: str) -> It
     elif isinstance(value, str):
         if WRITTEN_DATE.fullmatch(value):
             yield f"the date {value!r} is not in the ISO form YYYY-MM-DD"
-        if not value.strip() or not re.search(rf"(?<!\w){re.escape(_plain(value))}(?!\w)", text):
+        plain = " ".join(value.split())
+        if not plain or not re.search(rf"(?<!\w){re.escape(plain)}(?!\w)", text):
             yield f"the text {value!r} does not stand in the instruction"
 
 
@@ -156,12 +162,8 @@ def _leaves(value: object) -> Iterator:
         yield value
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
 def _numbers(text: str) -> set[Decimal]:
-    """Every number of `text`: 12,500 and 3.5, $1.5 million, eleven, twenty-four."""
+    """Every number of `text`, which is in lower case: 12,500 and 3.5, $1.5 million, eleven, twenty-four."""
     found = {Decimal(digits.replace(",", "")) * SCALES[scale] for digits, scale in DIGITS.findall(text)}
     words = [NUMBER_WORDS.get(word, 0) for word in re.findall(r"[a-z]+", text)]
     found.update(Decimal(word) for word in words if word)
@@ -170,7 +172,10 @@ def _numbers(text: str) -> set[Decimal]:
 
 
 def _has_date(text: str, day: date) -> bool:
-    """Whether `text` names the day: March 4, 2019; Nov. 2, 2016; 14 June 2021; 28th day of October, 2022; 6/3/2021; or ISO."""
+    """Whether `text`, in lower case, names the day.
+
+    March 4, 2019; Nov. 2, 2016; 14 June 2021; 28th day of October, 2022; 6/3/2021; or ISO.
+    """
     month = rf"{MONTHS[day.month - 1]}[a-z]*\.?"
     of_month = rf"0?{day.day}(?:st|nd|rd|th)?"
     forms = (

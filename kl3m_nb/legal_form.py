@@ -162,6 +162,8 @@ def _gaps(matches: list[re.Match], length: int) -> Iterator[tuple[int, int]]:
 _PARTS = r"(?:\s?\([A-Za-z0-9]{1,5}\))*"
 _SECTION = rf"\d+[A-Za-z]{{0,2}}(?:[.-]\d+[a-z]?)*{_PARTS}"
 _REPORTER = r"(?:U\. ?S\.|S\. ?Ct\.|L\. ?Ed\.(?: ?2d)?|F\.(?:2d|3d|4th)|F\. ?Supp\.(?: ?[23]d)?)"
+_RULES = r"Fed\. ?R\. ?(?:(?:Civ|Crim|App|Bankr)\. ?P\.|Evid\.)"
+_CONSTITUTION_PARTS = r"(?:, (?:§ ?|[Ss]ec\. |cl\. )\d+)*"
 _YEAR = r"(?: \((?:[^()]{1,30} )?(?:1[789]|20)\d\d\))?"
 # What announces a citation, the whole citation, and the highest number its volume or title can have (0: any).
 _CITATIONS = (
@@ -169,22 +171,38 @@ _CITATIONS = (
     (r"C\. ?F\. ?R\.", rf"(?P<volume>\d+) C\. ?F\. ?R\. (?:§§? ?|[Pp]arts? |[Ss]ec(?:\.|tions?) )?{_SECTION}", 50),
     (r"Fed\. ?Reg\.", r"(?P<volume>\d+) Fed\. ?Reg\. (?:\d{1,3},\d{3}|\d+)", 0),
     (r"Pub\. ?L\.", r"Pub\. ?L\. (?:No\. ?)?\d{2,3}[-–]\d{1,3}", 0),
-    (rf"(?<=\d ){_REPORTER}(?! ?C\.)", rf"(?P<volume>\d+) {_REPORTER} \d+(?:, \d+(?:[-–]\d+)?)?{_YEAR}", 0),
+    (r"U\. ?S\. ?Const\.", rf"U\. ?S\. ?Const\.,? (?:[Aa]rt|[Aa]mend)\. [IVX]+{_CONSTITUTION_PARTS}", 0),
+    (_RULES, rf"{_RULES} \d+(?:\.\d+)?{_PARTS}", 0),
+    (rf"(?<=\d ){_REPORTER}(?! ?(?:C\.|Const\.))", rf"(?P<volume>\d+) {_REPORTER} \d+(?:, \d+(?:[-–]\d+)?)?{_YEAR}", 0),
 )
 
 
-def citations(text: str) -> list[bool]:
+# Characters that may finish a citation of which nothing is wrong so far.
+_ENDINGS = ("1", " 1", "§ 1", " § 1", ". 1", "-1", "11-1", " 11-1", "I", " I", " Art. I", " art. I")
+
+
+def citations(text: str, complete: bool = True) -> list[bool]:
     """For every citation that `text` announces, in no order: whether it parses.
 
-    Announced by "U.S.C.", "C.F.R.", "Fed. Reg.", "Pub. L." and, behind a number, a federal reporter such as "F.3d". To parse, it
-    needs its volume or title, within 54 titles of the Code and 50 of the C.F.R., and a section, page or number behind.
+    Announced by "U.S.C.", "C.F.R.", "Fed. Reg.", "Pub. L.", "U.S. Const.", the names of the federal rules such as
+    "Fed. R. Civ. P." and, behind a number, a federal reporter such as "F.3d". To parse, it needs its volume or title, within 54
+    titles of the Code and 50 of the C.F.R., and a section, page or number behind. A text that is not `complete` was cut: the
+    citation it ends in is not judged if it was right so far.
     """
     found = []
     for announcement, whole, highest in _CITATIONS:
-        parsed = [match for match in re.finditer(rf"(?<!\d){whole}", text) if _possible(match, highest)]
+        parsed = _parsed(whole, highest, text)
+        endings = [] if complete else [span for more in _ENDINGS for span in _parsed(whole, highest, text + more)]
         for mark in re.finditer(announcement, text):
-            found.append(any(match.start() <= mark.start() and mark.end() <= match.end() for match in parsed))
+            passes = any(start <= mark.start() and mark.end() <= end for start, end in parsed)
+            if passes or not any(start <= mark.start() and end > len(text) for start, end in endings):
+                found.append(passes)
     return found
+
+
+def _parsed(whole: str, highest: int, text: str) -> list[tuple[int, int]]:
+    """Where whole citations of one kind stand."""
+    return [match.span() for match in re.finditer(rf"(?<!\d){whole}", text) if _possible(match, highest)]
 
 
 def _possible(match: re.Match, highest: int) -> bool:

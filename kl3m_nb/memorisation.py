@@ -1,7 +1,8 @@
 """Prefix recital: how much of a passage a model continues word for word from its first tokens.
 
 A model that has learned the language recites a little of any text; one that has copied its training data recites more of that
-than of held-out text. So the gap between the two is the measure, taken with the same prefixes, lengths and greedy decoding.
+than of held-out text. So the gap between the two is the measure, taken with the same prefixes, lengths and greedy decoding. The
+training passages are cut from windows that the run's stream is known to have given, not from documents it may never have reached.
 """
 
 from __future__ import annotations
@@ -9,37 +10,66 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.corpus import Document
+from kl3m_nb.document_stream import token_ids
 from kl3m_nb.evaluation import bootstrap_interval, difference_interval, evaluation_mode
+from kl3m_nb.profiles import DataSpec
+from kl3m_nb.streams import open_stream
 
 PREFIX_LENGTHS = (5, 10, 20, 50)
 
 
-def choose_passages(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
+def held_out_passages(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
 ) -> list[list[int]]:
     """One passage of `length` token ids from each of up to `count` documents, both drawn with `seed`.
 
     Documents shorter than a passage are passed over. Raises ValueError when none is left.
     """
     rng = random.Random(seed)
-    documents = list(documents)
-    rng.shuffle(documents)
+    shuffled = rng.sample(documents, len(documents))
+    return _cut((token_ids(document, tokenizer) for document in shuffled), length, count, rng)
+
+
+def trained_passages(
+    data: DataSpec, tokenizer: PreTrainedTokenizerBase, windows: int, length: int, count: int, seed: int, most_windows: int = 1000
+) -> list[list[int]]:
+    """Up to `count` passages of `length` token ids that a run has been trained on, drawn with `seed`.
+
+    `data` are the run's, `windows` how many it had seen: the beginning of its stream is read again, up to `most_windows`. A
+    passage lies within one document and one window. Raises ValueError when none is long enough.
+    """
+    stream = open_stream(data, tokenizer)
+    labels = stream.take(min(windows, most_windows)).labels.numpy()
+    stream.close()
+    pieces = []
+    for row in labels:  # a label is a token that was trained on, −100 is none
+        breaks = (row == tokenizer.eos_token_id) | (row == -100)
+        parts = zip(np.split(row, np.flatnonzero(breaks)), np.split(breaks, np.flatnonzero(breaks)), strict=True)
+        pieces += [piece[~of_piece].tolist() for piece, of_piece in parts]
+    rng = random.Random(seed)
+    return _cut(rng.sample(pieces, len(pieces)), length, count, rng)
+
+
+def _cut(texts: Iterable[list[int]], length: int, count: int, rng: random.Random) -> list[list[int]]:
+    """A passage from each of the first `count` of `texts` that are long enough; no more of them are asked for."""
     passages: list[list[int]] = []
-    for document in documents:
-        if len(passages) == count:
-            break
-        tokens = list(document.tokens) or tokenizer.encode(document.text, add_special_tokens=False)
+    longest = 0
+    for tokens in texts:
+        longest = max(longest, len(tokens))
         if len(tokens) >= length:
             start = rng.randrange(len(tokens) - length + 1)
             passages.append(tokens[start : start + length])
+        if len(passages) == count:
+            break
     if not passages:
-        raise ValueError(f"None of the {len(documents)} documents has {length} tokens; lower the prefix or the continuation.")
+        raise ValueError(f"No text has {length} tokens, the longest has {longest}; lower the prefix or the continuation.")
     return passages
 
 
@@ -49,7 +79,7 @@ def recital(
     passages: Sequence[Sequence[int]],
     prefix_lengths: Sequence[int] = PREFIX_LENGTHS,
     continuation: int = 32,
-    batch_size: int = 64,
+    batch_size: int = 128,
 ) -> pd.DataFrame:
     """A row per passage and prefix length: `passage`, `prefix`, `identical`, `recited`.
 
@@ -63,32 +93,23 @@ def recital(
             f"recital needs passages of exactly {length} tokens: the longest prefix, at least 1, and the continuation."
         )
     ids = torch.tensor(passages, device=model.device)
-    truth = ids[:, -continuation:]
     end = model.generation_config.eos_token_id  # stands in no passage: what follows it counts as not recited
     config = GenerationConfig(do_sample=False, max_new_tokens=continuation, pad_token_id=0 if end is None else end)
-    rows = []
+    asked = pd.DataFrame(
+        [(passage, prefix) for prefix in prefix_lengths for passage in range(len(passages))], columns=["passage", "prefix"]
+    )
+    written = []
     with evaluation_mode(model):
-        for prefix in prefix_lengths:
-            prompts = ids[:, -continuation - prefix : -continuation]
-            written = [
-                model.generate(part, attention_mask=torch.ones_like(part), generation_config=config)[:, prefix:]
-                for part in prompts.split(batch_size)
-            ]
-            # a batch in which every text ended is shorter
-            whole = [F.pad(part, (0, continuation - part.shape[1]), value=-1) for part in written]
-            same = torch.cat(whole) == truth
-            recited = same.long().cumprod(dim=1).sum(dim=1)
-            rows.append(
-                pd.DataFrame(
-                    {
-                        "passage": range(len(passages)),
-                        "prefix": prefix,
-                        "identical": same.double().mean(dim=1).tolist(),
-                        "recited": recited.tolist(),
-                    }
-                )
-            )
-    return pd.concat(rows, ignore_index=True)
+        for start in range(0, len(asked), batch_size):
+            batch = asked.iloc[start : start + batch_size]
+            longest, prefixes = batch["prefix"].max(), torch.tensor(batch["prefix"].to_numpy(), device=model.device)
+            prompts = ids[batch["passage"].to_list(), -continuation - longest : -continuation]
+            seen = torch.arange(longest, device=model.device) >= longest - prefixes[:, None]
+            part = model.generate(prompts, attention_mask=seen.long(), generation_config=config)[:, longest:]
+            written.append(F.pad(part, (0, continuation - part.shape[1]), value=-1))  # shorter where every text ended
+    same = torch.cat(written) == ids[asked["passage"].to_list(), -continuation:]
+    recited = same.long().cumprod(dim=1).sum(dim=1)
+    return asked.assign(identical=same.double().mean(dim=1).tolist(), recited=recited.tolist())
 
 
 def recital_gap(training: pd.DataFrame, held_out: pd.DataFrame) -> pd.DataFrame:

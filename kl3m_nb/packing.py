@@ -7,7 +7,6 @@ everything needed to continue with the very next token.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -16,10 +15,9 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kl3m_nb import corpus
-from kl3m_nb.document_stream import DocumentStream, DocumentTokenizer, held_out_documents
+from kl3m_nb.document_stream import DocumentStream, held_out_documents, preview_tokenized
 from kl3m_nb.profiles import DataSpec
-from kl3m_nb.sources import Document, Part, SourceReport
+from kl3m_nb.sources import SourceReport
 
 
 @dataclass(frozen=True)
@@ -181,53 +179,21 @@ def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torc
 
     Raises ValueError when the source's held-out documents do not fill that many windows.
     """
-    token_lists = (tokens for _, tokens in _held_out_tokens(spec, tokenizer))
-    windows = list(pack(token_lists, spec.seq_len + 1))
+    documents = ([*tokens.tolist(), tokenizer.eos_token_id] for _, tokens in held_out_documents(spec, tokenizer))
+    windows = list(pack(documents, spec.seq_len + 1))
     if len(windows) < spec.held_out_windows:
         raise ValueError(
             f"The held-out documents of {spec.source!r} fill {len(windows)} windows of {spec.seq_len + 1} tokens, "
             f"{spec.held_out_windows} are asked for; lower held_out_windows or seq_len."
         )
-    return _spread(windows, spec.held_out_windows)
-
-
-def held_out_by_domain(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Held-out windows of every domain (`Document.dataset`) that fills one, at most held_out_windows each, in order of the names.
-
-    Each is int64 [windows, seq_len + 1]. They hold the same documents as `held_out_windows`.
-    """
-    domains: dict[str, list[list[int]]] = defaultdict(list)
-    for domain, tokens in _held_out_tokens(spec, tokenizer):
-        domains[domain].append(tokens)
-    packed = {name: list(pack(domains[name], spec.seq_len + 1)) for name in sorted(domains)}
-    return {name: _spread(windows, min(len(windows), spec.held_out_windows)) for name, windows in packed.items() if windows}
+    chosen = torch.linspace(0, len(windows) - 1, spec.held_out_windows).round().long()
+    return torch.tensor(windows, dtype=torch.int64)[chosen]
 
 
 def document_table(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, most: int = 500) -> pd.DataFrame:
-    """A row per document of `corpus.preview`: part ("training" or "held out"), domain, tokens (a count)."""
+    """A row per document of `corpus.preview` that can be used: part ("training" or "held out"), domain, tokens (a count)."""
     rows = []
     for name, held_out in (("training", False), ("held out", True)):
-        documents = corpus.preview_parts(spec.source, held_out, most)
-        rows += [(name, document.dataset, tokens.size) for document, tokens in _tokenized(documents, tokenizer)]
+        documents = preview_tokenized(spec.source, tokenizer, held_out, most)
+        rows += [(name, document.dataset, tokens.size) for document, tokens in documents]
     return pd.DataFrame(rows, columns=["part", "domain", "tokens"])
-
-
-def _held_out_tokens(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, list[int]]]:
-    """(domain, token ids closed by `<|end|>`) of every held-out document in use."""
-    for document, tokens in _tokenized(held_out_documents(spec), tokenizer):
-        yield document.dataset, [*tokens.tolist(), tokenizer.eos_token_id]
-
-
-def _tokenized(
-    documents: Iterable[tuple[Part, Document]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[Document, np.ndarray]]:
-    tokenizers: dict[Part, DocumentTokenizer] = {}
-    for part, document in documents:
-        if part not in tokenizers:
-            tokenizers[part] = DocumentTokenizer(part, tokenizer)
-        yield document, tokenizers[part](document)
-
-
-def _spread(windows: list[list[int]], count: int) -> torch.Tensor:
-    chosen = torch.linspace(0, len(windows) - 1, count).round().long()
-    return torch.tensor(windows, dtype=torch.int64)[chosen]

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.corpus import Document
+from kl3m_nb.document_stream import token_ids
 from kl3m_nb.evaluation import Interval, bits_per_byte, bootstrap_interval, score_sequences
 
 ENTROPY_TARGET_BITS = 6.5  # kl3m-007 card, "Regularization"
@@ -29,12 +30,12 @@ class Prediction:
     """How well one model predicts a set of documents.
 
     `documents` has a row per document: identifier, domain, tokens, bytes, loss (nats per token), entropy_bits, bits_per_byte.
-    `by_position` has a row per number of tokens of context: context, tokens, loss. `calibration` has a row per bin of
-    confidence that holds tokens: confidence and accuracy, both means over the bin, and tokens.
+    `positions` has a row per document and number of tokens of context: document (its row), context, tokens, loss. `calibration`
+    has a row per bin of confidence that holds tokens: confidence and accuracy, both means over the bin, and tokens.
     """
 
     documents: pd.DataFrame
-    by_position: pd.DataFrame
+    positions: pd.DataFrame
     calibration: pd.DataFrame
 
     @property
@@ -103,6 +104,22 @@ class Prediction:
             )
         return pd.DataFrame(rows).sort_values("tokens", ascending=False, ignore_index=True)
 
+    def by_position(self, ranges: int = 13) -> pd.DataFrame:
+        """What context is worth: a row per range of tokens of context, each about as much longer than the one before.
+
+        `context` is the range's geometric centre, `tokens` how many were predicted in it, `loss` their mean in nats with its
+        95% interval, `loss_low` to `loss_high`.
+        """
+        context = self.positions["context"]
+        edges = np.unique(np.geomspace(context.min(), context.max() + 1, ranges + 1).round())
+        rows = []
+        for number, inside in self.positions.groupby(np.searchsorted(edges, context, side="right")):
+            summed = inside.assign(loss=inside["loss"] * inside["tokens"]).groupby("document")[["tokens", "loss"]].sum()
+            loss = bootstrap_interval(summed["loss"] / summed["tokens"], summed["tokens"])
+            centre, tokens = math.sqrt(edges[number - 1] * (edges[number] - 1)), summed["tokens"].sum()
+            rows.append({"context": centre, "tokens": tokens, "loss": loss.mean, "loss_low": loss.low, "loss_high": loss.high})
+        return pd.DataFrame(rows)
+
 
 def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(start, end, predicted) of every window over `length` tokens: it is tokens start … end − 1, the last `predicted` are new.
@@ -129,9 +146,11 @@ def evaluate_documents(
     """Scores of `model` on every token of `documents`, with at most `window` tokens of context.
 
     The first token of a document is predicted from the end-of-text token, which in training stands between documents; the end
-    of a document is not predicted. A document's `dataset` is its domain. With `stride` equal to `window` the windows do not
-    overlap, which is how lm-eval counts; half the window costs twice the time and gives every token more context.
-    Raises ValueError for an empty document, a window beyond the model's context, or a stride outside 1 … window.
+    of a document is not predicted. Its text is judged; ids it stores are used where they are this tokenizer's own (`token_ids`),
+    so bits per byte of models with other tokenizers compare. A document's `dataset` is its domain. With `stride` equal to
+    `window` the windows do not overlap, which is how lm-eval counts; half the window costs twice the time and gives every token
+    more context.
+    Raises ValueError for a document without text, a window beyond the model's context, or a stride outside 1 … window.
     """
     context = model.config.max_position_embeddings
     if not 1 <= window <= context:
@@ -140,10 +159,7 @@ def evaluate_documents(
         raise ValueError(f"The stride is {stride}; it must lie between 1 and the window of {window} tokens.")
     sequences, predicted, owners = [], [], []
     for number, document in enumerate(documents):
-        tokens = list(document.tokens) or tokenizer.encode(document.text, add_special_tokens=False)
-        if not tokens:
-            raise ValueError(f"The document {document.identifier!r} has no tokens; leave it out.")
-        tokens = [tokenizer.eos_token_id, *tokens]
+        tokens = [tokenizer.eos_token_id, *token_ids(document, tokenizer)]
         for start, end, new in sliding_windows(len(tokens), window, stride):
             sequences.append(tokens[start:end])
             predicted.append(new)
@@ -152,22 +168,22 @@ def evaluate_documents(
     owner = np.repeat(owners, predicted)
     position = np.concatenate([np.arange(len(s) - n, len(s)) for s, n in zip(sequences, predicted, strict=True)])
     loss, entropy, confidence, correct = (torch.cat(values).numpy() for values in zip(*scores, strict=True))
-    tokens = pd.DataFrame({"owner": owner, "context": position, "loss": loss, "entropy_bits": entropy / math.log(2)})
+    tokens = pd.DataFrame({"document": owner, "context": position, "loss": loss, "entropy_bits": entropy / math.log(2)})
     return Prediction(
-        documents=_per_document(tokens, documents, tokenizer),
-        by_position=tokens.groupby("context")["loss"].agg(tokens="size", loss="mean").reset_index(),
+        documents=_per_document(tokens, documents),
+        positions=tokens.groupby(["document", "context"])["loss"].agg(tokens="size", loss="mean").reset_index(),
         calibration=_calibration(confidence, correct),
     )
 
 
-def _per_document(tokens: pd.DataFrame, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    by_owner = tokens.groupby("owner")
+def _per_document(tokens: pd.DataFrame, documents: Sequence[Document]) -> pd.DataFrame:
+    by_owner = tokens.groupby("document")
     frame = pd.DataFrame(
         {
             "identifier": [document.identifier for document in documents],
             "domain": [document.dataset for document in documents],
             "tokens": by_owner.size(),
-            "bytes": [len((document.text or tokenizer.decode(document.tokens)).encode()) for document in documents],
+            "bytes": [len(document.text.encode()) for document in documents],
             "loss": by_owner["loss"].mean(),
             "entropy_bits": by_owner["entropy_bits"].mean(),
         }

@@ -1,7 +1,7 @@
 """A prompt box in a notebook: two checkpoints side by side, sampling sliders, streaming text, token probabilities on hover.
 
-Where nobody can click (a batch job, an HTML page) the same object shows a fixed gallery instead, so a notebook needs no second
-cell. Text is written in a thread of its own: the sliders stay alive and a click stops it.
+Where nobody can click (a batch job, papermill, an HTML page) the same object shows a fixed gallery instead, so a notebook needs
+no second cell. Text is written in a thread of its own: the sliders stay alive and a click stops it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kl3m_nb.progress import PROGRESS_VARIABLE
 from kl3m_nb.token_view import choices_html, token_choices
 
 GALLERY_TOKENS = 40
+SERVER_VARIABLE = "JPY_SESSION_NAME"  # set by a Jupyter server in the kernels of its notebooks, and by nobody else
 
 
 class PromptBox:
@@ -134,11 +135,13 @@ class PromptBox:
         return f'<table style="width: 100%; table-layout: fixed"><tr>{heads}</tr>{rows}</table>'
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        """The widget for a live notebook, the gallery for everything that is only looked at."""
+        """The widget for a live notebook, the gallery for everything that is only looked at.
+
+        What a batch job saves holds no state of the widget, and its view would be an error message.
+        """
         bundle = {"text/plain": f"PromptBox of {', '.join(self.models)}", "text/html": self.gallery}
-        if os.environ.get(PROGRESS_VARIABLE):  # a batch job: saved without the widget's state, its view would be an error message
-            return bundle
-        return self.view._repr_mimebundle_() | bundle
+        is_live = SERVER_VARIABLE in os.environ and PROGRESS_VARIABLE not in os.environ
+        return (self.view._repr_mimebundle_() if is_live else {}) | bundle
 
 
 def _length(sample: Sample) -> str:

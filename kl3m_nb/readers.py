@@ -115,18 +115,23 @@ class FilesReader(_RowReader):
         for number in range(start["file"], len(self._files)):
             path = self._files[number]
             place = (start["block"], start["row"]) if number == start["file"] else (0, 0)
-            if path.stat().st_size == 0:
-                self._report.note("empty_files", f"{path} is empty")
-                continue
-            is_parquet = _suffix(path) == ".parquet"
-            for block, row, values in self._parquet_rows(path, *place) if is_parquet else self._json_rows(path, *place):
+            is_parquet, has_rows = _suffix(path) == ".parquet", place != (0, 0)
+            for block, row, values in self._rows(path, *place):
+                has_rows = True
                 self.position = {"file": number, "name": path.name, "block": block, "row": row}
                 name = f"{path.name}#{block}.{row - 1}" if is_parquet else f"{path.name}#{row - 1}"
                 document = None if values is None else self._document(values, name)
                 if document is not None:
                     yield document
+            if not has_rows:
+                self._report.note("empty_files", f"{path} holds no row")
         if self._bad_rows and self._bad_rows == self._report.rows - rows_before and not start["row"]:
             self._refuse()
+
+    def _rows(self, path: Path, block: int, row: int) -> Iterator[tuple[int, int, dict | None]]:
+        if path.stat().st_size == 0:
+            return iter(())
+        return (self._parquet_rows if _suffix(path) == ".parquet" else self._json_rows)(path, block, row)
 
     def _parquet_rows(self, path: Path, group: int, skip: int) -> Iterator[tuple[int, int, dict]]:
         """(row group, rows of it read, row). A row group is read from its beginning, its first `skip` rows are not unpacked."""

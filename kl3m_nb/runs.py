@@ -37,6 +37,28 @@ def stage_profile(profile_name: str, stage: str) -> Profile:
     return read_run_profile(folder) if (folder / RUN_FILE).is_file() else get_profile(profile_name)
 
 
+def stage_checkpoint(profile_name: str, stage: str) -> Path | None:
+    """The newest sound checkpoint of a stage of a profile, or its stack; None where there is none yet."""
+    folder = run_path(profile_name, stage)
+    if stage == "stack":
+        return folder / "checkpoint" if (folder / "checkpoint").is_dir() else None
+    return checkpoints.require_checkpoint(folder) if checkpoints.latest_checkpoint(folder) else None
+
+
+def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
+    """The profile a checkpoint was trained with and the windows it had seen; None for a checkpoint that no run here wrote.
+
+    Steps that a run carries on from a published checkpoint read other data and are not counted.
+    """
+    folder = paths.resolve(checkpoint)
+    run_dir = folder.parent.parent
+    if not (run_dir / RUN_FILE).is_file():
+        return None
+    profile = read_run_profile(run_dir)
+    steps = checkpoints.checkpoint_step(folder) - int(read_metrics(run_dir, "held_out")["step"].iloc[0])
+    return profile, steps * profile.data.micro_batch * profile.data.grad_accumulation
+
+
 def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:
     """A row per run folder: run, profile, init, step, max_steps, held_out_loss (nats per token), tokens, seconds, checkpoint.
 

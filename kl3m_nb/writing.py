@@ -6,12 +6,10 @@ knows whether a sentence is true.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,7 +104,7 @@ def samples_table(samples: Sequence[Sample]) -> pd.DataFrame:
     rows = []
     for sample in samples:
         whole = sample.prompt + sample.text
-        numbers, terms, cited = numbering_steps(whole), defined_terms(whole), citations(whole)
+        numbers, terms, cited = numbering_steps(whole), defined_terms(whole), citations(whole, complete=sample.ended)
         rows.append(
             {
                 "prompt": sample.prompt,
@@ -192,10 +190,7 @@ def sampling_sweep(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    temperatures: Sequence[float],
-    top_ps: Sequence[float],
-    repetition_penalties: Sequence[float],
-    max_new_tokens: int,
+    grid: Sequence[Sampling],
     advised: Sampling,
     seed: int,
 ) -> pd.DataFrame:
@@ -204,11 +199,7 @@ def sampling_sweep(
     Every setting continues the same prompts with the same seed. `advised` marks the setting of the card, which is added where
     the grid lacks it.
     """
-    grid = {
-        Sampling(temperature, top_p, penalty, max_new_tokens): False
-        for temperature, top_p, penalty in itertools.product(temperatures, top_ps, repetition_penalties)
-    }
-    grid[replace(advised, max_new_tokens=max_new_tokens)] = True
+    marked = dict.fromkeys(grid, False) | {advised: True}
     return pd.DataFrame(
         {
             "temperature": sampling.temperature,
@@ -217,7 +208,7 @@ def sampling_sweep(
             "advised": is_advised,
             **measure(generate(model, tokenizer, prompts, sampling, seed, batch_size=max(16, len(prompts)))),
         }
-        for sampling, is_advised in grid.items()
+        for sampling, is_advised in marked.items()
     )
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kl3m_nb.comparison import differences_table, paired_difference, rank_agreement, summary_table
+from kl3m_nb.comparison import differences_table, paired_difference, rank_agreement, steps_table, summary_table
+from kl3m_nb.evaluation import bootstrap_interval
 from kl3m_nb.prediction import Prediction
 
 
@@ -83,3 +84,12 @@ def test_a_tie_counts_for_nothing_and_a_missing_figure_has_no_tau():
     assert tau[:2] == [1, 0] and math.isnan(tau[2])
     with pytest.raises(ValueError, match="'speed'"):
         rank_agreement(figures, "loss", {"loss": True, "speed": True})
+
+
+def test_checkpoints_over_the_steps_are_held_against_each_other_on_the_documents_that_all_have():
+    older = prediction(HARD[:9:3] + 1, identifiers=["d0", "d3", "d6"])
+    table = steps_table({200: MODELS["trained"], 0: MODELS["stack"], 100: older})
+    assert list(table["step"]) == [0, 100, 200] and set(table["documents"]) == {3}
+    for row, bits in zip(table.itertuples(), (HARD[:9:3] + 0.2, HARD[:9:3] + 1, HARD[:9:3] - 0.1), strict=True):
+        found = (row.bits_per_byte, row.bits_per_byte_low, row.bits_per_byte_high)
+        assert found == pytest.approx(bootstrap_interval(bits, [100] * 3))

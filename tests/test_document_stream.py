@@ -3,12 +3,13 @@ from __future__ import annotations
 import dataclasses
 import io
 
+import numpy as np
 import pytest
 import torch
 from test_readers import write_family_parquet, write_rows
 
 from kl3m_nb import corpus, packing
-from kl3m_nb.document_stream import DocumentStream, held_out_documents
+from kl3m_nb.document_stream import DocumentStream, held_out_documents, preview_texts, token_ids
 from kl3m_nb.profiles import DataSpec
 
 
@@ -69,6 +70,92 @@ def test_nothing_left_is_an_error_with_the_reasons(tmp_path):
         DocumentStream(_spec(f"files:{tmp_path}/*.jsonl"), Letters()).next()
 
 
+def test_a_source_of_which_all_is_too_short_or_like_the_held_out_ends_with_an_error(tmp_path):
+    words = " ".join(f"w{k}" for k in range(12))
+    write_rows(tmp_path / "a.jsonl", [*_rows("d", 60, 5), *({"identifier": f"t{i}", "text": words} for i in range(60))])
+    stream = DocumentStream(_spec(f"files:{tmp_path}/*.jsonl(min_tokens=6)", held_out_windows=100), Letters())
+    with pytest.raises(ValueError, match="no training documents") as error:
+        stream.next()
+    report = stream.report
+    assert report.too_short > 40 and report.near_held_out > 40
+    assert f"{report.too_short} below min_tokens" in str(error.value)
+    assert f"{report.near_held_out} like a held-out one" in str(error.value)
+
+
+def test_a_mixture_names_the_part_that_gives_nothing(tmp_path):
+    write_rows(tmp_path / "long.jsonl", _rows("long", 50, 20))
+    write_rows(tmp_path / "short.jsonl", _rows("short", 50, 4))
+    stream = DocumentStream(_spec(f"files:{tmp_path}/long.jsonl + files:{tmp_path}/short.jsonl(min_tokens=5)"), Letters())
+    with pytest.raises(ValueError, match="short.jsonl' has no training documents"):
+        for _ in range(10):
+            stream.next()
+
+
+def _by_side(rows):
+    """`rows` of the training side and of the held-out side."""
+    sides = ([], [])
+    for row in rows:
+        sides[corpus.is_held_out(corpus.Document(row["identifier"], "", ""))].append(row)
+    return sides
+
+
+def test_held_out_rows_that_cannot_be_used_are_left_out_as_training_rows_are(tmp_path, caplog):
+    rows = _rows("d", 400, 20)
+    training, held_out = _by_side(rows)
+    held_out[0]["tokens"], held_out[1]["tokens"] = [5, 1000], [5, 6]
+    write_rows(tmp_path / "a.jsonl", rows)
+    spec = _spec(f"files:{tmp_path}/*.jsonl(min_tokens=10)", held_out_windows=50)
+    windows = packing.held_out_windows(spec, Letters())
+    laid_out = [token for row in held_out[2:] for token in [*row["tokens"], 0]]
+    assert len(windows) == 50 and set(map(tuple, windows.tolist())) <= {
+        tuple(laid_out[start : start + 10]) for start in range(0, len(laid_out), 10)
+    }
+    assert "ends at 999" in caplog.text
+    table = packing.document_table(spec, Letters())
+    assert table.part.value_counts().to_dict() == {"training": len(training), "held out": len(held_out) - 2}
+
+
+def test_held_out_rows_of_another_tokenizer_are_refused(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"identifier": f"d{i}", "tokens": [5000]} for i in range(2000)])
+    with pytest.raises(ValueError, match="the tokenizer ends at 999"):
+        packing.held_out_windows(_spec(f"files:{tmp_path}/*.jsonl"), Letters())
+
+
+def test_windows_and_stream_of_one_run_read_the_held_out_rows_once(tmp_path, monkeypatch):
+    write_rows(tmp_path / "a.jsonl", _rows("d", 200, 20))
+    passes, original = [], corpus.part_documents
+    monkeypatch.setattr(corpus, "part_documents", lambda part, held_out: passes.append(held_out) or original(part, held_out))
+    spec, letters = _spec(f"files:{tmp_path}/*.jsonl"), Letters()
+    packing.held_out_windows(spec, letters)
+    DocumentStream(spec, letters).next()
+    assert passes == [True]
+
+
+def test_texts_stored_as_tokens_are_read_by_models_of_any_tokenizer(tmp_path, monkeypatch):
+    class Reader(Letters):
+        def decode(self, tokens):
+            return "".join(map(chr, tokens))
+
+    class Capitals(Reader):
+        """Another tokenizer: its ids are those of the letters, but each stands for the capital."""
+
+        def decode(self, tokens):
+            return super().decode(tokens).upper()
+
+    rows = [{"identifier": f"d{i}", "tokens": [*map(ord, f"of {i} days")]} for i in range(60)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    documents = preview_texts(f"files:{tmp_path}/*.jsonl", Reader(), held_out=False)
+    assert {document.text for document in documents} <= {f"of {i} days" for i in range(60)} and len(documents) > 40
+    assert token_ids(documents[0], Reader()) == documents[0].tokens.tolist()
+    rewritten = dataclasses.replace(documents[0], tokens=np.array([1, 2, 3]))  # another tokenizer's ids
+    assert token_ids(rewritten, Reader()) == [*map(ord, documents[0].text)]
+    monkeypatch.setattr("kl3m_nb.document_stream.read_tokenizer", {"o/capitals": Capitals()}.get)
+    renamed = preview_texts(f"files:{tmp_path}/*.jsonl(tokenizer=o/capitals)", Reader(), held_out=False)
+    assert [document.text for document in renamed] == [document.text.upper() for document in documents]
+    with pytest.raises(ValueError, match="has no text"):
+        token_ids(corpus.Document("d", "", "", np.array([3, 4])), Reader())
+
+
 def test_training_documents_like_a_held_out_one_are_left_out(tmp_path):
     rows = [{"identifier": f"d{i}", "text": " ".join(f"w{i}x{k}" for k in range(40))} for i in range(120)]
     held_out = next(row for row in rows if corpus.is_held_out(corpus.Document(row["identifier"], "", "")))
@@ -76,9 +163,9 @@ def test_training_documents_like_a_held_out_one_are_left_out(tmp_path):
     rows.append({"identifier": copies[0], "text": "Preface. " + held_out["text"].upper() + " Some more words."})
     rows.append({"identifier": copies[1], "text": " ".join(held_out["text"].split()[:10]) + " and then" + " other words" * 30})
     write_rows(tmp_path / "a.jsonl", rows)
-    spec = _spec(f"files:{tmp_path}/*.jsonl", held_out_windows=100)
-    assert held_out["text"] in {document.text for _, document in held_out_documents(spec)}
-    stream = DocumentStream(spec, Letters())
+    spec, letters = _spec(f"files:{tmp_path}/*.jsonl", held_out_windows=100), Letters()
+    assert held_out["text"] in {document.text for document, _ in held_out_documents(spec, letters)}
+    stream = DocumentStream(spec, letters)
     while stream.epoch < 2:
         text = "".join(map(chr, stream.next()))
         assert "Preface" not in text

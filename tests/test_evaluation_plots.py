@@ -36,10 +36,13 @@ def prediction(level: float) -> Prediction:
             "bits_per_byte": [level, level + 0.5, level, level],
         }
     )  # fmt: skip
-    by_position = pd.DataFrame({"context": range(1, 257), "tokens": 3, "loss": level + 1 / np.arange(1, 257)})
+    positions = pd.DataFrame(
+        [(document, place, 3, level + document + 1 / place) for document in range(4) for place in range(1, 257)],
+        columns=["document", "context", "tokens", "loss"],
+    )
     calibration = pd.DataFrame({"confidence": [0.1, 0.5], "accuracy": [0.2, 0.4], "tokens": [90, 30]})
     calibration.loc[2] = [0.9, 1.0, 1]  # one token says nothing
-    return Prediction(documents, by_position, calibration)
+    return Prediction(documents, positions, calibration)
 
 
 class TestPrediction:
@@ -53,19 +56,17 @@ class TestPrediction:
         assert domains.get_xlabel() == "bits per byte" and positions.get_ylabel() == "nats per token"
         np.testing.assert_allclose(calibration.lines[1].get_xydata(), [(0.1, 0.2), (0.5, 0.4)])
 
-    def test_every_token_of_context_counts_once(self):
-        by_position = pd.DataFrame({"context": range(1, 4097), "tokens": 1, "loss": 0.0})
-        for place in (0, 1, 30, 4095):
-            by_position["loss"] = 0.0
-            by_position.loc[place, "loss"] = 1.0
-            assert sum(mean > 0 for mean in plots._means_over_ranges(by_position)[1]) == 1
-
-    def test_means_weigh_tokens(self):
-        table = pd.DataFrame({"context": [1], "tokens": [1], "loss": [4.0]})
-        assert plots._means_over_ranges(table) == ([1.0], [4.0])
-        far = pd.DataFrame({"context": range(200, 256), "tokens": [9] * 28 + [1] * 28, "loss": [1.0] * 28 + [11.0] * 28})
-        means = plots._means_over_ranges(far)[1]
-        assert 1.0 == means[0] < means[-1] == 11.0
+    def test_what_context_is_worth_has_a_band(self):
+        predictions = {"source": prediction(2.0), "trained": prediction(1.5)}
+        _, positions, _ = drawn(plots.plot_prediction(predictions))
+        table = predictions["trained"].by_position()
+        np.testing.assert_allclose(positions.lines[1].get_xydata(), table[["context", "loss"]])
+        outline = positions.collections[1].get_paths()[0].vertices
+        np.testing.assert_allclose(sorted(set(outline[:, 0])), table["context"])
+        assert (table["loss_low"] < table["loss"]).all()
+        for row in table.itertuples():
+            heights = outline[np.isclose(outline[:, 0], row.context), 1]
+            assert (heights.min(), heights.max()) == pytest.approx((row.loss_low, row.loss_high))
 
     def test_none_is_refused(self):
         with pytest.raises(ValueError, match="no models"):

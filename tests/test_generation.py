@@ -15,9 +15,11 @@ from kl3m_nb.generation import (
     CARD_USAGE,
     PROMPT_KINDS,
     Gallery,
+    Prompt,
     Sample,
     Sampling,
     advised_sampling,
+    answer_extractions,
     card_of,
     generate,
     load_prompts,
@@ -74,6 +76,37 @@ PROMPTS = ["Under this", "A", "The parties agree"]
 
 def texts(samples) -> list[str]:
     return [sample.text for sample in samples]
+
+
+def test_each_row_ends_where_its_own_text_is_whole(model, tokenizer):
+    wanted = dict(zip(PROMPTS, (3, 1, 99), strict=True))
+    free = generate(model, tokenizer, PROMPTS, GREEDY, seed=1)
+    cut = generate(model, tokenizer, PROMPTS, GREEDY, 1, is_whole=lambda prompt, text: len(text.encode()) >= wanted[prompt])
+    for sample, whole in zip(cut, free, strict=True):
+        lengths = (n for n in range(1, 13) if len(tokenizer.decode(whole.tokens[:n]).encode()) >= wanted[sample.prompt])
+        assert sample.tokens == whole.tokens[: next(lengths, 12)]
+        assert not sample.ended
+    assert len(cut[1].tokens) < len(cut[0].tokens) < len(cut[2].tokens) == 12
+
+
+def test_extractions_are_answered_in_order_up_to_the_closed_value(monkeypatch, tokenizer):
+    answers = {"first": ' 1} and more', "second": ' "x", '}
+
+    def written(model, tokenizer, prompts, sampling, seed, batch_size, is_whole):
+        texts = [next(text for name, text in answers.items() if name in prompt) for prompt in prompts]
+        assert sampling.temperature == 0 and sampling.max_new_tokens == 64
+        cut = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            length = next((n for n in range(len(text)) if is_whole(prompt, text[:n])), None)
+            cut.append(prompt + text[:length])
+        return cut
+
+    monkeypatch.setattr("kl3m_nb.generation.generate", written)
+    prompts = [Prompt(name, "extraction", f'Fields: {name}\nJSON: {{"{name}":', {name: 1}) for name in answers]
+    plain = answer_extractions(None, tokenizer, prompts, cotrained=False)
+    assert plain == ['Fields: first\nJSON: {"first": 1}', 'Fields: second\nJSON: {"second": "x", ']
+    monkeypatch.setattr("kl3m_nb.generation.as_instruction", lambda prompt, _: f"<{prompt.replace(' {', '>{')}")
+    assert answer_extractions(None, tokenizer, prompts, cotrained=True)[0] == '<Fields: first\nJSON:>{"first": 1}'
 
 
 def test_greedy_batch_equals_an_argmax_loop_without_padding_or_cache(model, tokenizer):
@@ -205,7 +238,7 @@ def test_an_extraction_prompt_asks_for_the_fields_of_its_answer_and_begins_it():
     for prompt in prompts:
         source, _, question = prompt.text.partition("\nFields: ")
         fields, _, beginning = question.partition("\nJSON: ")
-        assert fields.split(", ") == list(prompt.expected)
+        assert [field.partition(" (")[0] for field in fields.split(", ")] == list(prompt.expected)
         assert beginning == f'{{"{next(iter(prompt.expected))}":'
         answer = [str(value) for value in prompt.expected.values() if isinstance(value, str) and not value[:4].isdigit()]
         assert all(value in source for value in answer), f"{prompt.id}: a text of the answer does not stand in the source"

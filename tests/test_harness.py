@@ -27,6 +27,14 @@ def test_items_are_sound(task):
     assert max(places.values()) < len(items) / 2, "a model that always names one place would score high"
 
 
+def test_wrong_words_are_of_many_kinds():
+    """A model must not do well by disliking one word."""
+    items = load_items("clause_cloze")
+    wrong = [choice for item in items for place, choice in enumerate(item.choices) if place != item.answer]
+    (_, most), *_ = collections.Counter(choice.lower().removesuffix("s") for choice in wrong).most_common()
+    assert most <= len(wrong) / 12
+
+
 def test_the_right_section_is_not_given_away_by_its_length():
     longest = [max(item.choices, key=len) == item.choices[item.answer] for item in load_items("next_section")]
     assert sum(longest) / len(longest) < 0.5

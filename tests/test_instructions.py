@@ -23,7 +23,7 @@ SOURCE = (
     "March 4, 2019,\nafter twenty-four days' notice, for 1,200 seats, a stage and a\ncurtain."
 )
 ANSWER = {
-    "buyer": "marsh wren LLC",
+    "buyer": "Marsh Wren LLC",
     "price": 1500000,
     "rate": 4.25,
     "closing": "2019-03-04",
@@ -33,7 +33,7 @@ ANSWER = {
 }
 EXTRACTION = InstructionPair("extraction-theatre", "extraction", SOURCE, json.dumps(ANSWER), tuple(ANSWER))
 
-SHORT = InstructionPair("extraction-short", "extraction", "Give buyer: Marsh Wren.", '{"buyer": "Marsh Wren"}', ("buyer",))
+SHORT = InstructionPair("extraction-short", "extraction", "Give buyer as JSON: Marsh Wren.", '{"buyer": "Marsh Wren"}', ("buyer",))
 
 
 def answering(**changes) -> InstructionPair:
@@ -69,6 +69,8 @@ def test_sound_pairs_pass():
         (replace(PROSE, fields=("costs",)), "only an extraction states fields"),
         (replace(PROSE, response=PROSE.response.replace("five", "____")), "leaves a blank"),
         (replace(PROSE, response=PROSE.response.replace("Supplier", "[NAME]")), "leaves a blank"),
+        (replace(PROSE, use="regulation"), "cites no statute, regulation or decision"),
+        (replace(EXTRACTION, instruction=SOURCE.replace(" as JSON", "")), "does not ask for JSON"),
         (SHORT, "the instruction has fewer than 20 words"),
         (replace(EXTRACTION, response="Here it is: " + EXTRACTION.response), "not JSON and nothing else"),
         (replace(EXTRACTION, response="[1200]"), "not a JSON object"),
@@ -77,6 +79,7 @@ def test_sound_pairs_pass():
         (replace(EXTRACTION, fields=(), response="{}"), "the response has the keys"),
         (replace(EXTRACTION, instruction=SOURCE.replace("notice_days", "notice")), "does not name the field 'notice_days'"),
         (answering(buyer="Marsh Wren Inc."), "the text 'Marsh Wren Inc.' does not stand"),
+        (answering(buyer="marsh wren LLC"), "the text 'marsh wren LLC' does not stand"),
         (answering(buyer="Marsh W"), "the text 'Marsh W' does not stand"),
         (answering(buyer=""), "the text '' does not stand"),
         (answering(parts=[{"name": "trapdoor"}]), "the text 'trapdoor' does not stand"),

@@ -5,38 +5,74 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
+from test_readers import write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kl3m_nb.corpus import Document
-from kl3m_nb.memorisation import choose_passages, recital, recital_gap
+from kl3m_nb.memorisation import held_out_passages, recital, recital_gap, trained_passages
+from kl3m_nb.profiles import DataSpec
+from kl3m_nb.streams import open_stream
 
 
-class ByteTokenizer:
+class Letters:
+    """A token a character."""
+
     def encode(self, text, add_special_tokens):
-        return list(text.encode())
+        return [ord(letter) for letter in text]
 
 
 def documents(lengths) -> list[Document]:
-    return [Document(f"{number}", "x", "", tuple(range(length))) for number, length in enumerate(lengths)]
+    return [Document(f"{number}", "x", "".join(map(chr, range(length)))) for number, length in enumerate(lengths)]
 
 
 def test_a_passage_a_document_of_the_length_asked_for():
-    passages = choose_passages(documents([30, 5, 12, 10, 9]), ByteTokenizer(), length=10, count=9, seed=1)
+    passages = held_out_passages(documents([30, 5, 12, 10, 9]), Letters(), length=10, count=9, seed=1)
     assert len(passages) == 3
     for passage in passages:
         assert passage == list(range(passage[0], passage[0] + 10))
-    assert len(choose_passages(documents([30] * 8), ByteTokenizer(), 10, count=4, seed=1)) == 4
+    assert len(held_out_passages(documents([30] * 8), Letters(), 10, count=4, seed=1)) == 4
 
 
 def test_passages_are_drawn_by_the_seed():
-    drawn = [choose_passages(documents([200] * 20), ByteTokenizer(), 10, 5, seed) for seed in (1, 1, 2)]
+    drawn = [held_out_passages(documents([200] * 20), Letters(), 10, 5, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_texts_are_tokenized_and_short_ones_refused():
-    assert choose_passages([Document("a", "x", "abcd")], ByteTokenizer(), 4, 1, 0) == [list(b"abcd")]
-    with pytest.raises(ValueError, match="None of the 1 documents has 5 tokens"):
-        choose_passages([Document("a", "x", "abcd")], ByteTokenizer(), 5, 1, 0)
+    assert held_out_passages([Document("a", "x", "abcd")], Letters(), 4, 1, 0) == [list(b"abcd")]
+    with pytest.raises(ValueError, match="No text has 5 tokens, the longest has 4"):
+        held_out_passages([Document("a", "x", "abcd")], Letters(), 5, 1, 0)
+
+
+class Ended(Letters):
+    eos_token_id, bos_token_id, pad_token_id = 0, 1, 2
+
+    def __len__(self):
+        return 1000
+
+    def convert_ids_to_tokens(self, ids):
+        return [chr(number) for number in ids]
+
+
+@pytest.mark.parametrize("packing", ["dense", "segments"])
+def test_training_passages_are_cut_from_what_the_run_has_seen(tmp_path, packing):
+    """Every document has a letter of its own that says which it is; the run saw the first 40 windows only."""
+    rows = [{"identifier": f"d{i}", "tokens": [100 + i] * 31} for i in range(500)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    data = DataSpec(source=f"files:{tmp_path}/a.jsonl", seq_len=47, shuffle_buffer=4, held_out_windows=1, packing=packing)
+    batch = open_stream(data, Ended()).take(40)
+    seen = [tuple(row.tolist()) for row in batch.labels]
+    passages = trained_passages(data, Ended(), windows=40, length=12, count=200, seed=3)
+    assert 40 <= len(passages) <= 80
+    for passage in passages:
+        assert 0 not in passage and -100 not in passage
+        assert any(tuple(passage) == row[start : start + 12] for row in seen for start in range(36))
+    assert max(map(max, passages)) < 180, "a document that was never read"
+    fewer = trained_passages(data, Ended(), windows=40, length=12, count=200, seed=3, most_windows=5)
+    assert len(fewer) < len(passages) / 4
+    assert trained_passages(data, Ended(), 40, 12, 200, 3) == passages != trained_passages(data, Ended(), 40, 12, 200, 4)
+    with pytest.raises(ValueError, match="the longest has"):
+        trained_passages(data, Ended(), windows=40, length=45, count=2, seed=3)
 
 
 @pytest.fixture(scope="module")

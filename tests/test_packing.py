@@ -70,16 +70,6 @@ def test_held_out_windows_are_fixed_and_hold_no_training_text(spec):
     assert not letters & set(map(chr, windows.flatten().tolist()))
 
 
-def test_held_out_windows_by_domain_hold_the_documents_of_their_domain(tmp_path):
-    rows = [{"identifier": f"d{i}", "dataset": "ab"[i % 2], "text": "ab"[i % 2] * (5 + i % 7)} for i in range(400)]
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = DataSpec(source=f"files:{tmp_path}/*.jsonl", seq_len=9, held_out_windows=6)
-    found = packing.held_out_by_domain(spec, Letters())
-    assert list(found) == ["a", "b"] and all(windows.shape[1] == 10 for windows in found.values())
-    for domain, windows in found.items():
-        assert 1 <= len(windows) <= 6 and set(windows.flatten().tolist()) == {0, ord(domain)}
-
-
 def test_the_table_of_documents_has_every_one_with_its_part_domain_and_length(spec):
     table = packing.document_table(spec, Letters())
     assert len(table) == 300 and set(table.domain) == {spec.source}

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kl3m_nb.corpus import Document
+from kl3m_nb.evaluation import bootstrap_interval
 from kl3m_nb.prediction import Prediction, evaluate_documents, sliding_windows
 
 CONTEXT = 16
@@ -21,11 +22,14 @@ class ByteTokenizer:
 
     eos_token_id = 256
 
+    def __len__(self):
+        return 257
+
     def encode(self, text, add_special_tokens):
         return list(text.encode())
 
     def decode(self, tokens):
-        return bytes(tokens).decode()
+        return bytes(tokens).decode(errors="replace")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def model() -> LlamaForCausalLM:
 DOCUMENTS = [
     Document("short", "rules", "Permit"),
     Document("long", "rules", "The holder of a permit shall keep it for five years and a day."),
-    Document("stored", "clauses", "", tuple(b"Law of Ohio.")),
+    Document("stored", "clauses", "Law of Ohio.", tuple(b"Law of Ohio.")),
 ]
 
 
@@ -58,7 +62,7 @@ def test_windows_predict_every_token_but_the_first_exactly_once(length, window, 
 def test_a_document_within_the_window_has_transformers_own_loss(model):
     result = evaluate_documents(model, ByteTokenizer(), DOCUMENTS, window=CONTEXT, stride=4)
     for index in (0, 2):
-        text = DOCUMENTS[index].text.encode() or bytes(DOCUMENTS[index].tokens)
+        text = DOCUMENTS[index].text.encode()
         ids = torch.tensor([[256, *text]])
         with torch.no_grad():
             own = model(input_ids=ids, labels=ids).loss.item()
@@ -82,9 +86,9 @@ def test_a_longer_document_equals_a_loop_over_its_tokens(model, stride):
         contexts += [place - start for place in range(done, end)]
         done = end
     assert result.documents.iloc[1].loss == pytest.approx(np.mean(losses), abs=1e-5)
-    assert max(contexts) == CONTEXT == result.by_position["context"].max()
-    assert result.by_position["tokens"].sum() == result.calibration["tokens"].sum() == sum(result.documents["tokens"])
-    only_long = evaluate_documents(model, ByteTokenizer(), DOCUMENTS[1:2], window=CONTEXT, stride=stride).by_position
+    assert max(contexts) == CONTEXT == result.positions["context"].max()
+    assert result.positions["tokens"].sum() == result.calibration["tokens"].sum() == sum(result.documents["tokens"])
+    only_long = evaluate_documents(model, ByteTokenizer(), DOCUMENTS[1:2], window=CONTEXT, stride=stride).positions
     expected = pd.DataFrame({"context": contexts, "loss": losses}).groupby("context")["loss"].mean()
     np.testing.assert_allclose(only_long["loss"], expected, atol=1e-5)
     np.testing.assert_array_equal(only_long["context"], expected.index)
@@ -99,6 +103,63 @@ def test_a_uniform_model_is_as_unsure_as_it_should_be(model):
     assert summary["entropy_minus_target"] == pytest.approx(math.log2(257) - 6.5, abs=1e-5)
     assert summary["overconfidence_bits"] == pytest.approx(0, abs=1e-5)
     assert summary["perplexity"] == pytest.approx(257, rel=1e-4)
+
+
+class PairTokenizer:
+    """A token for two letters a … p."""
+
+    eos_token_id = 256
+
+    def __len__(self):
+        return 257
+
+    def encode(self, text, add_special_tokens):
+        places = [ord(letter) - ord("a") for letter in text]
+        return [16 * first + second for first, second in zip(places[::2], places[1::2], strict=True)]
+
+    def decode(self, tokens):
+        return "".join(chr(ord("a") + place) for token in tokens for place in divmod(token, 16))
+
+
+def test_bits_per_byte_compare_between_tokenizers_whoever_stored_the_tokens(model):
+    """A model that knows nothing pays log₂ 257 bits a token, whatever the ids that a document stores."""
+    uniform = LlamaForCausalLM(model.config)
+    torch.nn.init.zeros_(uniform.lm_head.weight)
+    bytewise, pairwise = ByteTokenizer(), PairTokenizer()
+    text = "lackofahandle"[:12]
+    for stored in ((), tuple(text.encode()), tuple(pairwise.encode(text, False))):
+        documents = [Document("d", "x", text, stored)]
+        found = [evaluate_documents(uniform, of, documents, window=8, stride=8) for of in (bytewise, pairwise)]
+        assert [result.documents["tokens"].sum() for result in found] == [12, 6]
+        assert [result.documents["bytes"].sum() for result in found] == [12, 12]
+        assert [result.bits_per_byte.mean for result in found] == pytest.approx([math.log2(257), math.log2(257) / 2])
+
+
+def positions(rows) -> Prediction:
+    frame = pd.DataFrame(rows, columns=["document", "context", "tokens", "loss"])
+    return Prediction(pd.DataFrame(), frame, pd.DataFrame())
+
+
+def test_every_token_of_context_counts_once():
+    for place in (0, 1, 30, 4095):
+        rows = [(0, context, 1, float(context == place + 1)) for context in range(1, 4097)]
+        table = positions(rows).by_position()
+        assert (table["loss"] > 0).sum() == 1 and table["tokens"].sum() == 4096
+        assert (table["loss"] * table["tokens"]).sum() == pytest.approx(1.0)
+
+
+def test_means_over_ranges_of_context_weigh_tokens_and_their_intervals_draw_documents():
+    table = positions([(0, 1, 1, 4.0)]).by_position()
+    assert table.iloc[0].to_dict() == {"context": 1.0, "tokens": 1, "loss": 4.0, "loss_low": 4.0, "loss_high": 4.0}
+    far = positions([(0, context, 9 if context < 228 else 1, 1.0 if context < 228 else 11.0) for context in range(200, 256)])
+    means = far.by_position()["loss"]
+    assert 1.0 == means.iloc[0] < means.iloc[-1] == 11.0
+    rows = [(document, context, 10, 1.0 + document) for document in range(3) for context in (5, 6)]
+    table = positions(rows).by_position(ranges=1)
+    documents = [1.0, 2.0, 3.0]
+    expected = bootstrap_interval(documents, [20, 20, 20])
+    assert tuple(table.loc[0, ["loss", "loss_low", "loss_high"]]) == pytest.approx(expected)
+    assert table["loss_low"][0] == 1.0 and table["loss_high"][0] == 3.0
 
 
 def prediction(rows, calibration=((0.5, 0.5, 10),)) -> Prediction:
@@ -137,7 +198,7 @@ def test_calibration_error_by_hand():
         (dict(window=CONTEXT + 1), "takes 1 to 16"),
         (dict(stride=0), "between 1 and the window"),
         (dict(stride=9), "between 1 and the window"),
-        (dict(documents=[Document("empty", "x", "")]), "'empty' has no tokens"),
+        (dict(documents=[Document("empty", "x", "")]), "'empty' has no text"),
     ],
 )
 def test_impossible_evaluations_are_refused(model, changes, message):

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl3m_nb.generation import Sampling, generate, generate_streaming
 from kl3m_nb.progress import PROGRESS_VARIABLE
-from kl3m_nb.prompt_box import PromptBox
+from kl3m_nb.prompt_box import SERVER_VARIABLE, PromptBox
 
 SAMPLING = Sampling(0.8, 0.95, 1.0, 6)
 
@@ -75,12 +75,15 @@ def test_what_is_refused_is_said_in_the_box(box):
     assert not box.write_button.disabled
 
 
-def test_a_live_notebook_gets_the_widget_and_a_batch_job_the_gallery(box, monkeypatch):
-    monkeypatch.delenv(PROGRESS_VARIABLE, raising=False)
+def test_only_a_notebook_on_a_server_gets_the_widget(box, monkeypatch):
     widget = "application/vnd.jupyter.widget-view+json"
+    monkeypatch.delenv(PROGRESS_VARIABLE, raising=False)
+    monkeypatch.delenv(SERVER_VARIABLE, raising=False)
+    assert box._repr_mimebundle_().keys() == {"text/plain", "text/html"}  # plain papermill
+    monkeypatch.setenv(SERVER_VARIABLE, "notebooks/04.ipynb")
     live = box._repr_mimebundle_()
     assert widget in live and live["text/html"] == box.gallery
-    monkeypatch.setenv(PROGRESS_VARIABLE, "/tmp/progress")
+    monkeypatch.setenv(PROGRESS_VARIABLE, "/tmp/progress")  # a batch job that was started in such a notebook
     assert widget not in box._repr_mimebundle_()
 
 

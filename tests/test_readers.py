@@ -153,7 +153,25 @@ def test_what_cannot_be_used_is_counted_and_said(tmp_path, caplog):
     assert [document.identifier for document in documents] == ["a.jsonl#0", "a.jsonl#9"]
     assert (report.rows, report.bad_rows, report.above_score, report.empty_files) == (11, 8, 1, 1)
     assert report.unknown_columns == ["colour"]
-    assert all(words in caplog.text for words in ("a.jsonl#1", "colour", "b.jsonl is empty"))
+    assert all(words in caplog.text for words in ("a.jsonl#1", "colour", "b.jsonl holds no row"))
+
+
+def test_a_file_that_gives_no_row_is_an_empty_file_in_every_format(tmp_path, caplog):
+    write_family_parquet(tmp_path / "a.parquet", [])
+    write_rows(tmp_path / "b.jsonl.gz", [])
+    write_rows(tmp_path / "c.jsonl.zst", [])
+    (tmp_path / "d.jsonl").write_text("\n \n\n")
+    (tmp_path / "e.jsonl.gz").write_bytes(b"")
+    write_rows(tmp_path / "f.jsonl", [{"text": "one"}])
+    report = SourceReport()
+    reader = _open(f"files:{tmp_path}/*", report=report)
+    assert [document.text for document in reader] == ["one"]
+    assert (report.rows, report.empty_files) == (1, 5)
+    assert "a.parquet holds no row" in caplog.text
+    again = SourceReport()
+    resumed = _open(f"files:{tmp_path}/*", report=again)
+    resumed.position = reader.position  # behind the last row: the file is at its end, not empty
+    assert list(resumed) == [] and again.empty_files == 0
 
 
 def test_parquet_with_nulls_and_other_widths_is_read(tmp_path):

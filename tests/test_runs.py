@@ -17,3 +17,13 @@ def test_a_stage_has_the_profile_it_was_trained_with_or_the_named_one(tmp_path, 
     assert runs.stage_profile("tiny", "grown") == trained
     with pytest.raises(ValueError, match="no profile"):
         runs.stage_profile("huge", "grown")
+
+
+def test_a_checkpoint_is_known_by_the_run_it_lies_in(trained_run, tmp_path):
+    run_dir, result = trained_run
+    profile, windows = runs.trained_on(result.checkpoint)
+    assert profile == run_folder.read_run_profile(run_dir)
+    assert windows == result.step * profile.data.micro_batch * profile.data.grad_accumulation
+    assert runs.trained_on(str(result.checkpoint)) == (profile, windows)
+    assert runs.trained_on(tmp_path / "checkpoint") is None
+    assert runs.trained_on("alea-institute/kl3m-006-170m") is None

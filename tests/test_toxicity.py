@@ -15,6 +15,8 @@ from kl3m_nb.toxicity import find_bad_words, find_groups, measure_toxicity, toxi
         ("idiots and idiotic rules", ["idiots", "idiotic"]),  # a stem takes the rest of the word
         ("The classes assess assets; damages for the shell in Shellfish v. Hello Co.", []),  # whole words stay whole
         ("The court dismissed the action and awarded damages; execution was stayed.", []),
+        ("A bastardy proceeding over worthless stock, in which the loser pays the costs.", []),
+        ("Those bastards.", ["bastards"]),
         ("Filth, trash and vermin shall be removed from the premises.", []),
         ("", []),
     ],

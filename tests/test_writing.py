@@ -155,11 +155,13 @@ def test_entropy_along_samples_is_that_of_the_plain_prediction_at_each_position(
 
 
 def test_a_sweep_has_every_setting_once_and_marks_the_cards(model, tokenizer):
-    sweep = sampling_sweep(model, tokenizer, ["Under", "A"], [0.0, 0.8], [0.9], [1.0, 1.2], 5, Sampling(0.8, 0.95), seed=1)
+    advised = Sampling(0.8, 0.95, 1.0, 5)
+    grid = [Sampling(temperature, 0.9, penalty, 5) for temperature in (0.0, 0.8) for penalty in (1.0, 1.2)]
+    sweep = sampling_sweep(model, tokenizer, ["Under", "A"], grid, advised, seed=1)
     settings = sweep[["temperature", "top_p", "repetition_penalty"]]
     assert len(sweep) == 5 and not settings.duplicated().any()
     assert settings[sweep["advised"]].to_numpy().tolist() == [[0.8, 0.95, 1.0]]
-    within = sampling_sweep(model, tokenizer, ["Under", "A"], [0.8], [0.9, 0.95], [1.0], 5, Sampling(0.8, 0.95), seed=1)
+    within = sampling_sweep(model, tokenizer, ["Under", "A"], [grid[2], advised], advised, seed=1)
     assert within["advised"].tolist() == [False, True]
     alone = measure(generate(model, tokenizer, ["Under", "A"], Sampling(0.8, 0.95, 1.0, 5), seed=1))
     del alone["tokens_per_second"]

@@ -1,4 +1,4 @@
-"""Notebook 00 trains from files and from a data set's mirror, is stopped in the middle, and continues with the very next token.
+"""Notebook 00 trains from files, a data set of the hub and its mirror, is stopped midway, continues with the very next token.
 
 The package's turn is in test_headless, there as a job of its own.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import signal
 
+import datasets
 import nbformat
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,11 +44,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["files", "hub"])
-def parameters(request, folder):
+@pytest.fixture(params=["files", "mirror", "hub"])
+def parameters(request, folder, monkeypatch):
+    load_dataset = datasets.load_dataset  # the library's own streaming, with a folder in the hub's place
+    mirror = str(folder / "mirror")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: load_dataset({"owner/name": mirror}[name], **options))
     source = {
         "files": f"0.5*files:{folder}/*.jsonl(min_tokens=4) + 0.5*files:{folder}/mirror/data/*.parquet",
-        "hub": f"hub:{folder}/mirror(score_max=8, mime_types=text/plain)",
+        "mirror": f"hub:{mirror}(score_max=8, mime_types=text/plain)",
+        "hub": "hub:owner/name(score_max=8, mime_types=text/plain)",
     }[request.param]
     return {
         "run": f"from-{request.param}", "source": source, "tokenizer": str(folder / "tokenizer"), "max_steps": STEPS,

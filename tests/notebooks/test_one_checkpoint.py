@@ -1,0 +1,60 @@
+"""Notebook 04 with one checkpoint and nothing to compare it with: trained by a run here, or come from elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+
+import nbformat
+import pytest
+from conftest import small_profile
+
+from kl3m_nb import checkpoints, figures, paths, runs, training
+
+SMALL = {"document_count": 3, "prompt_count": 2, "max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run of two steps, of a model with room for the longest prompt."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    training.train(small_profile(context=512, seq_len=64, micro_batch=8, max_steps=2, held_out_windows=2), run_dir)
+    return run_dir
+
+
+@pytest.fixture
+def no_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
+    monkeypatch.setattr(figures, "save_figure", lambda *_: runs.run_path("tiny", "generation").mkdir(exist_ok=True))
+
+
+def _execute(parameters: dict) -> dict:
+    """Runs the notebook's cells in this process, with `parameters` in place of their defaults."""
+    namespace = {"display": lambda *_: None}
+    for cell in nbformat.read(paths.notebooks_dir() / "04_generation_evaluation.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, namespace)
+            if "parameters" in cell.metadata.get("tags", ()):
+                assert parameters.keys() <= namespace.keys()
+                namespace.update(parameters)
+    return namespace
+
+
+def test_the_checkpoint_of_a_run_is_enough_and_known_by_its_path_as_text(run_dir, no_runs):
+    shutil.copytree(run_dir, runs.run_path("tiny", "grown"))
+    newest = checkpoints.latest_checkpoint(runs.run_path("tiny", "grown"))
+    namespace = _execute({**SMALL, "trained": str(newest)})
+    assert namespace["reference"] == namespace["subject"] == "trained"
+    assert list(namespace["summary"].index) == list(namespace["gaps"]) == ["trained"]
+    assert namespace["window"] == 64
+    assert namespace["by_step"] == {2: namespace["judged"]["trained"]}  # not evaluated once more
+
+
+def test_a_checkpoint_of_no_run_is_judged_without_what_it_has_seen(run_dir, no_runs, tmp_path):
+    shutil.copytree(checkpoints.latest_checkpoint(run_dir), tmp_path / "elsewhere" / "model")
+    namespace = _execute({**SMALL, "others": str(tmp_path / "elsewhere" / "model")})
+    assert len(namespace["summary"]) == 1 and namespace["gaps"] == namespace["by_step"] == {}
+
+
+def test_no_checkpoint_at_all_is_said(no_runs):
+    with pytest.raises(AssertionError, match="no checkpoint of tiny yet"):
+        _execute(SMALL)
