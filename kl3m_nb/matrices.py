@@ -30,8 +30,6 @@ HEAD_LAYER = -1  # the `layer` of the LM head, which belongs to no block
 
 Checkpoint = str | os.PathLike | torch.nn.Module
 
-FULL_PRECISION = ("float32", "float64")  # what a condition number can be read from
-
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _STEP_NAME = re.compile(r"step-(\d+)")

@@ -20,8 +20,8 @@ def analysed():
         for (layer, role), sigma in values.items()
     ]  # fmt: skip
     table = pd.DataFrame(rows)
-    table.loc[9, ["finite", "condition", "sigma_max", "sigma_min"]] = [False, np.nan, np.nan, np.nan]
-    del values[9, "q_proj"]
+    table.loc[9, ["finite", "condition_reliable", "condition", "sigma_max", "sigma_min"]] = [False, False, np.nan, np.nan, np.nan]
+    values[9, "q_proj"] = np.full(24, np.nan)
     return table, values
 
 
@@ -49,7 +49,22 @@ class TestMatrixPage:
     def test_of_a_matrix_without_a_spectrum_says_so(self, analysed):
         table, values = analysed
         figure = matrix_plots.plot_matrix_page(table, values, table.loc[9], 3000.0)
+        assert "NaN or infinite values: there is no spectrum" in texts(figure)
+
+    @pytest.mark.parametrize("metric", ["condition", "sigma_max"])
+    def test_of_a_matrix_none_of_whose_like_has_a_number_is_still_drawn(self, analysed, metric):
+        table, values = analysed
+        unknown = table.assign(finite=False, condition=np.nan, sigma_max=0.0 if metric == "sigma_max" else np.nan, metric=metric)
+        figure = matrix_plots.plot_matrix_page(unknown, values, unknown.loc[9], 3000.0)
         assert "there is no spectrum" in texts(figure)
+
+    def test_of_16_bit_weights_has_a_dash_for_what_is_not_known(self, analysed):
+        table, values = analysed
+        rows = table.assign(condition_reliable=False)
+        figure = matrix_plots.plot_matrix_page(rows, values, rows.loc[7], 0.0)
+        shown = [text.get_text() for axes in figure.axes for text in axes.texts]
+        cells = {name: shown[shown.index(name) + 1 : shown.index(name) + 3] for name in ("condition", "smallest σ", "stable rank")}
+        assert cells["condition"] == cells["smallest σ"] == ["–", "–"] and "–" not in cells["stable rank"]
 
 
 def clamp_history(layers=120) -> pd.DataFrame:
