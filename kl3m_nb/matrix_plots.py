@@ -209,16 +209,19 @@ def plot_choice(
     role: str,
     metric: str,
 ) -> Figure:
-    """One matrix among its like: its spectrum in every checkpoint that has it, and `metric` of its role over depth.
+    """One matrix among its like: its spectrum in every checkpoint that has it, and `metric` of its role over depth. Of a less deep
+    checkpoint, the source, it is that of layer i mod L.
 
     `tables` and `singular_values` hold, by checkpoint, what `spectra.analyse_model` returns; `role` carries the expert, as in
     `spectra.spectrum_key`. The chosen checkpoint and layer are drawn in colour, the others in grey.
     """
     figure, (spectrum, depth) = plt.subplots(1, 2, figsize=(11.5, 4.3))
     for name, values in singular_values.items():
-        if (layer, role) in values and values[layer, role][0] > 0 and name != checkpoint:
-            other = values[layer, role]
-            spectrum.plot(np.arange(1, len(other) + 1), other, color=GREY, linewidth=1, label=name, linestyle="--")
+        counterpart = layer if layer == HEAD_LAYER else layer % (1 + max(number for number, _ in values))
+        other = values.get((counterpart, role))
+        if other is not None and other[0] > 0 and name != checkpoint:
+            label = name if counterpart == layer else f"{name}, layer {counterpart}"
+            spectrum.plot(np.arange(1, len(other) + 1), other, color=GREY, linewidth=1, label=label, linestyle="--")
     chosen = singular_values[checkpoint][layer, role]
     if not np.isfinite(chosen[0]):
         spectrum.text(0.5, 0.5, "not finite: no spectrum", ha="center", transform=spectrum.transAxes, color=VERMILLION)

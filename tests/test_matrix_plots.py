@@ -109,3 +109,14 @@ def test_a_choice_is_drawn_among_its_like(analysed):
     [chosen] = [line for line in depth.lines if line.get_marker() == "D"]
     assert list(chosen.get_xdata()) == [3] and chosen.get_ydata()[0] == pytest.approx(803)
     assert "not finite" in texts(matrix_plots.plot_choice(tables, spectra_of, "trained", 9, "q_proj", "condition"))
+
+
+def test_a_choice_is_drawn_beside_the_layer_of_the_source_it_is_a_copy_of(analysed):
+    table, values = analysed
+    source = {key: sigma for key, sigma in values.items() if key[0] < 30}
+    figure = matrix_plots.plot_choice(
+        {"source": table[table.layer < 30], "trained": table}, {"source": source, "trained": values}, "trained", 65, "q_proj",
+        "condition",
+    )  # fmt: skip
+    [line] = [line for line in figure.axes[0].lines if line.get_label() == "source, layer 5"]
+    np.testing.assert_array_equal(line.get_ydata(), values[5, "q_proj"])
