@@ -133,14 +133,18 @@ def _extreme_subspaces(weight: torch.Tensor, k: int) -> tuple[_Span, _Span]:
     return _Span(vectors[:, -k:], gap(k)), _Span(vectors[:, :k], gap(len(sigmas) - k))
 
 
-def inheritance(checkpoint: Checkpoint | SingularValues, source_checkpoint: Checkpoint | SingularValues) -> pd.DataFrame:
+def inheritance(
+    checkpoint: Checkpoint | SingularValues,
+    source_checkpoint: Checkpoint | SingularValues,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
     """How much of its source's spectrum each matrix has kept: a row per matrix with layer, source_layer, copy, role and rmse.
 
     rmse is the root mean square of ln(σ_i/σ₁) − ln(σ_i⁰/σ₁⁰) over the i where both are more than the rounding of zero, σ⁰ the
     spectrum of layer i mod L of the source; it is 0 right after stacking by construction, NaN without such an i. Either argument may be what `model_singular_values` returned. An
-    expert is in `role`, as in `spectrum_key`. Raises ValueError as `find_matrices`, or if the model is no stack of such a source.
+    expert is in `role`, as in `spectrum_key`. `progress` counts the matrices of a `checkpoint` that is read. Raises ValueError as `find_matrices`, or if the model is no stack of such a source.
     """
-    spectra = _as_singular_values(checkpoint)
+    spectra = _as_singular_values(checkpoint, progress)
     sources = _as_singular_values(source_checkpoint)
     source_layers = 1 + max(layer for layer, _ in sources)
     check_source_layers(1 + max(layer for layer, _ in spectra), source_layers)
@@ -167,5 +171,5 @@ def inheritance(checkpoint: Checkpoint | SingularValues, source_checkpoint: Chec
     return pd.DataFrame(rows)
 
 
-def _as_singular_values(source: Checkpoint | SingularValues) -> SingularValues:
-    return source if isinstance(source, Mapping) else model_singular_values(source)
+def _as_singular_values(source: Checkpoint | SingularValues, progress: Progress | None = None) -> SingularValues:
+    return source if isinstance(source, Mapping) else model_singular_values(source, progress)

@@ -29,14 +29,21 @@ def trajectory(run_dir: str | Path, start: Checkpoint, start_step: int = 0) -> d
 
 
 def over_checkpoints(
-    steps: Mapping[int, Checkpoint], measure: Callable[..., pd.DataFrame], *arguments, **options
+    steps: Mapping[int, Checkpoint],
+    measure: Callable[..., pd.DataFrame],
+    *arguments,
+    progress: Callable[[int, int], None] | None = None,
+    **options,
 ) -> pd.DataFrame:
     """`measure(checkpoint, *arguments, **options)` at every checkpoint of `steps`, in one table with a column `step` in front.
 
     over_checkpoints(trajectory(run, stack), copies.copy_divergence, 30, reference=stack) is the divergence over training.
+    `progress` hears (done, total) over all checkpoints, of a `measure` that has such a `progress` itself.
     """
     tables = []
-    for step, checkpoint in sorted(steps.items()):
+    for before, (step, checkpoint) in enumerate(sorted(steps.items())):
+        if progress is not None:
+            options["progress"] = lambda done, total, before=before: progress(before * total + done, len(steps) * total)
         table = measure(checkpoint, *arguments, **options)
         tables.append(table.drop(columns="step", errors="ignore"))
         tables[-1].insert(0, "step", step)

@@ -25,14 +25,13 @@ from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
 from kl3m_nb.spectra import above_rounding
 
 MOST_COPIES = 24  # that `plot_copies` draws
-_CONDITION = r"condition number $\sigma_1/\sigma_{min}$"
 _RIDGES = 30  # in one panel
 _ACROSS = 6  # copies beside each other
 
 
 @styled
 def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float], enforced: bool = True) -> Figure:
-    """Condition number by layer and role, attention and MLP on a scale each; cells at their clamp ceiling or far above are marked.
+    """Condition number σ₁/σ_min by layer and role, attention and MLP on a scale each; cells at their clamp ceiling or far above are marked.
 
     `spectra` is what `spectra.model_spectra` returns, `ceilings` maps roles to their max_condition (0 for a role that is not
     clamped). With `enforced` False they are shown for reference, and nothing is marked. Of a mixture the worst expert is shown.
@@ -56,7 +55,7 @@ def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float],
         low, high, extend = _condition_limits(grid.loc[roles].to_numpy(), limits[roles].max())
         shown = grid.loc[roles].clip(low, 1.01 * high)
         image = _heatmap(axes, shown, spectra, LogNorm(low, high), plt.get_cmap("cividis").with_extremes(over=VERMILLION))
-        bar = figure.colorbar(image, ax=axes, pad=0.01, extend=extend, label=_CONDITION)
+        bar = figure.colorbar(image, ax=axes, pad=0.01, extend=extend, label="condition number")
         plain_log_axis(bar.ax.yaxis)
         for mask, marker, color, text in marks:
             rows, layers = np.nonzero(mask.loc[roles].to_numpy())

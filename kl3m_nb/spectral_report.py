@@ -140,7 +140,7 @@ def _add_copies(
     reference = subject.start or None
     if len(subject.steps) > 1:
         over_time = history.over_checkpoints(
-            subject.steps, copies.copy_divergence, subject.source_layers, reference, top_k, progress("copies over the run")
+            subject.steps, copies.copy_divergence, subject.source_layers, reference, top_k, progress=progress("copies over the run")
         )
         divergence = over_time[over_time["step"] == over_time["step"].max()].drop(columns="step")
         caption = "Over training: means over pairs of copies and source blocks; dashes mark what chance gives."
@@ -171,8 +171,10 @@ def _add_inheritance(page: _Page, values: dict, sources: dict, subject: Subject)
     inherited.to_csv(page.folder / "inheritance.csv", index=False)
     page.sentences += spectral_summary.describe_inheritance(inherited)
     if len(subject.steps) > 1:
-        over_time = history.over_checkpoints(subject.steps, copies.inheritance, sources)
-        caption = "Over training: distance of the spectra from the source's; zero at step 0 by construction."
+        over_time = history.over_checkpoints(
+            subject.steps, copies.inheritance, sources, progress=progress("spectra over the run")
+        )
+        caption = "Over training: distance of the spectra from the source's; zero for the fresh stack by construction."
         page.figure(spectral_plots.plot_inheritance(over_time), "inheritance_over_training", caption, over_time)
     page.figure(spectral_plots.plot_inheritance(inherited), "inheritance", "By layer and role.", inherited)
 

@@ -32,6 +32,17 @@ def test_tables_of_checkpoints_stand_below_each_other_in_order():
     assert table.to_dict("list") == {"step": [0, 20], "value": [11, 31]}
 
 
+def test_progress_runs_once_over_all_checkpoints():
+    def measure(checkpoint, progress):
+        for done in (1, 2, 3):
+            progress(done, 3)
+        return pd.DataFrame({"value": [checkpoint]})
+
+    calls = []
+    history.over_checkpoints({0: "a", 20: "b"}, measure, progress=lambda *numbers: calls.append(numbers))
+    assert calls == [(done, 6) for done in range(1, 7)]
+
+
 def write_clamps(run_dir, events) -> None:
     with open(run_dir / metrics.FILE_NAME, "w") as file:
         for step, matrices in events.items():
