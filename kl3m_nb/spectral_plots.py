@@ -23,6 +23,7 @@ from kl3m_nb.history import AT_CEILING, FAR_ABOVE_CEILING
 from kl3m_nb.matrices import HEAD_LAYER, ROLES
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
 from kl3m_nb.spectra import above_rounding
+from kl3m_nb.spectral_summary import condition_text
 
 MOST_COPIES = 24  # that `plot_copies` draws
 _RIDGES = 30  # in one panel
@@ -91,7 +92,7 @@ def _condition_limits(conditions: np.ndarray, ceiling: float) -> tuple[float, fl
 def _remarks(spectra: pd.DataFrame, ceilings: Mapping[str, float]) -> str:
     remarks = []
     for head in spectra[spectra["role"] == "lm_head"].itertuples():
-        ceiling, condition = ceilings.get("lm_head", 0.0), f"{head.condition:,.0f}" if head.condition_reliable else "–"
+        ceiling, condition = ceilings.get("lm_head", 0.0), condition_text(head.condition) if head.condition_reliable else "–"
         remarks.append(f"LM head: condition {condition}" + (f" (ceiling {ceiling:,.0f})" if ceiling else ""))
     if not_finite := int((~spectra["finite"]).sum()):
         remarks.append(f"NaN or infinite values (grey): {not_finite} matri{'x' if not_finite == 1 else 'ces'}")
@@ -174,10 +175,10 @@ def plot_copies(
         color = SEQUENCE[order % len(SEQUENCE)]
         above.plot(index, mean, color=GREY, linewidth=3.5, alpha=0.5, label="mean of the copies")
         above.plot(index, values, color=color, label=f"layer {layer}")
-        rank = int(above_rounding(values, len(values)).sum())
-        condition = f"condition {values[0] / values[-1]:,.0f}" if rank == len(values) else "condition infinite"
+        number = values[0] / values[-1] if above_rounding(values, len(values)).all() else math.inf
         above.set_title(f"copy {layer // source_layers}: layer {layer}", fontsize=11)
-        above.text(0.05, 0.06, condition if finite[order] else "not finite", transform=above.transAxes, fontsize=10)
+        text = f"condition {condition_text(number)}" if finite[order] else "not finite"
+        above.text(0.05, 0.06, text, transform=above.transAxes, fontsize=10)
         with np.errstate(divide="ignore", invalid="ignore"):
             below.plot(index, 100 * (values / mean - 1), color=color)
         below.axhline(0, color=GREY, linewidth=1)

@@ -86,7 +86,7 @@ def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float]) -> list[s
         sentences += _describe_group(group, blocks[blocks["role"].isin(roles)], ceilings, layers)
     for head in table[table["layer"] == HEAD_LAYER].itertuples():
         if head.finite:
-            condition = f"condition {_number(head.condition)} and " if head.condition_reliable else ""
+            condition = f"condition {condition_text(head.condition)} and " if head.condition_reliable else ""
             share = head.effective_rank / min(head.rows, head.cols)
             sentences.append(f"The LM head has {condition}an effective rank of {share:.0%} of its shorter side.")
     ill = ill_matrices(table, ceilings)
@@ -115,8 +115,8 @@ def _describe_group(group: str, rows: pd.DataFrame, ceilings: Mapping[str, float
     if not known.empty:
         worst = known.loc[known["condition"].idxmax()]
         sentences.append(
-            f"The median condition of the {group} is {_number(known['condition'].median())}, the largest "
-            f"{_number(worst['condition'])} ({matrix_name(worst)})."
+            f"The median condition of the {group} is {condition_text(known['condition'].median())}, the largest "
+            f"{condition_text(worst['condition'])} ({matrix_name(worst)})."
         )
     ranks = (rows["effective_rank"] / rows[["rows", "cols"]].min(axis=1)).dropna()
     if not ranks.empty:
@@ -244,5 +244,6 @@ def matrix_name(row) -> str:
     return f"layer {row.layer}, {row.role}" + (f" of expert {expert}" if expert >= 0 else "")
 
 
-def _number(value: float) -> str:
+def condition_text(value: float) -> str:
+    """ "2,208", "4.58" or "infinite"."""
     return "infinite" if np.isinf(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
