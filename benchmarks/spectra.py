@@ -13,8 +13,8 @@ shapes, so the difference is what a matrix costs, and the time for 120 layers fo
 the table says so. It wants the model in memory and gets it before its time is taken. It is compared with our time for the same
 matrices, without the head, which includes reading the file.
 
-Last the HTML report of the checkpoint is written as a run that clamps would have it, and its tables and sentences are compared with
-what was put in.
+Last the HTML report of the checkpoint is written as a run that clamps would have it, and its tables and sentences are compared
+with what was put in.
 """
 
 from __future__ import annotations

@@ -36,9 +36,9 @@ def copy_divergence(
       chance_cosine = 1/√(rows·cols) is the standard deviation of that of independent movements.
     * top_overlap, bottom_overlap: mean squared cosine of the principal angles between the spans of the `top_k` largest (smallest)
       singular vectors, on the matrix's shorter side n: 1 for one and the same, chance_overlap = top_k / n for random ones.
-    * top_gap, bottom_gap: the smaller of the two copies' relative gaps between the last singular value inside and the first outside
-      (1 where none is outside). Below 1e-3 the span is arbitrary, as where the clamp has raised several values to one, and the
-      overlap is NaN.
+    * top_gap, bottom_gap: the smaller of the two copies' relative gaps between the last singular value inside and the first
+      outside (1 where none is outside). Below 1e-3 the span is arbitrary, as where the clamp has raised several values to one,
+      and the overlap is NaN.
 
     Columns before them: role, expert, source_layer, copy_a, copy_b. `progress` counts groups of copies.
 
@@ -141,8 +141,9 @@ def inheritance(
     """How much of its source's spectrum each matrix has kept: a row per matrix with layer, source_layer, copy, role and rmse.
 
     rmse is the root mean square of ln(σ_i/σ₁) − ln(σ_i⁰/σ₁⁰) over the i where both are more than the rounding of zero, σ⁰ the
-    spectrum of layer i mod L of the source; it is 0 right after stacking by construction, NaN without such an i. Either argument may be what `model_singular_values` returned. An
-    expert is in `role`, as in `spectrum_key`. `progress` counts the matrices of a `checkpoint` that is read. Raises ValueError as `find_matrices`, or if the model is no stack of such a source.
+    spectrum of layer i mod L of the source; it is 0 right after stacking by construction, and NaN without such an i. Either
+    argument may be what `model_singular_values` returned. An expert is in `role`, as in `spectrum_key`. `progress` counts the
+    matrices of a `checkpoint` that is read. Raises ValueError as `find_matrices`, or if the model is no stack of such a source.
     """
     spectra = _as_singular_values(checkpoint, progress)
     sources = _as_singular_values(source_checkpoint)

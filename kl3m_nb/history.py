@@ -20,8 +20,9 @@ LOOKED_AT = ("tested", "decomposed", "repaired")  # routes of the clamp that mea
 
 
 def trajectory(run_dir: str | Path, start: Checkpoint, start_step: int = 0) -> dict[int, Checkpoint]:
-    """`start` (the stack the run was begun from, or what stands for it) at `start_step`, and by step the whole checkpoints of a run
-    that are later. Raises ValueError when the run has no checkpoint.
+    """`start` (the stack the run was begun from, or what stands for it) at `start_step`, and the run's later whole checkpoints.
+
+    Raises ValueError when the run has no checkpoint.
     """
     checkpoints.require_checkpoint(Path(run_dir))
     folders = {checkpoints.checkpoint_step(folder): folder for folder in checkpoints.whole_checkpoints(Path(run_dir))}
@@ -51,11 +52,11 @@ def over_checkpoints(
 
 
 def clamp_history(run_dir: str | Path, source_layers: int, last_step: float = math.inf) -> pd.DataFrame:
-    """A row per matrix and clamp event up to `last_step`: step, layer, source_layer, copy, role, name, route, sigma_max, sigma_min, tau, raised,
-    max_condition, condition and at_ceiling.
+    """A row per matrix and clamp event up to `last_step`: step, layer, source_layer, copy, role, name, route, sigma_max,
+    sigma_min, tau, raised, max_condition, condition and at_ceiling.
 
     `condition` is σ₁/σ_min before the clamp, NaN for a matrix that a certificate spared from being looked at; `at_ceiling` tells
-    whether it had reached its max_condition (`raised` values were then put back). Empty for a run without clamp events.
+    whether it had reached its max_condition (`raised` values were then put back). Empty without clamp events.
     """
     events = metrics.read_metrics(run_dir, "clamp")
     if events.empty or (events := events[events["step"] <= last_step]).empty:

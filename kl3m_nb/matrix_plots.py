@@ -209,8 +209,9 @@ def plot_choice(
     role: str,
     metric: str,
 ) -> Figure:
-    """One matrix among its like: its spectrum in every checkpoint that has it, and `metric` of its role over depth. Of a less deep
-    checkpoint, the source, it is that of layer i mod L.
+    """One matrix among its like: its spectrum in every checkpoint that has it, and `metric` of its role over depth.
+
+    Of a less deep checkpoint, the source, it is that of layer i mod L.
 
     `tables` and `singular_values` hold, by checkpoint, what `spectra.analyse_model` returns; `role` carries the expert, as in
     `spectra.spectrum_key`. The chosen checkpoint and layer are drawn in colour, the others in grey.

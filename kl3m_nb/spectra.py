@@ -229,7 +229,7 @@ def _kept_singular_values(weight: torch.Tensor, cache: SpectrumCache) -> np.ndar
 
 
 def _has_16_bit_values(weight: torch.Tensor) -> bool:
-    """Whether bfloat16 or float16 hold every entry exactly, as a rounded copy that was saved as float32 shows; zeros tell nothing."""
+    """Whether bfloat16 or float16 hold every entry exactly, also where it was saved as float32. Zeros alone tell nothing."""
     if weight.dtype == torch.float64:
         return False
     if weight.dtype != torch.float32:

@@ -32,12 +32,12 @@ _ACROSS = 6  # copies beside each other
 
 @styled
 def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float], enforced: bool = True) -> Figure:
-    """Condition number σ₁/σ_min by layer and role, attention and MLP on a scale each; cells at their clamp ceiling or far above are marked.
+    """Condition number σ₁/σ_min by layer and role, attention and MLP on a scale each.
 
-    `spectra` is what `spectra.model_spectra` returns, `ceilings` maps roles to their max_condition (0 for a role that is not
-    clamped). With `enforced` False they are shown for reference, and nothing is marked. Of a mixture the worst expert is shown.
-    A scale ends at ten times its median; what lies beyond is red. Conditions of 16-bit weights are drawn and never marked, with a
-    warning in the title.
+    Cells at their clamp ceiling, or more than 15% above it, are marked. `spectra` is what `spectra.model_spectra` returns,
+    `ceilings` maps roles to their max_condition (0 for a role that is not clamped). With `enforced` False they are shown for
+    reference, and nothing is marked. Of a mixture the worst expert is shown. A scale ends at ten times its median; what lies
+    beyond is red. Conditions of 16-bit weights are drawn and never marked, with a warning in the title.
     """
     grid = _role_grid(spectra, "condition")
     judged = _role_grid(spectra.assign(judged=spectra["condition"].where(spectra["condition_reliable"])), "judged")
@@ -48,6 +48,7 @@ def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float],
     figure, panels = plt.subplots(
         len(groups), 1, figsize=(13, 5), sharex=True, squeeze=False, height_ratios=[len(roles) for roles in groups]
     )
+    size = min(8.0, 600 / grid.shape[1])
     marks = (
         ((share >= AT_CEILING) & (share <= FAR_ABOVE_CEILING), "o", ORANGE, "at the ceiling"),
         (share > FAR_ABOVE_CEILING, "X", VERMILLION, f"more than {FAR_ABOVE_CEILING - 1:.0%} above the ceiling"),
@@ -60,7 +61,7 @@ def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float],
         plain_log_axis(bar.ax.yaxis)
         for mask, marker, color, text in marks:
             rows, layers = np.nonzero(mask.loc[roles].to_numpy())
-            style = {"color": color, "markeredgecolor": BLACK, "markeredgewidth": 0.5, "markersize": min(8.0, 600 / grid.shape[1])}
+            style = {"color": color, "markeredgecolor": BLACK, "markeredgewidth": 0.5, "markersize": size}
             label = f"{text}: {int(mask.to_numpy().sum())} of {grid.size} matrices"
             axes.plot(layers, rows, marker, label=label if share.notna().any(axis=None) and roles is groups[0] else "", **style)
         for ceiling in sorted(set(limits[roles]) - {0.0}):
@@ -105,8 +106,8 @@ def _remarks(spectra: pd.DataFrame, ceilings: Mapping[str, float]) -> str:
 def plot_ridgeline(singular_values: Mapping[tuple[int, str], np.ndarray], role: str) -> Figure:
     """The spectrum of `role` in every layer, one above the other: density of log σ, with dots at the largest and the smallest σ.
 
-    More than 30 layers stand in several panels. Of a singular matrix the dot stands at the smallest σ above zero. Raises ValueError
-    for a role that is not there, or whose matrices are all zero or not finite.
+    More than 30 layers stand in several panels. Of a singular matrix the dot stands at the smallest σ above zero. Raises
+    ValueError for a role that is not there, or whose matrices are all zero or not finite.
     """
     layers = _layers_with(singular_values, role)
     spectra = {layer: values[values > 0] for layer in layers if (values := singular_values[layer, role])[0] > 0}
@@ -152,8 +153,8 @@ def plot_copies(
 ) -> Figure:
     """The copies of one source block side by side: above each spectrum on the mean of the copies, below its deviation from it.
 
-    More than six copies stand in several rows. A copy that is not finite is left out of the mean. Raises ValueError if there is no
-    such block, or if it has more than `MOST_COPIES` copies.
+    More than six copies stand in several rows. A copy that is not finite is left out of the mean. Raises ValueError if there is
+    no such block, or if it has more than `MOST_COPIES` copies.
     """
     layers = [layer for layer in _layers_with(singular_values, role) if layer % source_layers == source_layer]
     if not layers:

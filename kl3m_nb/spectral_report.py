@@ -97,7 +97,7 @@ def write_report(
     if subject.copies > 1:
         _add_copies(page, values, subject, top_k, progress)
     if sources:
-        _add_inheritance(page, values, sources, subject)
+        _add_inheritance(page, values, sources, subject, progress)
     if subject.run_dir:
         _add_clamp(page, subject)
     if windows:
@@ -133,14 +133,17 @@ def _add_model(page: _Page, table: pd.DataFrame, values: dict, subject: Subject)
         page.figure(spectral_plots.plot_ridgeline(values, role), f"ridgeline_{role}", f"{role}: density of ln σ, by layer.", data)
 
 
-def _add_copies(
-    page: _Page, values: dict, subject: Subject, top_k: int, progress: Callable[[str], spectra.Progress]
-) -> None:
+def _add_copies(page: _Page, values: dict, subject: Subject, top_k: int, progress: Callable[[str], spectra.Progress]) -> None:
     page.heading("Are the copies diverging?")
     reference = subject.start or None
     if len(subject.steps) > 1:
         over_time = history.over_checkpoints(
-            subject.steps, copies.copy_divergence, subject.source_layers, reference, top_k, progress=progress("copies over the run")
+            subject.steps,
+            copies.copy_divergence,
+            subject.source_layers,
+            reference,
+            top_k,
+            progress=progress("copies over the run"),
         )
         divergence = over_time[over_time["step"] == over_time["step"].max()].drop(columns="step")
         caption = "Over training: means over pairs of copies and source blocks; dashes mark what chance gives."
@@ -165,7 +168,9 @@ def _most_diverged(divergence: pd.DataFrame) -> tuple[str, int]:
     return spectrum_key(block, role, expert)[1], block
 
 
-def _add_inheritance(page: _Page, values: dict, sources: dict, subject: Subject) -> None:
+def _add_inheritance(
+    page: _Page, values: dict, sources: dict, subject: Subject, progress: Callable[[str], spectra.Progress]
+) -> None:
     page.heading("Was the conditioning inherited?")
     inherited = copies.inheritance(values, sources)
     inherited.to_csv(page.folder / "inheritance.csv", index=False)

@@ -33,10 +33,10 @@ class Subject:
     """A checkpoint and what is known of its past.
 
     `source_layers` is the number of layers when it is no stack. `start` (same depth) and `source` (source_layers deep) are empty
-    strings where nothing names them. `steps` holds the checkpoints of its run by step up to this one, and before them the start: at
-    0, or at its own step when it is not what the run was begun from. It is empty without a run or a start. `run_dir` and `profile`
-    are those of the run it belongs to, if any; `clamp` is the run's, the kl3m-007 card's where there is no run. `order` is that of
-    the stack; copies and source of one that is not cyclic are not looked for. `name` is what a title calls it.
+    strings where nothing names them. `steps` holds the checkpoints of its run by step up to this one, and before them the start:
+    at 0, or at its own step when it is not what the run was begun from. It is empty without a run or a start. `run_dir` and
+    `profile` are those of the run it belongs to, if any; `clamp` is the run's, the kl3m-007 card's where there is no run. `order`
+    is that of the stack; copies and source of one that is not cyclic are not looked for. `name` is what a title calls it.
     """
 
     name: str
@@ -101,7 +101,9 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     record = next((record for path in (start, begun) if path and (record := _record(Path(path)))), {})
     if (order := record.get("order", "cyclic")) != "cyclic":
         if source_layers:
-            raise ValueError(f"{checkpoint} was begun from an {order} stack; copies and sources are compared for cyclic stacks only.")
+            raise ValueError(
+                f"{checkpoint} was begun from an {order} stack; copies and sources are compared for cyclic stacks only."
+            )
         record = {}
     if not source and record and paths.resolve(record["source"]).is_dir():
         source = str(paths.resolve(record["source"]))

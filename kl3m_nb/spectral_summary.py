@@ -79,8 +79,8 @@ def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float]) -> list[s
     sentences = [f"{layers} layers{made}: {len(table):,} matrices in {dtypes}."]
     if not (unreliable := table[table["finite"] & ~table["condition_reliable"]]).empty:
         sentences.append(
-            f"The values of {len(unreliable):,} matrices are 16-bit: their condition numbers and smallest singular values would be "
-            "those of the rounded copy, not of the model that was trained, and are not judged."
+            f"The values of {len(unreliable):,} matrices are 16-bit: their condition numbers and smallest singular values are "
+            "those of a rounded copy, not of the model that was trained, and are not judged."
         )
     for group, roles in GROUPS.items():
         sentences += _describe_group(group, blocks[blocks["role"].isin(roles)], ceilings, layers)
@@ -164,8 +164,8 @@ def describe_divergence(divergence: pd.DataFrame) -> list[str]:
     for side, overlap in sides.items():
         if len(overlap) < len(known):
             sentences.append(
-                f"In {len(known) - len(overlap):,} of {len(known):,} pairs the {side} directions have no overlap to speak of: the "
-                "singular value beside them is the same, as where the clamp has raised several to one value."
+                f"In {len(known) - len(overlap):,} of {len(known):,} pairs the {side} directions are not distinct from the next "
+                "and not compared: their singular values are one, as where the clamp has raised several to its bound."
             )
     return sentences
 
@@ -176,8 +176,8 @@ def describe_inheritance(inherited: pd.DataFrame) -> list[str]:
     sentences = []
     if len(known) < len(inherited):
         sentences.append(
-            f"{len(inherited) - len(known):,} of {len(inherited):,} matrices, or their source's, are zero or not finite: they have no "
-            "spectrum to compare."
+            f"{len(inherited) - len(known):,} of {len(inherited):,} matrices, or their source's, are zero or not finite: they "
+            "have no spectrum to compare."
         )
     if known.empty:
         return sentences
@@ -187,8 +187,8 @@ def describe_inheritance(inherited: pd.DataFrame) -> list[str]:
     return [
         *sentences,
         "Relative to σ₁, singular values differ from their source's by a factor of "
-        f"{_factor(known['rmse'].median())} (root mean square of the logarithm) in the median matrix, most in {matrix_name(most)} "
-        f"(a factor of {_factor(most['rmse'])}).",
+        f"{_factor(known['rmse'].median())} (root mean square of the logarithm) in the median matrix, most in "
+        f"{matrix_name(most)} (a factor of {_factor(most['rmse'])}).",
     ]
 
 
@@ -230,8 +230,8 @@ def describe_function(similarity: pd.DataFrame, swaps: pd.DataFrame) -> list[str
     most = known.loc[known["change"].abs().idxmax()]
     return [
         *sentences,
-        f"Swapping two copies changes the held-out loss of {known['loss'].iloc[0]:.3f} by {known['change'].median():+.3f} nats in "
-        f"the median; the largest change is {most['change']:+.3f} (source block {int(most['source_layer'])}, copies "
+        f"Swapping two copies changes the held-out loss of {known['loss'].iloc[0]:.3f} by {known['change'].median():+.3f} nats "
+        f"in the median; the largest change is {most['change']:+.3f} (source block {int(most['source_layer'])}, copies "
         f"{int(most['copy_a'])} and {int(most['copy_b'])}).",
     ]
 

@@ -111,7 +111,7 @@ class TestCopyDivergence:
     @pytest.mark.parametrize("raised", [2, 3, 4])
     def test_where_the_clamp_raised_more_or_fewer_values_to_one_there_is_no_overlap(self, tmp_path, raised):
         def clamped(layer, role, shape):
-            """Copies that differ at random in directions whose singular values are the same: the last `raised` and the first two."""
+            """Copies whose last `raised` directions, all of one singular value, are mixed at random."""
             rng = np.random.default_rng(seed_of(role))
             n = min(shape)
             left, right = orthonormal(n, n, rng), orthonormal(max(shape), n, rng)

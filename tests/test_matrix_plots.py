@@ -63,7 +63,9 @@ class TestMatrixPage:
         rows = table.assign(condition_reliable=False)
         figure = matrix_plots.plot_matrix_page(rows, values, rows.loc[7], 0.0)
         shown = [text.get_text() for axes in figure.axes for text in axes.texts]
-        cells = {name: shown[shown.index(name) + 1 : shown.index(name) + 3] for name in ("condition", "smallest σ", "stable rank")}
+        cells = {
+            name: shown[shown.index(name) + 1 : shown.index(name) + 3] for name in ("condition", "smallest σ", "stable rank")
+        }
         assert cells["condition"] == cells["smallest σ"] == ["–", "–"] and "–" not in cells["stable rank"]
 
 

@@ -74,7 +74,8 @@ class TestConditionHeatmap:
         assert names == list(BLOCK_ROLES) and mlp.get_xlabel() == "layer"
         assert len(bars) == 2 and all("condition" in bar.get_ylabel() for bar in bars)
         for axes in (attention, mlp):
-            borders = {line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2}
+            places = [list(line.get_xdata()) for line in axes.lines]
+            borders = {place[0] for place in places if len(place) == 2 and place[0] == place[1]}
             assert borders == {source_layers * copy - 0.5 for copy in (1, 2, 3)}
 
     def test_labels_do_not_overlap_at_120_layers(self):
@@ -107,7 +108,8 @@ class TestConditionHeatmap:
         high = spectra_frame(3, 3).assign(condition=9000.0)
         figure = spectral_plots.plot_condition_heatmap(high, CEILINGS, enforced=False)
         assert marked(figure, "o") == marked(figure, "X") == set()
-        assert "ceiling 3,000 of the card, not known to be applied" in texts(figure) and "LM head: condition 9,000" in texts(figure)
+        shown = texts(figure)
+        assert "ceiling 3,000 of the card, not known to be applied" in shown and "LM head: condition 9,000" in shown
 
     def test_conditions_of_16_bit_weights_are_not_marked(self):
         frame = spectra_frame(3, 3).assign(condition=9000.0)

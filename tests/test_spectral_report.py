@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import re
@@ -141,7 +142,7 @@ def spoilt(known, folder, part: str, kind="trained"):
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        ("", ["Layer 0, q_proj holds NaN", "52 more matrices stand out", "84 of 84 pairs of copies hold NaN", "57 of 57 matrices"]),
+        ("", ["Layer 0, q_proj holds NaN", "52 more matrices stand out", "84 of 84 pairs of copies", "57 of 57 matrices"]),
         ("q_proj", ["Layer 0, q_proj holds NaN", "3 more matrices stand out", "12 of 84 pairs", "8 of 57 matrices"]),
         ("layers.7.", ["Layer 7, q_proj holds NaN", "2 more matrices stand out", "21 of 84 pairs", "7 of 57 matrices"]),
     ],
@@ -161,6 +162,21 @@ def test_nan_in_the_source_is_no_fault_of_the_model(known, tmp_path, unsaved):
     text = spectral_report.write_report(subject, tmp_path / "report", fit_alpha=False, top_k=4).read_text()
     assert "16 of 57 matrices, or their source&#x27;s, are zero or not finite" in text and "No matrix is ill." in text
     assert pd.read_csv(tmp_path / "report" / "inheritance.csv").rmse.isna().sum() == 16
+
+
+def test_the_checkpoints_of_a_run_are_drawn_over_its_steps(known, tmp_path, unsaved):
+    subject = find_subject(known.trained, against=str(known.stack))
+    subject = dataclasses.replace(subject, steps={0: known.stack, 40: known.trained})
+    labels = []
+
+    def bar(label):
+        labels.append(label)
+        return lambda *_: None
+
+    text = spectral_report.write_report(subject, tmp_path / "report", fit_alpha=False, top_k=4, progress=bar).read_text()
+    assert {"divergence_over_training", "inheritance_over_training"} <= set(unsaved)
+    assert labels == ["spectra", "source", "copies over the run", "spectra over the run"]
+    assert f"lie {known.divergence.distance.median():.1%} of their norm apart" in text  # at the last step
 
 
 def test_a_subspace_of_nothing_is_refused_before_any_work(known, tmp_path):

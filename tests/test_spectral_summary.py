@@ -141,7 +141,7 @@ def test_roles_that_are_equally_far_apart_are_not_ranked():
 def test_what_is_not_known_of_the_copies_is_counted():
     frame = divergence([0.2, np.nan, 0.1, 0.1, 0.2, np.nan], 0.1, (0.75, [0.2, np.nan, np.nan, 0.4, np.nan, np.nan]))
     text = " ".join(spectral_summary.describe_divergence(frame))
-    assert "2 of 6 pairs of copies hold NaN" in text and "In 2 of 4 pairs the trailing directions have no overlap" in text
+    assert "2 of 6 pairs of copies hold NaN" in text and "In 2 of 4 pairs the trailing directions are not distinct" in text
     assert "q_proj lie furthest apart (20.0%)" in text and "trailing directions overlap by 0.30" in text
     [sentence] = spectral_summary.describe_divergence(divergence([np.nan] * 6, np.nan))
     assert sentence.startswith("6 of 6 pairs")
