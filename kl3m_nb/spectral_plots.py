@@ -67,7 +67,7 @@ def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float],
         for ceiling in sorted(set(limits[roles]) - {0.0}):
             named = ", ".join(_short(role) for role in roles if limits[role] == ceiling)
             bar.ax.axhline(ceiling, color=VERMILLION, linewidth=2)
-            text = f"ceiling {ceiling:,.0f}{'' if enforced else ' of the card, not known to be applied'}: {named}"
+            text = f"ceiling {ceiling:,.0f}{'' if enforced else ' (for reference)'}: {named}"
             axes.plot([], [], color=VERMILLION, linewidth=2, label=text if ceiling <= high else f"{text} (beyond the scale)")
         if roles is not groups[-1]:
             axes.set_xlabel("")
@@ -184,13 +184,19 @@ def plot_copies(
             below.plot(index, 100 * (values / mean - 1), color=color)
         below.axhline(0, color=GREY, linewidth=1)
         below.set_xlabel("index i")
+        below.tick_params(labelbottom=True)
     for unused in (*uppers.flat[len(layers) :], *lowers.flat[len(layers) :]):
         unused.set_axis_off()
     for above in uppers.flat:
         plain_log_axis(above.yaxis)
-    for row in range(down):
-        uppers[row, 0].set_ylabel(f"σᵢ of {role}\n(grey: mean of the copies)")
-        lowers[row, 0].set_ylabel("deviation from\nthe mean (%)")
+    for axes, name in (
+        (uppers[:, 0], f"σᵢ of {role}\n(grey: mean of the copies)"),
+        (lowers[:, 0], "deviation from\nthe mean (%)"),
+    ):
+        ends = [first.get_ylim() for first in axes]
+        for first in axes:
+            first.set_ylim(np.min(ends), np.max(ends))
+            first.set_ylabel(name)
     return figure
 
 

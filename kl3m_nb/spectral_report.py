@@ -28,7 +28,7 @@ from kl3m_nb import (
 )
 from kl3m_nb.figures import save_figure
 from kl3m_nb.html import figure_tag, write_page
-from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER, model_step
+from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER
 from kl3m_nb.packing import held_out_windows
 from kl3m_nb.progress_bar import ProgressBar
 from kl3m_nb.spectra import spectrum_key
@@ -185,7 +185,7 @@ def _add_inheritance(
 
 
 def _add_clamp(page: _Page, subject: Subject) -> None:
-    clamps = history.clamp_history(subject.run_dir, subject.source_layers, model_step(subject.checkpoint))
+    clamps = history.clamp_history(subject.run_dir, subject.source_layers, subject.last_step)
     if clamps.empty:
         return
     page.heading("What the clamp does")

@@ -7,6 +7,7 @@ beside a checkpoint, the model that is given for comparison decides by its depth
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from kl3m_nb.history import trajectory
 from kl3m_nb.matrices import (
     ROLES,
     STACK_RECORD,
+    UNKNOWN_STEP,
     Checkpoint,
     check_source_layers,
     find_matrices,
@@ -55,6 +57,12 @@ class Subject:
     def copies(self) -> int:
         """How often each source block is in the model."""
         return self.layers // self.source_layers
+
+    @property
+    def last_step(self) -> float:
+        """The optimizer step of the checkpoint; infinite where its name does not say, so that all of its run counts."""
+        step = model_step(self.checkpoint)
+        return math.inf if step == UNKNOWN_STEP else step
 
     @property
     def reference_ceilings(self) -> dict[str, float]:

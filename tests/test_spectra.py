@@ -62,9 +62,10 @@ class TestSingularValues:
         weight = np.random.default_rng(3).standard_normal((10, 20))
         np.testing.assert_allclose(spectra.singular_values(weight * scale), spectra.singular_values(weight) * scale, rtol=1e-9)
 
-    def test_of_a_singular_and_of_a_zero_matrix(self):
+    @pytest.mark.parametrize("rows", [20, 60])
+    def test_of_a_singular_and_of_a_zero_matrix(self, rows):
         rng = np.random.default_rng(4)
-        rank_three = rng.standard_normal((20, 3)) @ rng.standard_normal((3, 15))
+        rank_three = rng.standard_normal((rows, 3)) @ rng.standard_normal((3, 15))
         values = spectra.singular_values(rank_three)
         assert (values[:3] > 0.1).all() and (values[3:] < 1e-13 * values[0]).all()
         assert np.array_equal(spectra.singular_values(torch.zeros(4, 6)), np.zeros(4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 
 import pytest
@@ -57,7 +58,8 @@ def test_a_run_brings_its_start_its_ceilings_and_its_checkpoints(known, trained_
     assert subject.profile == small_profile() and subject.run_dir == run_dir
     assert subject.copies == 1 and not subject.steps  # begun from random weights: no stack
     earlier = find_subject(run_dir / "checkpoints" / "step-000003")
-    assert earlier.run_dir == run_dir and earlier.checkpoint.name == "step-000003"
+    assert earlier.run_dir == run_dir and earlier.checkpoint.name == "step-000003" and earlier.last_step == 3
+    assert find_subject(known.trained).last_step == math.inf
 
 
 def test_a_run_begun_from_a_stack_has_a_trajectory(trained_run, tmp_path):
