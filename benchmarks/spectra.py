@@ -8,14 +8,19 @@ next call. Caches are removed before what is timed, except for the second look. 
 it held before, sampled ten times a second; pages of the mapped file, which the system may drop at any time, are not in it.
 
 WeightWatcher (pip install weightwatcher, into an environment of its own) analyses the first `--peer-layers` of the same
-checkpoint with its defaults, which leave out an LM head of more than 50,000 rows; all layers have the same shapes, so its time is
-scaled to 120 of them, and the table says so. It wants the model in memory and gets it before its time is taken; ours includes
-reading the file and the head.
+checkpoint with its defaults, which leave out an LM head of more than 50,000 rows, and its first six. All layers have the same
+shapes, so the difference is what a matrix costs, and the time for 120 layers follows without multiplying what it costs to begin;
+the table says so. It wants the model in memory and gets it before its time is taken. It is compared with our time for the same
+matrices, without the head, which includes reading the file.
+
+Last the HTML report of the checkpoint is written as a run that clamps would have it, and its tables and sentences are compared
+with what was put in.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import logging
 import shutil
@@ -31,12 +36,14 @@ import torch
 from _common import write_table
 from transformers import AutoConfig, LlamaForCausalLM
 
-from kl3m_nb import copies, known_spectra, spectra
-from kl3m_nb.matrices import HEAD_LAYER
+from kl3m_nb import copies, history, known_spectra, spectra, spectral_report
+from kl3m_nb.matrices import HEAD_LAYER, find_matrices
 from kl3m_nb.profiles import get_profile
 from kl3m_nb.spectral_cache import CACHE_FOLDER
+from kl3m_nb.spectral_subject import find_subject
 
 PROFILE = get_profile("kl3m-007-500m")
+FEW_PEER_LAYERS = 6
 PEER_COLUMNS = {"stable_rank": "stable_rank", "entropy": "entropy", "alpha": "alpha", "alpha_xmin": "xmin", "alpha_D": "D"}
 
 
@@ -139,6 +146,8 @@ def main() -> None:
     parser.add_argument("--peer-layers", type=int, default=20, help="layers that WeightWatcher analyses")
     parser.add_argument("--only-write", action="store_true", help="write the checkpoints and stop")
     arguments = parser.parse_args()
+    if not FEW_PEER_LAYERS < arguments.peer_layers <= PROFILE.model.layers:
+        parser.error(f"--peer-layers takes {FEW_PEER_LAYERS + 1} to {PROFILE.model.layers}.")
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         known = known_spectra.write_known_stack(folder, PROFILE.model, PROFILE.growth_factor)
@@ -152,26 +161,60 @@ def measure(known: known_spectra.KnownStack, peer_layers: int) -> None:
         forget(known.trained)
         measured = Measurement(spectra.model_spectra, known.trained, known.source_layers, fit_alpha=alpha)
         rows.append(measured.row(f"spectra, {what}", len(measured.result)))
-    table, ours = measured.result, measured.seconds
+    table = measured.result
     again = Measurement(spectra.model_spectra, known.trained, known.source_layers, fit_alpha=True)
     rows.append(again.row("second look, with alpha", len(table)))
+    blocks = find_matrices(known.trained)[:-1]
+    ours = Measurement(spectra.on_every_core, lambda matrix: spectra.spectrum_of(matrix.read()), blocks)
+    rows.append(ours.row("the blocks only, with alpha", len(blocks)))
     divergence = Measurement(copies.copy_divergence, known.trained, known.source_layers, known.stack)
-    rows.append(divergence.row("divergence of the copies", len(table) - 1))
-    inherited = copies.inheritance(known.trained, known.source)
-    write_table("spectra_exactness", deviations(known, table, divergence.result, inherited))
+    rows.append(divergence.row("divergence of the copies", len(blocks)))
+    with tempfile.TemporaryDirectory() as folder:
+        rows.append(report(known, Path(folder)).row("the HTML report, all of it", len(table)))
     rows = [row | {"WeightWatcher / ours": ""} for row in rows]
     write_table("spectra", rows)  # a long comparison that breaks off leaves this
     if importlib.util.find_spec("weightwatcher"):
-        measured, theirs = peer(known.trained, peer_layers)
-        blocks = len(table) - 1
-        scaled = measured.seconds * blocks / len(theirs)
-        what = f"WeightWatcher, {len(theirs)} matrices scaled" if len(theirs) < blocks else "WeightWatcher, all but the head"
-        row = measured.row(what, len(theirs)) | {"seconds": scaled, "extra memory MiB": "the model, loaded before"}
-        rows.append(row | {"WeightWatcher / ours": scaled / ours})
-        write_table("spectra_agreement", agreement(table, theirs))
+        rows.append(compare(known, table, ours.seconds, peer_layers))
     else:
         rows.append({key: "" for key in rows[0]} | {"what": "WeightWatcher: not installed here"})
     write_table("spectra", rows)
+
+
+def report(known: known_spectra.KnownStack, folder: Path) -> Measurement:
+    """Writes the report into `folder`; raises ValueError where a table or sentence is not what was put in."""
+    forget(known.trained)
+    subject = dataclasses.replace(find_subject(known.trained, str(known.stack)), profile=PROFILE, clamp=PROFILE.clamp)
+    top_k = min(16, min(len(values) for values in known.spectra.values()) // 4)
+    measured = Measurement(spectral_report.write_report, subject, folder, top_k=top_k)
+    tables = (pd.read_csv(folder / f"{name}.csv") for name in ("spectra", "divergence", "inheritance"))
+    found = deviations(known, *tables)
+    write_table("spectra_exactness", found)
+    if far := [row["quantity"] for row in found if row["largest difference"] > 1e-4 * row["largest put in"]]:
+        raise ValueError(f"The report's {', '.join(far)} differ from what was put in.")
+    conditions = {key: values[0] / values[-1] for key, values in known.spectra.items()}
+    ceilings = subject.ceilings
+    at = {layer for (layer, role), value in conditions.items() if value >= history.AT_CEILING * ceilings[role]} - {HEAD_LAYER}
+    put_in = (
+        f"sits at or above the ceiling in {len(at)} of {subject.layers} layers",
+        f"Two copies of a block lie {known.divergence['distance'].median():.1%} of their norm apart in the median",
+    )
+    page = measured.result.read_text()
+    if missing := [sentence for sentence in put_in if sentence not in page]:
+        raise ValueError(f"The report does not say: {missing[0]}.")
+    return measured
+
+
+def compare(known: known_spectra.KnownStack, table: pd.DataFrame, ours: float, peer_layers: int) -> dict:
+    """The row of WeightWatcher; `ours` is our time for the blocks in seconds."""
+    few, _ = peer(known.trained, FEW_PEER_LAYERS)
+    many, theirs = peer(known.trained, peer_layers)
+    write_table("spectra_agreement", agreement(table, theirs))
+    a_layer = (many.seconds - few.seconds) / (peer_layers - FEW_PEER_LAYERS)
+    layers = PROFILE.model.layers
+    seconds = many.seconds + (layers - peer_layers) * a_layer
+    what = f"WeightWatcher, the blocks only, from {FEW_PEER_LAYERS} and {peer_layers} layers"
+    row = many.row(what, len(theirs)) | {"seconds": seconds, "ms a matrix": 1000 * seconds / (len(table) - 1)}
+    return row | {"extra memory MiB": "the model, loaded before", "WeightWatcher / ours": seconds / ours}
 
 
 if __name__ == "__main__":

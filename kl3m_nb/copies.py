@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
+from kl3m_nb.gram import gram_matrix
 from kl3m_nb.matrices import HEAD_LAYER, Checkpoint, Matrix, check_source_layers, find_matrices, layer_count
-from kl3m_nb.spectra import Progress, SingularValues, model_singular_values, on_every_core
+from kl3m_nb.spectra import Progress, SingularValues, above_rounding, model_singular_values, on_every_core
+
+_SMALLEST_GAP = 1e-3  # relative, between neighbouring singular values that bound a subspace
 
 
 def copy_divergence(
@@ -29,8 +33,12 @@ def copy_divergence(
 
     * distance: ‖W_a − W_b‖_F over the mean of the two norms (0 equal, √2 independent).
     * movement_cosine (with `reference`, the stack at step 0): cosine between W_a − W_a⁰ and W_b − W_b⁰; NaN if one has not moved.
+      chance_cosine = 1/√(rows·cols) is the standard deviation of that of independent movements.
     * top_overlap, bottom_overlap: mean squared cosine of the principal angles between the spans of the `top_k` largest (smallest)
       singular vectors, on the matrix's shorter side n: 1 for one and the same, chance_overlap = top_k / n for random ones.
+    * top_gap, bottom_gap: the smaller of the two copies' relative gaps between the last singular value inside and the first
+      outside (1 where none is outside). Below 1e-3 the span is arbitrary, as where the clamp has raised several values to one,
+      and the overlap is NaN.
 
     Columns before them: role, expert, source_layer, copy_a, copy_b. `progress` counts groups of copies.
 
@@ -64,7 +72,10 @@ def copy_divergence(
 def _compare_copies(copies: list[Matrix], source_layers: int, starts: dict | None, top_k: int) -> list[dict]:
     weights = [matrix.read().cpu().double() for matrix in copies]
     norms = [float(weight.norm()) for weight in weights]
-    spans = [_extreme_subspaces(weight, top_k) for weight in weights]
+    spans: list[tuple[_Span, _Span]] = []
+    for index, weight in enumerate(weights):
+        equal = next((span for span, other in zip(spans, weights[:index], strict=True) if torch.equal(other, weight)), None)
+        spans.append(equal or _extreme_subspaces(weight, top_k))  # the copies of a fresh stack are one matrix
     if starts is not None:
         begun = [starts[_identity(matrix)].read().cpu().double() for matrix in copies]
         movements = [weight - start for weight, start in zip(weights, begun, strict=True)]
@@ -82,8 +93,11 @@ def _compare_copies(copies: list[Matrix], source_layers: int, starts: dict | Non
         if starts is not None:
             length = float(movements[a].norm() * movements[b].norm())
             row["movement_cosine"] = float((movements[a] * movements[b]).sum()) / length if length else math.nan
-        row["top_overlap"] = float((spans[a][0].T @ spans[b][0]).square().sum()) / top_k
-        row["bottom_overlap"] = float((spans[a][1].T @ spans[b][1]).square().sum()) / top_k
+            row["chance_cosine"] = 1 / math.sqrt(weights[a].numel())
+        for side, first, second in zip(("top", "bottom"), spans[a], spans[b], strict=True):
+            row[f"{side}_gap"] = min(first.gap, second.gap)
+            overlap = float((first.basis.T @ second.basis).square().sum()) / top_k
+            row[f"{side}_overlap"] = overlap if row[f"{side}_gap"] >= _SMALLEST_GAP else math.nan
         row["chance_overlap"] = top_k / min(copies[a].shape)
         rows.append(row)
     return rows
@@ -93,27 +107,45 @@ def _identity(matrix: Matrix) -> tuple[int, str, int]:
     return matrix.layer, matrix.role, matrix.expert
 
 
-def _gram(weight: torch.Tensor) -> torch.Tensor:
-    return weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+class _Span(NamedTuple):
+    """An orthonormal basis (n, k) and the relative gap between the last singular value inside and the first outside."""
+
+    basis: torch.Tensor
+    gap: float
 
 
-def _extreme_subspaces(weight: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal bases (n, k) of the k largest and k smallest singular directions on the shorter side n; NaN if not finite."""
+def _extreme_subspaces(weight: torch.Tensor, k: int) -> tuple[_Span, _Span]:
+    """Those of the k largest and the k smallest singular directions on the shorter side n; NaN if not finite."""
     if not torch.isfinite(weight).all():
-        unknown = torch.full((min(weight.shape), k), math.nan, dtype=weight.dtype)
+        unknown = _Span(torch.full((min(weight.shape), k), math.nan, dtype=weight.dtype), math.nan)
         return unknown, unknown
-    vectors = torch.linalg.eigh(_gram(weight)).eigenvectors
-    return vectors[:, -k:], vectors[:, :k]
+    wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
+    squares, vectors = torch.linalg.eigh(gram_matrix(wide, torch.float64))
+    sigmas = squares.where(squares > squares[-1] * len(squares) * torch.finfo(torch.float64).eps, 0.0).sqrt()
+
+    def gap(above: int) -> float:
+        """Between the `above` largest and the others; that of two zeros is none."""
+        if above in (0, len(sigmas)):
+            return 1.0
+        low, high = sigmas[-above - 1], sigmas[-above]
+        return float(1 - low / high) if high > 0 else 0.0
+
+    return _Span(vectors[:, -k:], gap(k)), _Span(vectors[:, :k], gap(len(sigmas) - k))
 
 
-def inheritance(checkpoint: Checkpoint | SingularValues, source_checkpoint: Checkpoint | SingularValues) -> pd.DataFrame:
+def inheritance(
+    checkpoint: Checkpoint | SingularValues,
+    source_checkpoint: Checkpoint | SingularValues,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
     """How much of its source's spectrum each matrix has kept: a row per matrix with layer, source_layer, copy, role and rmse.
 
-    rmse is the root mean square of ln(σ_i/σ₁) − ln(σ_i⁰/σ₁⁰) over the i where both are positive, σ⁰ the spectrum of layer i mod L
-    of the source; it is 0 right after stacking by construction. Either argument may be what `model_singular_values` returned. An
-    expert is in `role`, as in `spectrum_key`. Raises ValueError as `find_matrices`, or if the model is no stack of such a source.
+    rmse is the root mean square of ln(σ_i/σ₁) − ln(σ_i⁰/σ₁⁰) over the i where both are more than the rounding of zero, σ⁰ the
+    spectrum of layer i mod L of the source; it is 0 right after stacking by construction, and NaN without such an i. Either
+    argument may be what `model_singular_values` returned. An expert is in `role`, as in `spectrum_key`. `progress` counts the
+    matrices of a `checkpoint` that is read. Raises ValueError as `find_matrices`, or if the model is no stack of such a source.
     """
-    spectra = _as_singular_values(checkpoint)
+    spectra = _as_singular_values(checkpoint, progress)
     sources = _as_singular_values(source_checkpoint)
     source_layers = 1 + max(layer for layer, _ in sources)
     check_source_layers(1 + max(layer for layer, _ in spectra), source_layers)
@@ -126,7 +158,7 @@ def inheritance(checkpoint: Checkpoint | SingularValues, source_checkpoint: Chec
                 f"The source has no {role} with {len(values)} singular values in layer {source_layer}; "
                 "give the model it was grown from."
             )
-        known = (values > 0) & (before > 0)
+        known = above_rounding(values, len(values)) & above_rounding(before, len(before))
         change = np.log(values[known] / values[0]) - np.log(before[known] / before[0])
         rows.append(
             {
@@ -140,5 +172,5 @@ def inheritance(checkpoint: Checkpoint | SingularValues, source_checkpoint: Chec
     return pd.DataFrame(rows)
 
 
-def _as_singular_values(source: Checkpoint | SingularValues) -> SingularValues:
-    return source if isinstance(source, Mapping) else model_singular_values(source)
+def _as_singular_values(source: Checkpoint | SingularValues, progress: Progress | None = None) -> SingularValues:
+    return source if isinstance(source, Mapping) else model_singular_values(source, progress)

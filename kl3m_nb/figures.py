@@ -91,7 +91,12 @@ def step_axis(axes: Axes) -> None:
 
 
 def plain_log_axis(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers, also between the powers of ten where the data span few; call it after plotting."""
+    """A logarithmic axis with plain numbers, also between the powers of ten where the data span few; call it after plotting.
+
+    An axis on which nothing is positive stays as it is.
+    """
+    if not math.isfinite(axis.get_minpos()):
+        return
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)

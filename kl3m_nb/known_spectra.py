@@ -2,8 +2,9 @@
 
 The analysis is checked against them, at the size of a test and at the size of the real model. A matrix is U·diag(s)·Vᵀ on the
 side of its shorter dimension n, with a geometric spectrum s. Training is imitated by two changes that can be undone on paper: in
-copy c the spectrum is raised to the power 1 + 0.01·c, and every left direction i of the upper half is turned towards direction
-i + n/2 by 0.05·c radians, forward in odd copies and backward in even ones.
+copy c the spectrum is raised to the power 1 + 0.01·c, and the left directions are turned in pairs, i of the first quarter towards
+i + n/4 of the second by 0.05·c radians, i of the third towards i + n/4 of the last by twice that, forward in odd copies and
+backward in even ones.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER
 from kl3m_nb.profiles import ATTENTION_ROLES, ModelSpec
 from kl3m_nb.stacking import stack_checkpoint
 
-ANGLE = 0.05  # radians by which copy 1 is turned
+ANGLE = 0.05  # radians by which the upper half of copy 1 is turned
+LOWER = 2  # how much further its lower half is turned
 POWER = 0.01  # the spectrum of copy 1 is raised to the power 1 + POWER
 HEAD_CONDITION = 500.0
 SIGMA_MAX = 20.0
@@ -36,7 +38,8 @@ class KnownStack:
     """The three checkpoint folders, and what an exact analysis has to find in them.
 
     `spectra`: singular values of `trained` by (layer, role), float64, descending. `divergence` has the columns of
-    `copies.copy_divergence` without chance_overlap, `rmse` the inheritance by (layer, role).
+    `copies.copy_divergence` without gaps and chance levels, for a top_k of up to a quarter of the shortest side; `rmse` is the
+    inheritance by (layer, role).
     """
 
     source: Path
@@ -85,7 +88,8 @@ def write_known_stack(folder: str | Path, spec: ModelSpec, copies: int) -> Known
 def _expected_row(bases: _Bases, block: int, role: str, a: int, b: int) -> dict:
     start, first, second = (bases.spectrum(block, role, copy) for copy in (0, a, b))
     # Column i of two copies meets at the difference of their angles, and different columns never meet.
-    inner = {pair: np.cos(_angle(pair[0]) - _angle(pair[1])) for pair in ((a, b), (a, 0), (b, 0))}
+    half = np.repeat([1, LOWER], len(start) // 2)
+    inner = {pair: np.cos(half * (_angle(pair[0]) - _angle(pair[1]))) for pair in ((a, b), (a, 0), (b, 0))}
     distance = np.sqrt(np.sum(first**2 + second**2 - 2 * first * second * inner[a, b]))
     lengths = [
         np.sqrt(np.sum(moved**2 + start**2 - 2 * moved * start * inner[copy, 0])) for copy, moved in ((a, first), (b, second))
@@ -98,8 +102,8 @@ def _expected_row(bases: _Bases, block: int, role: str, a: int, b: int) -> dict:
         "copy_b": b,
         "distance": distance / np.mean([np.linalg.norm(first), np.linalg.norm(second)]),
         "movement_cosine": product / np.prod(lengths) if a else np.nan,  # copy 0 has not moved
-        "top_overlap": inner[a, b] ** 2,
-        "bottom_overlap": inner[a, b] ** 2,
+        "top_overlap": inner[a, b][0] ** 2,
+        "bottom_overlap": inner[a, b][-1] ** 2,
     }
 
 
@@ -142,15 +146,18 @@ class _Bases:
         """float32, contiguous."""
         rows, cols = self.shapes[role]
         left, right = self._pairs[min(rows, cols), max(rows, cols)][(block + BLOCK_ROLES.index(role)) % _BASES]
-        upper, lower = left.chunk(2, dim=1)
-        cosine, sine = np.cos(_angle(copy)), np.sin(_angle(copy))
-        turned = torch.cat([cosine * upper + sine * lower, cosine * lower - sine * upper], dim=1)
+        first, second, third, last = left.chunk(4, dim=1)
+        turned = torch.cat([*_turned(first, second, _angle(copy)), *_turned(third, last, LOWER * _angle(copy))], dim=1)
         weight = (turned * torch.from_numpy(self.spectrum(block, role, copy))) @ right.T
         return (weight if rows <= cols else weight.T).float().contiguous()
 
 
 def _angle(copy: int) -> float:
     return ANGLE * copy * (1 if copy % 2 else -1)
+
+
+def _turned(upper: torch.Tensor, lower: torch.Tensor, angle: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return np.cos(angle) * upper + np.sin(angle) * lower, np.cos(angle) * lower - np.sin(angle) * upper
 
 
 def _geometric(condition: float, count: int) -> np.ndarray:

@@ -30,13 +30,12 @@ HEAD_LAYER = -1  # the `layer` of the LM head, which belongs to no block
 
 Checkpoint = str | os.PathLike | torch.nn.Module
 
-FULL_PRECISION = ("float32", "float64")  # what a condition number can be read from
-
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _STEP_NAME = re.compile(r"step-(\d+)")
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EXPERT_ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_SEVERAL_ROLES = {"qkv_proj": "q_proj, k_proj and v_proj", "gate_up_proj": "gate_proj and up_proj"}
 _DENSE_NAME = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.weight$")
 _EXPERT_NAME = re.compile(r"layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight$")
 _FUSED_NAME = re.compile(r"layers\.(\d+)\.\w+\.experts\.(gate_up_proj|down_proj)$")
@@ -67,7 +66,8 @@ def find_matrices(model_or_checkpoint: Checkpoint) -> list[Matrix]:
 
     Takes a Hugging Face folder (one or several safetensors files), a .safetensors file, a hub id OWNER/NAME (downloaded into
     the hub's own cache) or a module. Raises ValueError for what is not there, not readable, not such a decoder, stored in other
-    than floating-point numbers, or lacks a layer or one matrix of a layer.
+    than floating-point numbers, or lacks a layer or one matrix of a layer; for several roles in one matrix, and for more than one
+    stack of layers.
     """
     if isinstance(model_or_checkpoint, torch.nn.Module):
         source, promised = f"The module {type(model_or_checkpoint).__name__}", 0
@@ -76,6 +76,7 @@ def find_matrices(model_or_checkpoint: Checkpoint) -> list[Matrix]:
         source = os.fspath(model_or_checkpoint)
         place = local_checkpoint(source)
         tensors, promised = _file_tensors(place), _promised_layers(place)
+    _check_names(source, tensors)
     matrices, heads = [], {}
     for name, (shape, dtype, read) in tensors.items():
         if match := _DENSE_NAME.search(name):
@@ -127,7 +128,33 @@ def _split_experts(layer: int, name: str, shape: tuple[int, ...], dtype: str, re
 def _promised_layers(place: Path) -> int:
     """The depth that the config.json of a checkpoint gives; 0 where there is none."""
     config = (place.parent if place.is_file() else place) / "config.json"
-    return json.loads(config.read_text()).get("num_hidden_layers", 0) if config.is_file() else 0
+    return _json_object(config).get("num_hidden_layers", 0) if config.is_file() else 0
+
+
+def _json_object(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); give a finished checkpoint.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; give a finished checkpoint.")
+    return content
+
+
+def _check_names(source: str, tensors: dict) -> None:
+    places: dict[str, str] = {}  # what stands before `layers`: the first name that has it
+    for name in tensors:
+        if match := _DENSE_NAME.search(name) or _EXPERT_NAME.search(name) or _FUSED_NAME.search(name):
+            places.setdefault(name[: match.start()], name)
+            if match.re is _DENSE_NAME and match[2] in _SEVERAL_ROLES:
+                raise ValueError(
+                    f"{source} stores {_SEVERAL_ROLES[match[2]]} as one matrix ({name}), as Phi-3 does; "
+                    "give a model that stores them apart, as Llama does."
+                )
+    if len(places) > 1:
+        raise ValueError(
+            f"{source} has more than one stack of layers ({' and '.join(list(places.values())[:2])}); give one decoder's weights."
+        )
 
 
 def _check_whole(source: str, matrices: list[Matrix], heads: dict, promised: int) -> None:
@@ -175,7 +202,10 @@ def _file_tensors(path: Path) -> dict[str, tuple]:
     if path.is_file():
         files = [path]
     elif index.is_file():
-        files = [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        places = _json_object(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"{index} has no weight_map that says where the weights are; give a finished checkpoint.")
+        files = [path / name for name in sorted(set(places.values()))]
     else:
         files = [single]
     if missing := [file for file in files if not file.is_file()]:

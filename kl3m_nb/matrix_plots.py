@@ -5,6 +5,7 @@ Their look is that of `figures`; keys of spectra are those of `spectra.spectrum_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -44,11 +45,11 @@ def plot_matrix_page(
     """
     figure = plt.figure(figsize=(11, 7.2))
     spectrum, tail, place, numbers = figure.subplots(2, 2, width_ratios=(3, 2)).T.flat[[0, 2, 1, 3]]
-    values = singular_values.get(spectrum_key(row["layer"], row["role"], row["expert"]))
+    values = singular_values[spectrum_key(row["layer"], row["role"], row["expert"])]
     name = matrix_name(row)
     figure.suptitle(f"{name[0].upper()}{name[1:]}" + (f" {row['reason']}" if "reason" in row else ""), x=0.01, ha="left")
-    if values is None or values[0] == 0:
-        why = "NaN or infinite values" if values is None else "all zero"
+    if not values[0] > 0:
+        why = "all zero" if values[0] == 0 else "NaN or infinite values"
         for axes, text in ((spectrum, f"{why}: there is no spectrum"), (tail, "")):
             axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=VERMILLION)
             axes.set_xticks([])
@@ -63,7 +64,7 @@ def plot_matrix_page(
 
 def _draw_spectrum(axes: Axes, values: np.ndarray, row: pd.Series, ceiling: float, source_values: np.ndarray | None) -> None:
     index = np.arange(1, len(values) + 1)
-    if source_values is not None:
+    if source_values is not None and source_values[0] > 0:
         axes.plot(index, source_values, color=GREY, linewidth=3.5, alpha=0.5, label="its source's")
     positive = values > 0
     axes.plot(index[positive], values[positive], color=BLUE, label="singular values")
@@ -115,7 +116,10 @@ def _write_numbers(axes: Axes, table: pd.DataFrame, row: pd.Series) -> None:
     lines = [("", "this", "role's median")]
     for column, name in _SHOWN_METRICS.items():
         if column in row:
-            lines.append((name, f"{row[column]:,.4g}", f"{of_role[column].median():,.4g}"))
+            any_precision = column not in ("condition", "sigma_min")
+            this = row[column] if any_precision or row["condition_reliable"] else math.nan
+            values = this, of_role.loc[of_role["condition_reliable"] | any_precision, column].median()
+            lines.append((name, *("–" if math.isnan(value) else f"{value:,.4g}" for value in values)))
     lines.append(("shape", f"{row['rows']} × {row['cols']}", row["dtype"]))
     axes.axis("off")
     for line, cells in enumerate(lines):
@@ -207,16 +211,20 @@ def plot_choice(
 ) -> Figure:
     """One matrix among its like: its spectrum in every checkpoint that has it, and `metric` of its role over depth.
 
+    Of a less deep checkpoint, the source, it is that of layer i mod L.
+
     `tables` and `singular_values` hold, by checkpoint, what `spectra.analyse_model` returns; `role` carries the expert, as in
     `spectra.spectrum_key`. The chosen checkpoint and layer are drawn in colour, the others in grey.
     """
     figure, (spectrum, depth) = plt.subplots(1, 2, figsize=(11.5, 4.3))
     for name, values in singular_values.items():
-        if (layer, role) in values and name != checkpoint:
-            other = values[layer, role]
-            spectrum.plot(np.arange(1, len(other) + 1), other, color=GREY, linewidth=1, label=name, linestyle="--")
-    chosen = singular_values[checkpoint].get((layer, role))
-    if chosen is None:
+        counterpart = layer if layer == HEAD_LAYER else layer % (1 + max(number for number, _ in values))
+        other = values.get((counterpart, role))
+        if other is not None and other[0] > 0 and name != checkpoint:
+            label = name if counterpart == layer else f"{name}, layer {counterpart}"
+            spectrum.plot(np.arange(1, len(other) + 1), other, color=GREY, linewidth=1, label=label, linestyle="--")
+    chosen = singular_values[checkpoint][layer, role]
+    if not np.isfinite(chosen[0]):
         spectrum.text(0.5, 0.5, "not finite: no spectrum", ha="center", transform=spectrum.transAxes, color=VERMILLION)
     else:
         spectrum.plot(np.arange(1, len(chosen) + 1), chosen, color=BLUE, label=checkpoint, linewidth=2.2)

@@ -1,7 +1,7 @@
 """Spectra of weight matrices: the singular values and metrics of one matrix, and a table of every matrix of a model.
 
 Everything is computed in float64. The eigenvalues of a Gram matrix carry an error of about 1e-16·σ₁², so they are taken only
-where that leaves ten digits of the smallest singular value; elsewhere an SVD decides, whose error is about 1e-16·σ₁: a condition
+where that leaves ten digits of a singular value; for the smaller ones an SVD decides, whose error is about 1e-16·σ₁: a condition
 number of 3000 is exact to twelve digits. Matrices come from `matrices.find_matrices` one at a time, so a checkpoint of any size
 needs the memory of its largest matrix, and what was decomposed once is kept by `spectral_cache`.
 """
@@ -18,7 +18,6 @@ import torch
 
 from kl3m_nb.gram import gram_matrix
 from kl3m_nb.matrices import (
-    FULL_PRECISION,
     HEAD_LAYER,
     Checkpoint,
     Matrix,
@@ -35,8 +34,9 @@ SingularValues = Mapping[tuple[int, str], np.ndarray]  # keys from `spectrum_key
 Progress = Callable[[int, int], None]  # (matrices done, matrices in all)
 
 _CHUNK_ROWS = 16_384
-_TALL = 1.5  # from this ratio of the sides on, the Gram matrix is cheaper than an SVD, and a QR factorisation before one pays
+_TALL = 1.5  # from this ratio of the sides on, the Gram matrix is cheaper than an SVD
 _GRAM_CONDITION_LIMIT = 1e3
+_SURELY_LARGE = 1e-2  # share of σ₁ above which a singular value is taken from the Gram matrix of an ill-conditioned weight
 _SMALLEST_EIGENVALUE = 1e-5  # WeightWatcher fits alpha to the eigenvalues above it
 
 
@@ -57,13 +57,18 @@ def singular_values(weight: torch.Tensor | np.ndarray) -> np.ndarray:
     scale = 1.0 if 1e-50 < largest < 1e50 else largest  # no square may over- or underflow
     if tall.shape[0] < _TALL * tall.shape[1]:
         return torch.linalg.svdvals(tall.double() / scale).numpy() * scale
-    squares = torch.linalg.eigvalsh(sum(gram_matrix(rows.T, torch.float64) for rows in _double_chunks(tall, scale)))
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    for rows in _double_chunks(tall, scale):
+        gram += gram_matrix(rows.T, torch.float64)
+    squares = torch.linalg.eigvalsh(gram)
     if squares[0] * _GRAM_CONDITION_LIMIT**2 > squares[-1]:
         return squares.sqrt().flip(0).numpy() * scale
-    factor = torch.empty(0, tall.shape[1], dtype=torch.float64)
-    for rows in _double_chunks(tall, scale):
-        factor = torch.linalg.qr(torch.cat([factor, rows]), mode="r").R
-    return torch.linalg.svdvals(factor).numpy() * scale
+    squares, vectors = torch.linalg.eigh(gram)
+    large = squares > squares[-1] * _SURELY_LARGE**2
+    factor = torch.empty(0, int((~large).sum()), dtype=torch.float64)
+    for rows in _double_chunks(tall, scale):  # what the Gram matrix cannot resolve, in coordinates where nothing larger is left
+        factor = torch.linalg.qr(torch.cat([factor, rows @ vectors[:, ~large]]), mode="r").R
+    return torch.cat([squares[large].sqrt(), torch.linalg.svdvals(factor)]).sort(descending=True).values.numpy() * scale
 
 
 def _double_chunks(tall: torch.Tensor, scale: float) -> Iterator[torch.Tensor]:
@@ -111,10 +116,12 @@ def spectrum_of(weight: torch.Tensor | np.ndarray, fit_alpha: bool = True) -> di
 
 
 def spectrum_metrics(values: np.ndarray, shape: tuple[int, int], fit_alpha: bool = True) -> dict[str, float]:
-    """Metrics of a spectrum σ (`values`, descending) of a matrix of `shape`. NaN where a zero matrix leaves one undefined.
+    """Metrics of a spectrum σ (`values`, descending) of a matrix of `shape`. NaN where a zero matrix leaves one undefined, and
+    throughout for `values` that are NaN.
 
-    * sigma_max, sigma_min, condition (σ₁/σ_min, infinite for a singular matrix), max_over_median.
+    * sigma_max, sigma_min, max_over_median.
     * stable_rank ‖W‖_F²/σ₁², matrix_rank (σ above σ₁·max(rows, cols)·2.2e-16), participation_ratio (Σσ²)²/Σσ⁴.
+    * condition σ₁/σ_min, infinite for a singular matrix, whose matrix_rank is below its shorter side.
     * entropy −Σ p ln p / ln(matrix_rank) with p = σ²/Σσ²: WeightWatcher's, between 0 and 1.
     * sigma_entropy −Σ p ln p in nats with p = σ/Σσ, and effective_rank, the exponential of it (Roy and Vetterli 2007).
     * mp_edge: the largest σ of a matrix of independent entries of the same mean square, s(√rows + √cols), after Marchenko and
@@ -129,12 +136,12 @@ def spectrum_metrics(values: np.ndarray, shape: tuple[int, int], fit_alpha: bool
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = values / sigma_max  # squares of these cannot overflow
         energy = float(np.sum(relative**2))
-        matrix_rank = int(np.sum(relative > max(rows, cols) * np.finfo(np.float64).eps))
+        matrix_rank = int(np.sum(above_rounding(values, max(shape)))) if np.isfinite(sigma_max) else math.nan
         sigma_entropy = _entropy(relative / relative.sum())
         metrics = {
             "sigma_max": sigma_max,
             "sigma_min": sigma_min,
-            "condition": float(np.float64(sigma_max) / sigma_min),
+            "condition": math.inf if 0 < matrix_rank < len(values) else float(np.float64(sigma_max) / sigma_min),
             "stable_rank": energy,
             "matrix_rank": matrix_rank,
             "effective_rank": math.exp(sigma_entropy),
@@ -149,6 +156,11 @@ def spectrum_metrics(values: np.ndarray, shape: tuple[int, int], fit_alpha: bool
         tail = power_law_tail(eigenvalues[eigenvalues > _SMALLEST_EIGENVALUE])
         metrics |= zip(("alpha", "alpha_xmin", "alpha_D"), tail, strict=True)
     return metrics
+
+
+def above_rounding(values: np.ndarray, longer_side: int) -> np.ndarray:
+    """Which of the singular `values` (1-D, descending) are more than the rounding of zero: those above σ₁·longer_side·2.2e-16."""
+    return values > values[0] * longer_side * np.finfo(np.float64).eps
 
 
 def _entropy(p: np.ndarray) -> float:
@@ -172,9 +184,12 @@ def analyse_model(
     source_layers = check_source_layers(layers, layers if source_layers is None else source_layers)
     cache = SpectrumCache.beside(model_or_checkpoint)
 
-    def measure(matrix: Matrix) -> tuple[np.ndarray | None, dict[str, float]]:
-        values = _singular_values_if_finite(matrix, cache)
-        return values, {} if values is None else spectrum_metrics(values, matrix.shape, fit_alpha)
+    def measure(matrix: Matrix) -> tuple[np.ndarray, dict[str, float]]:
+        weight = matrix.read()
+        values = _kept_singular_values(weight, cache)
+        finite = bool(np.isfinite(values[0]))
+        told = {"finite": finite, "condition_reliable": finite and not _has_16_bit_values(weight)}
+        return values, told | spectrum_metrics(values, matrix.shape, fit_alpha)
 
     try:
         measured = on_every_core(measure, matrices, progress)
@@ -182,7 +197,7 @@ def analyse_model(
         cache.save()  # an interrupted analysis keeps what it has done
     model, step = model_name(model_or_checkpoint), model_step(model_or_checkpoint)
     rows, spectra = [], {}
-    for matrix, (values, metrics) in zip(matrices, measured, strict=True):
+    for matrix, (values, found) in zip(matrices, measured, strict=True):
         in_block = matrix.layer != HEAD_LAYER
         row = {
             "model": model,
@@ -195,25 +210,32 @@ def analyse_model(
             "rows": matrix.shape[0],
             "cols": matrix.shape[1],
             "dtype": matrix.dtype,
-            "finite": values is not None,
-            "condition_reliable": values is not None and matrix.dtype in FULL_PRECISION,
         }
-        if values is not None:
-            spectra[spectrum_key(matrix.layer, matrix.role, matrix.expert)] = values
-        rows.append(row | metrics)
+        spectra[spectrum_key(matrix.layer, matrix.role, matrix.expert)] = values
+        rows.append(row | found)
     return pd.DataFrame(rows), spectra
 
 
-def _singular_values_if_finite(matrix: Matrix, cache: SpectrumCache) -> np.ndarray | None:
-    weight = matrix.read()
+def _kept_singular_values(weight: torch.Tensor, cache: SpectrumCache) -> np.ndarray:
+    """Those in the cache, else computed and added to it; NaN for a matrix that is not finite."""
     if not math.isfinite(largest_entry(weight)):
-        return None
+        return np.full(min(weight.shape), math.nan)
     key = content_hash(weight)
     values = cache.get(key)
     if values is None:
         values = singular_values(weight)
         cache.add(key, values)
     return values
+
+
+def _has_16_bit_values(weight: torch.Tensor) -> bool:
+    """Whether bfloat16 or float16 hold every entry exactly, also where it was saved as float32. Zeros alone tell nothing."""
+    if weight.dtype == torch.float64:
+        return False
+    if weight.dtype != torch.float32:
+        return True
+    chunks = weight.contiguous().view(torch.int32).split(_CHUNK_ROWS)
+    return all(not (chunk & 0x1FFF).any() for chunk in chunks) and bool(weight.any())
 
 
 def on_every_core(work: Callable, items: Sequence, progress: Progress | None = None) -> list:
@@ -249,15 +271,15 @@ def model_spectra(
 
     `source_layers` L says that layer i is copy i // L of source block i mod L; by default every layer is its own source. The LM
     head has -1 for layer, source_layer and copy, a matrix outside a mixture -1 for expert, a model that does not tell its age -1
-    for step (`matrices.model_step`). `condition_reliable` is False for 16-bit weights: rounding alone moves a condition number
-    of 2500 to 2900-3300. A matrix with NaN or infinite values has `finite` False and NaN metrics. Singular values are kept beside
-    the checkpoint (`spectral_cache`). Raises ValueError as `find_matrices`.
+    for step (`matrices.model_step`). `condition_reliable` is False for 16-bit weights, also where they were saved as float32:
+    rounding alone moves a condition number of 2500 to 2900-3300. A matrix with NaN or infinite values has `finite` False and NaN
+    metrics. Singular values are kept beside the checkpoint (`spectral_cache`). Raises ValueError as `find_matrices`.
     """
     return analyse_model(model_or_checkpoint, source_layers, fit_alpha, progress)[0]
 
 
 def model_singular_values(model_or_checkpoint: Checkpoint, progress: Progress | None = None) -> dict[tuple[int, str], np.ndarray]:
-    """The spectrum of every finite matrix, by `spectrum_key`; each a float64 array, descending."""
+    """The spectrum of every matrix, by `spectrum_key`; each a float64 array, descending, NaN for a matrix that is not finite."""
     return analyse_model(model_or_checkpoint, progress=progress)[1]
 
 

@@ -59,8 +59,8 @@ class SpectrumCache:
             temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
             save_file(_read(self.path) | self._values, temporary)
             os.replace(temporary, self.path)
-        except OSError as error:
-            warnings.warn(f"The spectra are not kept: {self.path.parent} cannot be written ({error.strerror}).", stacklevel=2)
+        except (OSError, SafetensorError) as error:  # the latter is what save_file makes of a full disk
+            warnings.warn(f"The spectra are not kept: {self.path.parent} cannot be written ({error}).", stacklevel=2)
         self._new = False
 
 

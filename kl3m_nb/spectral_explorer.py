@@ -50,6 +50,8 @@ class SpectrumExplorer:
         self.layer = widgets.SelectionSlider(options=[layer], description="layer", continuous_update=False)
         self.copy = widgets.Dropdown(description="copy")
         metrics = [name for name in METRICS if all(name in table for table in tables.values())]
+        if metric not in metrics:
+            raise ValueError(f"There is no metric {metric!r} in every table; choose one of {', '.join(metrics)}.")
         self.metric = widgets.Dropdown(options=metrics, value=metric, description="metric")
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         self._updating = False

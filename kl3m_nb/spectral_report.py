@@ -29,7 +29,6 @@ from kl3m_nb import (
 from kl3m_nb.figures import save_figure
 from kl3m_nb.html import figure_tag, write_page
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER
-from kl3m_nb.metrics import read_metrics
 from kl3m_nb.packing import held_out_windows
 from kl3m_nb.progress_bar import ProgressBar
 from kl3m_nb.spectra import spectrum_key
@@ -71,8 +70,11 @@ def write_report(
 
     `top_k` is the size of the compared subspaces (lowered to the smallest matrix). `windows` is the number of held-out windows of
     the subject's run on which CKA and the loss of swapped copies are measured; 0 leaves them out, since they run the model.
-    `progress` makes a progress bar from a label. Raises ValueError as `find_matrices`, and for `windows` without a run.
+    `progress` makes a progress bar from a label. Raises ValueError as `find_matrices`, for a `top_k` below 1, and for `windows`
+    without a run.
     """
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it is the number of singular directions that are compared, 1 at least.")
     if windows and not (subject.profile and subject.copies > 1):
         raise ValueError(
             f"CKA and swapped copies need the held-out windows of a run of a stacked model; {subject.checkpoint} is not in one."
@@ -83,32 +85,45 @@ def write_report(
     table, values = spectra.analyse_model(subject.checkpoint, subject.source_layers, fit_alpha, progress("spectra"))
     table["model"] = subject.name
     table.to_csv(folder / "spectra.csv", index=False)
-    ceilings = {role: subject.clamp.max_condition(role) for role in table["role"].unique()}
+    ceilings = subject.ceilings
     page.sentences += spectral_summary.describe_model(table, ceilings)
+    if subject.order != "cyclic":
+        page.sentences.append(f"It was begun from an {subject.order} stack; copies are compared for cyclic stacks only.")
     before = subject.source or subject.start
     compared = bool(before) and Path(before) != subject.checkpoint
     sources = spectra.model_singular_values(before, progress("source")) if compared else {}
-    _add_model(page, table, values, ceilings, subject)
+    _add_model(page, table, values, subject)
+    top_k = min(top_k, int(table[["rows", "cols"]].min(axis=None)))
     if subject.copies > 1:
-        _add_copies(page, table, values, subject, min(top_k, int(np.minimum(table["rows"], table["cols"]).min())), progress)
+        _add_copies(page, values, subject, top_k, progress)
     if sources:
-        _add_inheritance(page, values, sources, subject)
+        _add_inheritance(page, values, sources, subject, progress)
     if subject.run_dir:
         _add_clamp(page, subject)
     if windows:
         _add_function(page, subject, windows, progress)
     ill = spectral_summary.ill_matrices(table, ceilings)
     _add_ill(page, ill, table, values, ceilings, sources)
-    write_page(folder / PAGE, f"Spectra of {subject.name}", _body(page, table, ill, subject, fit_alpha, windows), _SORT)
+    settings = _settings(subject) | {
+        "compared subspaces": f"{top_k} largest and {top_k} smallest singular values",
+        "power-law tail": "fitted" if fit_alpha else "not fitted",
+        "held-out windows": windows or "none: CKA and swapped copies were not asked for",
+        "versions": runtime.versions(),
+    }
+    write_page(folder / PAGE, f"Spectra of {subject.name}", _body(page, table, ill, subject.name, settings), _SORT)
     return folder / PAGE
 
 
-def _add_model(page: _Page, table: pd.DataFrame, values: dict, ceilings: dict, subject: Subject) -> None:
+def _add_model(page: _Page, table: pd.DataFrame, values: dict, subject: Subject) -> None:
     page.heading("Condition by layer and role")
-    caption = (
-        "Condition number of every matrix; cells at their clamp ceiling and above it are marked, borders of copies are blue."
+    caption = "Condition number of every matrix; borders of copies are blue. "
+    caption += (
+        "Cells at their clamp ceiling and far above it are marked."
+        if subject.ceilings
+        else "No run says that these weights were clamped: the ceilings are for reference, and nothing is marked."
     )
-    page.figure(spectral_plots.plot_condition_heatmap(table, ceilings), "condition", caption, table)
+    figure = spectral_plots.plot_condition_heatmap(table, subject.reference_ceilings, enforced=bool(subject.ceilings))
+    page.figure(figure, "condition", caption, table)
     page.heading("Spectra over depth")
     present = {role for _, role in values}
     for role in sorted(present - {"lm_head"}, key=lambda role: BLOCK_ROLES.index(role.partition("[")[0])):
@@ -118,14 +133,17 @@ def _add_model(page: _Page, table: pd.DataFrame, values: dict, ceilings: dict, s
         page.figure(spectral_plots.plot_ridgeline(values, role), f"ridgeline_{role}", f"{role}: density of ln σ, by layer.", data)
 
 
-def _add_copies(
-    page: _Page, table: pd.DataFrame, values: dict, subject: Subject, top_k: int, progress: Callable[[str], spectra.Progress]
-) -> None:
+def _add_copies(page: _Page, values: dict, subject: Subject, top_k: int, progress: Callable[[str], spectra.Progress]) -> None:
     page.heading("Are the copies diverging?")
     reference = subject.start or None
     if len(subject.steps) > 1:
         over_time = history.over_checkpoints(
-            subject.steps, copies.copy_divergence, subject.source_layers, reference, top_k, progress("copies over the run")
+            subject.steps,
+            copies.copy_divergence,
+            subject.source_layers,
+            reference,
+            top_k,
+            progress=progress("copies over the run"),
         )
         divergence = over_time[over_time["step"] == over_time["step"].max()].drop(columns="step")
         caption = "Over training: means over pairs of copies and source blocks; dashes mark what chance gives."
@@ -136,8 +154,8 @@ def _add_copies(
     page.sentences += spectral_summary.describe_divergence(divergence)
     caption = f"By source block: means over pairs of copies; subspaces of the {top_k} largest and smallest singular values."
     page.figure(spectral_plots.plot_divergence(divergence), "divergence", caption, divergence)
-    role, block = _most_diverged(divergence)
-    if (block, role) in values:
+    if divergence["distance"].notna().any() and subject.copies <= spectral_plots.MOST_COPIES:
+        role, block = _most_diverged(divergence)
         caption = f"The copies of source block {block}, whose {role} has diverged most, beside their mean."
         figure = spectral_plots.plot_copies(values, role, block, subject.source_layers)
         data = spectra.spectra_frame(values, role)
@@ -146,31 +164,33 @@ def _add_copies(
 
 def _most_diverged(divergence: pd.DataFrame) -> tuple[str, int]:
     """(role as in `spectrum_key`, source block) with the largest mean distance of its copies."""
-    means = divergence.groupby(["source_layer", "role", "expert"])["distance"].mean()
-    block, role, expert = means.idxmax() if means.notna().any() else means.index[0]
+    block, role, expert = divergence.groupby(["source_layer", "role", "expert"])["distance"].mean().idxmax()
     return spectrum_key(block, role, expert)[1], block
 
 
-def _add_inheritance(page: _Page, values: dict, sources: dict, subject: Subject) -> None:
+def _add_inheritance(
+    page: _Page, values: dict, sources: dict, subject: Subject, progress: Callable[[str], spectra.Progress]
+) -> None:
     page.heading("Was the conditioning inherited?")
     inherited = copies.inheritance(values, sources)
     inherited.to_csv(page.folder / "inheritance.csv", index=False)
     page.sentences += spectral_summary.describe_inheritance(inherited)
     if len(subject.steps) > 1:
-        over_time = history.over_checkpoints(subject.steps, copies.inheritance, sources)
-        caption = "Over training: distance of the spectra from the source's; zero at step 0 by construction."
+        over_time = history.over_checkpoints(
+            subject.steps, copies.inheritance, sources, progress=progress("spectra over the run")
+        )
+        caption = "Over training: distance of the spectra from the source's; zero for the fresh stack by construction."
         page.figure(spectral_plots.plot_inheritance(over_time), "inheritance_over_training", caption, over_time)
     page.figure(spectral_plots.plot_inheritance(inherited), "inheritance", "By layer and role.", inherited)
 
 
 def _add_clamp(page: _Page, subject: Subject) -> None:
-    clamps = history.clamp_history(subject.run_dir, subject.source_layers)
+    clamps = history.clamp_history(subject.run_dir, subject.source_layers, subject.last_step)
     if clamps.empty:
         return
     page.heading("What the clamp does")
     page.sentences += spectral_summary.describe_clamp(clamps)
-    events = read_metrics(subject.run_dir, "clamp")
-    page.figure(plots.plot_clamp_events(events), "clamp_events", "Condition before each clamp, and how much it raised.", clamps)
+    page.figure(plots.plot_clamp_events(clamps), "clamp_events", "Condition before each clamp, and how much it raised.", clamps)
     page.figure(matrix_plots.plot_clamp_map(clamps), "clamp_map", "Where and when singular values were raised.", clamps)
 
 
@@ -197,29 +217,35 @@ def _add_ill(page: _Page, ill: pd.DataFrame, table: pd.DataFrame, values: dict, 
         layer, role = spectrum_key(row["layer"], row["role"], row["expert"])
         before = sources.get((layer % depth if layer != HEAD_LAYER else HEAD_LAYER, role))
         figure = matrix_plots.plot_matrix_page(table, values, row, ceilings.get(row["role"], 0.0), before)
-        data = pd.DataFrame({"sigma": values.get((layer, role), [])})
+        data = pd.DataFrame({"sigma": values[layer, role]})
         name = f"matrix_{'head' if layer == HEAD_LAYER else layer}_{role}"
         page.figure(figure, name, f"{spectral_summary.matrix_name(row)} {row['reason']}.", data)
 
 
-def _body(page: _Page, table: pd.DataFrame, ill: pd.DataFrame, subject: Subject, fit_alpha: bool, windows: int) -> str:
-    settings = {
+def _settings(subject: Subject) -> dict[str, object]:
+    clamp = subject.clamp
+    if not subject.profile:
+        whose = "of the kl3m-007 card, for reference: no run says that these weights were clamped"
+    elif not clamp.clamp_every:
+        whose = "of the run, for reference: its clamp was off"
+    else:
+        whose = f"of the run, applied every {clamp.clamp_every} steps with the floor {clamp.sigma_floor:g}"
+    return {
         "checkpoint": subject.checkpoint,
         "compared with": " and ".join(filter(None, (subject.start, subject.source))) or "nothing",
         "source blocks": f"{subject.source_layers} (layer i is copy i // {subject.source_layers} of block i mod "
                          f"{subject.source_layers})",
-        "clamp ceilings": f"attention {subject.clamp.attention_max_condition:,.0f}, MLP {subject.clamp.mlp_max_condition:,.0f}, "
-                          f"LM head {subject.clamp.lm_head_max_condition:,.0f} "
-                          f"({'of the run' if subject.profile else 'of the kl3m-007 card: no run says otherwise'})",
-        "power-law tail": "fitted" if fit_alpha else "not fitted",
-        "held-out windows": windows or "none: CKA and swapped copies were not asked for",
-        "versions": runtime.versions(),
+        "clamp ceilings": f"attention {clamp.attention_max_condition:,.0f}, MLP {clamp.mlp_max_condition:,.0f}, "
+                          f"LM head {clamp.lm_head_max_condition:,.0f} ({whose})",
     }  # fmt: skip
+
+
+def _body(page: _Page, table: pd.DataFrame, ill: pd.DataFrame, name: str, settings: dict[str, object]) -> str:
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in settings.items())
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in page.sentences)
     return "\n".join(
         [
-            f"<h1>Spectra of {escape(subject.name)}</h1><ul>{sentences}</ul>",
+            f"<h1>Spectra of {escape(name)}</h1><ul>{sentences}</ul>",
             *page.sections,
             "<h2>Every matrix</h2><p>Click a column to sort by it.</p>",
             f'<div class="tall">{_sortable(table, ill)}</div>',
@@ -232,6 +258,7 @@ def _sortable(table: pd.DataFrame, ill: pd.DataFrame) -> str:
     key = ["layer", "role", "expert"]
     marked = table.merge(ill[[*key, "reason"]].rename(columns={"reason": "ill"}), on=key, how="left")
     marked["ill"] = marked["ill"].fillna("")
+    marked.loc[~marked["condition_reliable"], ["condition", "sigma_min"]] = np.nan
     columns = [name for name in _TABLE_COLUMNS if name in marked and not (name == "expert" and (marked[name] < 0).all())]
     head = "".join(f"<th scope='col'>{escape(name.replace('_', ' '))}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in marked[columns].itertuples(index=False, name=None))

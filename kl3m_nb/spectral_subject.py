@@ -7,6 +7,7 @@ beside a checkpoint, the model that is given for comparison decides by its depth
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,16 @@ from pathlib import Path
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.history import trajectory
 from kl3m_nb.matrices import (
+    ROLES,
     STACK_RECORD,
+    UNKNOWN_STEP,
     Checkpoint,
     check_source_layers,
     find_matrices,
     layer_count,
     local_checkpoint,
     model_name,
+    model_step,
 )
 from kl3m_nb.profiles import ClampSpec, Profile
 from kl3m_nb.run_folder import RUN_FILE, read_run_init, read_run_profile
@@ -30,9 +34,11 @@ from kl3m_nb.run_folder import RUN_FILE, read_run_init, read_run_profile
 class Subject:
     """A checkpoint and what is known of its past.
 
-    `source_layers` is the number of layers when it is no stack. `steps` holds the checkpoints of its run by step, the start at 0,
-    up to this one; empty without a run or a start. `start` (same depth) and `source` (source_layers deep) are empty strings where
-    nothing names them. `run_dir` and `profile` are those of the run it belongs to, if any. `name` is what a title calls it.
+    `source_layers` is the number of layers when it is no stack. `start` (same depth) and `source` (source_layers deep) are empty
+    strings where nothing names them. `steps` holds the checkpoints of its run by step up to this one, and before them the start:
+    at 0, or at its own step when it is not what the run was begun from. It is empty without a run or a start. `run_dir` and
+    `profile` are those of the run it belongs to, if any; `clamp` is the run's, the kl3m-007 card's where there is no run. `order`
+    is that of the stack; copies and source of one that is not cyclic are not looked for. `name` is what a title calls it.
     """
 
     name: str
@@ -45,11 +51,28 @@ class Subject:
     steps: Mapping[int, Checkpoint] = field(default_factory=dict)
     run_dir: Path | None = None
     profile: Profile | None = None
+    order: str = "cyclic"
 
     @property
     def copies(self) -> int:
         """How often each source block is in the model."""
         return self.layers // self.source_layers
+
+    @property
+    def last_step(self) -> float:
+        """The optimizer step of the checkpoint; infinite where its name does not say, so that all of its run counts."""
+        step = model_step(self.checkpoint)
+        return math.inf if step == UNKNOWN_STEP else step
+
+    @property
+    def reference_ceilings(self) -> dict[str, float]:
+        """max_condition by role as `clamp` has it, whether or not it was ever applied."""
+        return {role: self.clamp.max_condition(role) for role in ROLES}
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """max_condition by role; empty where no run says that these weights were clamped."""
+        return self.reference_ceilings if self.profile and self.clamp.clamp_every else {}
 
 
 def find_subject(checkpoint: str | Path, against: str = "", source_layers: int = 0) -> Subject:
@@ -57,11 +80,11 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
 
     `against` names the stack at step 0 (as deep) or the source (less deep); empty: what run.json and stack.json name.
     `source_layers` 0: as those say, or the depth of a less deep `against`. Raises ValueError as `find_matrices`, for a model in
-    `against` whose depth fits neither, and for a stack that is not cyclic, whose copies are not where they would be looked for.
+    `against` whose depth fits neither, and for source layers of a stack that is not cyclic.
     """
     place = local_checkpoint(checkpoint).absolute()
     name = model_name(place) if place == Path(checkpoint).absolute() else str(checkpoint)  # a hub id is not its folder's name
-    run_dir = _run_folder(place)
+    run_dir, start_step = _run_folder(place), 0
     if run_dir == place:
         place = checkpoints.require_checkpoint(run_dir)
     layers = layer_count(find_matrices(place))
@@ -69,12 +92,13 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     start = _begun_from(run_dir) if run_dir else ""
     if _record(place):
         start = str(place)
-    source = ""
+    begun, source = start, ""
     if against:
         other = str(local_checkpoint(against))
         depth = layer_count(find_matrices(other))
         if depth == layers:
-            start = other
+            if not (start and Path(other).samefile(start)):
+                start, start_step = other, max(model_step(other), 0)
         elif layers % depth:
             raise ValueError(
                 f"{against} has {depth} layers and {checkpoint} has {layers}; give the stack it was begun from, as deep as it, "
@@ -82,9 +106,13 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
             )
         else:
             source, source_layers = other, source_layers or depth
-    record = _record(Path(start)) if start else {}
-    if record.get("order", "cyclic") != "cyclic":
-        raise ValueError(f"{start} is an {record['order']} stack; copies are compared for cyclic stacks only.")
+    record = next((record for path in (start, begun) if path and (record := _record(Path(path)))), {})
+    if (order := record.get("order", "cyclic")) != "cyclic":
+        if source_layers:
+            raise ValueError(
+                f"{checkpoint} was begun from an {order} stack; copies and sources are compared for cyclic stacks only."
+            )
+        record = {}
     if not source and record and paths.resolve(record["source"]).is_dir():
         source = str(paths.resolve(record["source"]))
     if not source_layers:
@@ -93,11 +121,11 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     steps: dict[int, Checkpoint] = {}
     if run_dir and start and place in checkpoints.whole_checkpoints(run_dir):
         here = checkpoints.checkpoint_step(place)
-        steps = {step: folder for step, folder in trajectory(run_dir, start).items() if step <= here}
+        steps = {step: folder for step, folder in trajectory(run_dir, start, start_step).items() if step <= here}
     clamp = profile.clamp if profile else ClampSpec()
     if run_dir:
         name = f"{run_dir.name}, {place.name}"
-    return Subject(name, place, layers, source_layers, clamp, start, source, steps, run_dir, profile)
+    return Subject(name, place, layers, source_layers, clamp, start, source, steps, run_dir, profile, order)
 
 
 def _run_folder(place: Path) -> Path | None:

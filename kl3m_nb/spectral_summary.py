@@ -5,12 +5,13 @@ Every sentence stands on one column of one table and names its numbers, so it ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
-from kl3m_nb.history import ABOVE_CEILING, AT_CEILING
+from kl3m_nb.history import AT_CEILING, FAR_ABOVE_CEILING
 from kl3m_nb.matrices import HEAD_LAYER
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
 
@@ -23,9 +24,9 @@ _OUTLIER_FACTOR = 4.0  # and by so much at least: 120 equal layers have no sprea
 def ill_matrices(table: pd.DataFrame, ceilings: Mapping[str, float]) -> pd.DataFrame:
     """The rows of `table` (from `spectra.model_spectra`) that need a look, with columns `reason` and `metric`, worst first.
 
-    In this order: not finite; zero or singular; above its clamp ceiling (`ceilings` by role, 0 for none); condition or σ₁ far
-    from what is usual in its role (6 times the median deviation of its logarithm and a factor of 4). Sitting at the ceiling is
-    what the clamp is for and no reason.
+    In this order: not finite; zero or singular; more than 15% above its clamp ceiling (`ceilings` by role, 0 for none); condition
+    or σ₁ far from what is usual in its role (6 times the median deviation of its logarithm and a factor of 4). Sitting at the
+    ceiling is what the clamp is for and no reason, nor is a condition that cannot be trusted.
     """
     usual = {role: _usual(of_role) for role, of_role in table.groupby("role")}
     findings = [_finding(row, ceilings, usual[row.role]) for row in table.itertuples()]
@@ -39,7 +40,8 @@ def _usual(of_role: pd.DataFrame) -> dict[str, tuple[float, float]]:
     """Median and median deviation of the logarithms of condition and σ₁, as far as they have one."""
     usual = {}
     for column in _OUTLIER_METRICS:
-        logs = np.log(of_role[column].where((of_role[column] > 0) & np.isfinite(of_role[column])).dropna())
+        known = (of_role[column] > 0) & np.isfinite(of_role[column]) & (of_role["condition_reliable"] | (column != "condition"))
+        logs = np.log(of_role.loc[known, column])
         usual[column] = logs.median(), (logs - logs.median()).abs().median()
     return usual
 
@@ -54,10 +56,12 @@ def _finding(row, ceilings: Mapping[str, float], usual: Mapping[str, tuple[float
     if row.matrix_rank < smaller_side:
         return 1e299, "condition", f"is singular: rank {row.matrix_rank:,.0f} of {smaller_side:,}"
     ceiling = ceilings.get(row.role, 0.0)
-    if ceiling and row.condition > ABOVE_CEILING * ceiling:
+    if ceiling and row.condition_reliable and row.condition > FAR_ABOVE_CEILING * ceiling:
         reason = f"is above its ceiling: condition {row.condition:,.0f}, allowed {ceiling:,.0f}"
         return 1e6 * row.condition / ceiling, "condition", reason
     for column, name in _OUTLIER_METRICS.items():
+        if column == "condition" and not row.condition_reliable:
+            continue
         (median, spread), value = usual[column], getattr(row, column)
         distance = abs(np.log(value) - median)
         if distance > max(_OUTLIER_SPREADS * spread, np.log(_OUTLIER_FACTOR)):
@@ -75,14 +79,16 @@ def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float]) -> list[s
     sentences = [f"{layers} layers{made}: {len(table):,} matrices in {dtypes}."]
     if not (unreliable := table[table["finite"] & ~table["condition_reliable"]]).empty:
         sentences.append(
-            f"The weights of {len(unreliable):,} matrices are 16-bit: their condition numbers and smallest singular values are "
-            "those of the rounded copy, not of the model that was trained."
+            f"The values of {len(unreliable):,} matrices are 16-bit: their condition numbers and smallest singular values are "
+            "those of a rounded copy, not of the model that was trained, and are not judged."
         )
     for group, roles in GROUPS.items():
         sentences += _describe_group(group, blocks[blocks["role"].isin(roles)], ceilings, layers)
     for head in table[table["layer"] == HEAD_LAYER].itertuples():
         if head.finite:
-            sentences.append(f"The LM head has condition {head.condition:,.0f} and effective rank {head.effective_rank:,.0f}.")
+            condition = f"condition {condition_text(head.condition)} and " if head.condition_reliable else ""
+            share = head.effective_rank / min(head.rows, head.cols)
+            sentences.append(f"The LM head has {condition}an effective rank of {share:.0%} of its shorter side.")
     ill = ill_matrices(table, ceilings)
     if ill.empty:
         sentences.append("No matrix is ill.")
@@ -95,64 +101,100 @@ def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float]) -> list[s
 
 
 def _describe_group(group: str, rows: pd.DataFrame, ceilings: Mapping[str, float], layers: int) -> list[str]:
-    rows = rows[rows["finite"]]
-    if rows.empty:
-        return []
-    limits = rows["role"].map(ceilings).fillna(0.0)
-    share = (rows["condition"] / limits).where(limits > 0)
-    title = group[0].upper() + group[1:]
+    known = rows[rows["condition_reliable"] & rows["condition"].notna()]
+    limits = pd.Series([ceilings.get(role, 0.0) for role in known["role"]], known.index, dtype=float)
+    share = (known["condition"] / limits).where(limits > 0)
     sentences = []
     if limits.any():
-        at = rows[(share >= AT_CEILING) & (share <= ABOVE_CEILING)]
-        above = rows[share > ABOVE_CEILING]
-        where = f"in {at['layer'].nunique()} of {layers} layers" if len(at) else "in no layer"
+        at = known[share >= AT_CEILING]
         roles = ", ".join(f"{role} {count}" for role, count in at["role"].value_counts().items())
-        sentences.append(f"{title} sits at the ceiling {where}{f' ({roles})' if roles else ''}.")
-        if len(above):
-            sentences.append(f"{title} is above the ceiling in {above['layer'].nunique()} of {layers} layers.")
-    worst = rows.loc[rows["condition"].idxmax()]
-    sentences.append(
-        f"The median condition of the {group} is {_number(rows['condition'].median())}, the largest "
-        f"{_number(worst['condition'])} ({matrix_name(worst)}); the effective rank is {rows['effective_rank'].median():,.0f} "
-        f"of {np.minimum(rows['rows'], rows['cols']).median():,.0f} in the median."
-    )
+        where = f"in {at['layer'].nunique()} of {layers} layers ({roles})" if roles else "in no layer"
+        far = known[share > FAR_ABOVE_CEILING]["layer"].nunique()
+        above = f", more than {FAR_ABOVE_CEILING - 1:.0%} above it in {far}" if far else ""
+        sentences.append(f"{group[0].upper()}{group[1:]} sits at or above the ceiling {where}{above}.")
+    if not known.empty:
+        worst = known.loc[known["condition"].idxmax()]
+        sentences.append(
+            f"The median condition of the {group} is {condition_text(known['condition'].median())}, the largest "
+            f"{condition_text(worst['condition'])} ({matrix_name(worst)})."
+        )
+    ranks = (rows["effective_rank"] / rows[["rows", "cols"]].min(axis=1)).dropna()
+    if not ranks.empty:
+        sentences.append(f"The effective rank of the {group} is {ranks.median():.0%} of a matrix's shorter side in the median.")
     return sentences
 
 
 def describe_divergence(divergence: pd.DataFrame) -> list[str]:
     """Sentences on a table of `copies.copy_divergence` at one checkpoint."""
-    distance = divergence["distance"]
+    known = divergence.dropna(subset=["distance"])
+    sentences = []
+    if len(known) < len(divergence):
+        lost = len(divergence) - len(known)
+        sentences.append(f"{lost:,} of {len(divergence):,} pairs of copies hold NaN or infinite values and cannot be compared.")
+    if known.empty:
+        return sentences
+    distance = known["distance"]
     if (distance == 0).all():
-        return ["All copies of every source block are still equal."]
-    by_role = divergence.groupby("role")["distance"].median().sort_values()
-    sentences = [
-        f"Two copies of a block lie {distance.median():.1%} of their norm apart in the median (independent matrices: 141%); "
-        f"{by_role.index[-1]} has moved most ({by_role.iloc[-1]:.1%}), {by_role.index[0]} least ({by_role.iloc[0]:.1%})."
-    ]
-    if "movement_cosine" in divergence and divergence["movement_cosine"].notna().any():
-        cosine = divergence["movement_cosine"].median()
-        kind = "much the same way" if cosine > 0.5 else "partly the same way" if cosine > 0.1 else "independent ways"
-        if cosine < -0.1:
-            kind = "opposite ways"
-        sentences.append(f"They moved {kind}: the cosine between their movements is {cosine:.2f} in the median.")
-    chance = divergence["chance_overlap"].median()
-    sentences.append(
-        f"Their leading directions overlap by {divergence['top_overlap'].median():.2f}, the trailing ones by "
-        f"{divergence['bottom_overlap'].median():.2f} (1 is the same subspace, chance is {chance:.2f})."
+        return [*sentences, "All copies of every source block are still equal."]
+    by_role = known.groupby("role")["distance"].median().sort_values()
+    extremes = (
+        f"; those of {by_role.index[-1]} lie furthest apart ({by_role.iloc[-1]:.1%}), those of {by_role.index[0]} least "
+        f"({by_role.iloc[0]:.1%})"
     )
+    sentences.append(
+        f"Two copies of a block lie {distance.median():.1%} of their norm apart in the median (independent matrices: 141%)"
+        f"{extremes if by_role.iloc[-1] > by_role.iloc[0] else ''}."
+    )
+    if "movement_cosine" in known and known["movement_cosine"].notna().any():
+        cosine, chance = known["movement_cosine"].median(), 3 * known["chance_cosine"].median()
+        kind = "much the same way" if cosine > 0.5 else "partly the same way" if cosine > chance else "independent ways"
+        if cosine < -chance:
+            kind = "opposite ways" if cosine < -0.5 else "partly opposite ways"
+        sentences.append(
+            f"They moved {kind}: the cosine between their movements is {cosine:.2g} in the median (independent ones: within "
+            f"±{chance:.1g})."
+        )
+    sides = {"leading": known["top_overlap"].dropna(), "trailing": known["bottom_overlap"].dropna()}
+    told = [f"their {side} directions overlap by {overlap.median():.2f}" for side, overlap in sides.items() if len(overlap)]
+    if told:
+        low, high = known["chance_overlap"].min(), known["chance_overlap"].max()
+        chance = f"{low:.2f}" + (f" to {high:.2f}" if high > low else "")
+        text = f"{' and '.join(told)} in the median (1 is the same subspace, chance is {chance})."
+        sentences.append(text[0].upper() + text[1:])
+    for side, overlap in sides.items():
+        if len(overlap) < len(known):
+            sentences.append(
+                f"In {len(known) - len(overlap):,} of {len(known):,} pairs the {side} directions are not distinct from the next "
+                "and not compared: their singular values are one, as where the clamp has raised several to its bound."
+            )
     return sentences
 
 
 def describe_inheritance(inherited: pd.DataFrame) -> list[str]:
     """Sentences on a table of `copies.inheritance` at one checkpoint."""
-    rmse = inherited["rmse"]
-    if rmse.max() < 1e-9:
-        return ["Every spectrum is exactly its source's, as it is right after stacking by construction."]
-    most = inherited.loc[rmse.idxmax()]
+    known = inherited.dropna(subset=["rmse"])
+    sentences = []
+    if len(known) < len(inherited):
+        sentences.append(
+            f"{len(inherited) - len(known):,} of {len(inherited):,} matrices, or their source's, are zero or not finite: they "
+            "have no spectrum to compare."
+        )
+    if known.empty:
+        return sentences
+    if known["rmse"].max() < 1e-9:
+        return [*sentences, "Every spectrum is exactly its source's, as it is right after stacking by construction."]
+    most = known.loc[known["rmse"].idxmax()]
     return [
-        f"A singular value has moved by {np.expm1(rmse.median()):.1%} against its source's, relative to σ₁, in the median "
-        f"matrix; most in {matrix_name(most)} ({np.expm1(most['rmse']):.1%})."
+        *sentences,
+        "Relative to σ₁, singular values differ from their source's by a factor of "
+        f"{_factor(known['rmse'].median())} (root mean square of the logarithm) in the median matrix, most in "
+        f"{matrix_name(most)} (a factor of {_factor(most['rmse'])}).",
     ]
+
+
+def _factor(rmse: float) -> str:
+    """exp(rmse) with two digits of what it differs from 1."""
+    return f"{math.exp(rmse):.{max(2, math.ceil(1 - math.log10(rmse)))}f}" if rmse > 1e-9 else "1"
 
 
 def describe_clamp(history: pd.DataFrame) -> list[str]:
@@ -160,7 +202,8 @@ def describe_clamp(history: pd.DataFrame) -> list[str]:
     if history.empty:
         return []
     raised = history[history["raised"] > 0]
-    steps = f"In {history['step'].nunique()} clamps up to step {history['step'].max():,}"
+    count = history["step"].nunique()
+    steps = f"In {count} clamp{'s' if count > 1 else ''} up to step {history['step'].max():,}"
     if raised.empty:
         return [f"{steps} the clamp raised nothing."]
     by_role = raised.groupby("role")["raised"].sum().sort_values(ascending=False)
@@ -174,13 +217,22 @@ def describe_clamp(history: pd.DataFrame) -> list[str]:
 
 def describe_function(similarity: pd.DataFrame, swaps: pd.DataFrame) -> list[str]:
     """Sentences on the tables of `block_function.block_similarity` and `block_function.swap_loss`."""
-    worst = swaps.loc[swaps["change"].idxmax()]
+    sentences = []
+    if similarity["update_cka"].notna().any():
+        sentences.append(
+            "What two copies add to the residual stream has a linear CKA of "
+            f"{similarity['update_cka'].median():.2f} in the median (unrelated positions: "
+            f"{similarity['update_chance'].median():.2f})."
+        )
+    known = swaps.dropna(subset=["change"])
+    if known.empty:
+        return [*sentences, "The held-out loss is not finite, so swapping copies tells nothing."]
+    most = known.loc[known["change"].abs().idxmax()]
     return [
-        f"What two copies add to the residual stream has a linear CKA of {similarity['update_cka'].median():.2f} in the median "
-        f"(unrelated positions: {similarity['update_chance'].median():.2f}).",
-        f"Swapping two copies changes the held-out loss of {swaps['loss'].iloc[0]:.3f} by {swaps['change'].median():+.3f} nats "
-        f"in the median and by {worst['change']:+.3f} at most (source block {int(worst['source_layer'])}, copies "
-        f"{int(worst['copy_a'])} and {int(worst['copy_b'])}).",
+        *sentences,
+        f"Swapping two copies changes the held-out loss of {known['loss'].iloc[0]:.3f} by {known['change'].median():+.3f} nats "
+        f"in the median; the largest change is {most['change']:+.3f} (source block {int(most['source_layer'])}, copies "
+        f"{int(most['copy_a'])} and {int(most['copy_b'])}).",
     ]
 
 
@@ -192,5 +244,6 @@ def matrix_name(row) -> str:
     return f"layer {row.layer}, {row.role}" + (f" of expert {expert}" if expert >= 0 else "")
 
 
-def _number(value: float) -> str:
+def condition_text(value: float) -> str:
+    """ "2,208", "4.58" or "infinite"."""
     return "infinite" if np.isinf(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

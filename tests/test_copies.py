@@ -81,6 +81,7 @@ class TestCopyDivergence:
         moved = save_blocks(tmp_path / "moved.safetensors", trained, layers=4)
         frame = copies.copy_divergence(moved, source_layers=2, reference=stack, top_k=3)
         np.testing.assert_allclose(frame.movement_cosine, math.cos(angle), rtol=1e-9)
+        assert set(frame.chance_cosine) == {1 / math.sqrt(rows * cols) for rows, cols in SHAPES.values()}
         apart = math.sqrt(0.1**2 + 0.3**2 - 2 * 0.1 * 0.3 * math.cos(angle))
         for row in frame.itertuples():
             shape = next(shape for name, shape in SHAPES.items() if name.endswith(row.role))
@@ -89,26 +90,73 @@ class TestCopyDivergence:
 
     def test_overlap_counts_the_directions_that_were_kept(self, tmp_path):
         def turned(layer, role, shape):
-            """On the shorter side, copy 1 has lost one of the four top and one of the four bottom directions of copy 0."""
+            """On the shorter side, copy 1 has lost one of the three top and two of the three bottom directions of copy 0."""
             rng = np.random.default_rng(seed_of(role))
             n = min(shape)
             left, right = orthonormal(n, n, rng), orthonormal(max(shape), n, rng)
             order = np.arange(n)
             if layer == 1:
-                order[[3, 4]] = [4, 3]
-                if n > 8:
-                    order[[n - 5, n - 4]] = [n - 4, n - 5]
+                order[[2, 3]] = [3, 2]
+                order[[n - 5, n - 4, n - 3, n - 2]] = [n - 3, n - 2, n - 5, n - 4]
             weight = left[:, order] * np.geomspace(8, 1, n) @ right.T
             return weight if shape[0] == n else weight.T
 
-        frame = copies.copy_divergence(save_blocks(tmp_path / "a.safetensors", turned, layers=2), source_layers=1, top_k=4)
-        np.testing.assert_allclose(frame[["top_overlap", "bottom_overlap"]], 0.75, rtol=1e-7)
+        frame = copies.copy_divergence(save_blocks(tmp_path / "a.safetensors", turned, layers=2), source_layers=1, top_k=3)
+        wide = frame[frame.role.isin(["k_proj", "v_proj"])]
+        np.testing.assert_allclose(frame.drop(wide.index)[["top_overlap", "bottom_overlap"]], [[2 / 3, 1 / 3]] * 5, rtol=1e-7)
+        for row in frame.itertuples():
+            n = KV if row.role in ("k_proj", "v_proj") else HIDDEN
+            assert [row.top_gap, row.bottom_gap] == pytest.approx([1 - 8 ** (-1 / (n - 1))] * 2, rel=1e-7)
+
+    @pytest.mark.parametrize("raised", [2, 3, 4])
+    def test_where_the_clamp_raised_more_or_fewer_values_to_one_there_is_no_overlap(self, tmp_path, raised):
+        def clamped(layer, role, shape):
+            """Copies whose last `raised` directions, all of one singular value, are mixed at random."""
+            rng = np.random.default_rng(seed_of(role))
+            n = min(shape)
+            left, right = orthonormal(n, n, rng), orthonormal(max(shape), n, rng)
+            values = np.geomspace(8, 1, n)
+            values[:2], values[n - raised :] = 8, 0.5
+            if layer:
+                mixed = orthonormal(raised, raised, np.random.default_rng(layer))
+                left[:, n - raised :] = left[:, n - raised :] @ mixed
+            weight = left * values @ right.T
+            return weight if shape[0] == n else weight.T
+
+        frame = copies.copy_divergence(save_blocks(tmp_path / "a.safetensors", clamped, layers=2), source_layers=1, top_k=3)
+        np.testing.assert_allclose(frame.top_overlap, 1, rtol=1e-6)
+        if raised > 3:
+            assert frame.bottom_overlap.isna().all() and (frame.bottom_gap < 1e-6).all()
+        else:
+            np.testing.assert_allclose(frame.bottom_overlap, 1, rtol=1e-6)
+            assert (frame.bottom_gap > 1e-2).all()
+
+    def test_zeros_are_one_value_too_and_a_subspace_of_all_directions_is_whole(self, tmp_path):
+        def singular(layer, role, shape):
+            weight = random_weight(seed_of(role), layer)(shape)
+            weight[:, 2:] = 0
+            return weight
+
+        path = save_blocks(tmp_path / "a.safetensors", singular, layers=2)
+        frame = copies.copy_divergence(path, source_layers=1, top_k=4)
+        assert (frame[["top_gap", "bottom_gap"]] == 0).all(axis=None) and frame.bottom_overlap.isna().all()
+        whole = copies.copy_divergence(path, source_layers=1, top_k=8).query("role in ('k_proj', 'v_proj')")
+        assert (whole[["top_gap", "bottom_gap"]] == 1).all(axis=None)
+        np.testing.assert_allclose(whole[["top_overlap", "bottom_overlap"]], 1, rtol=1e-9)
+
+    def test_equal_copies_are_decomposed_once(self, tmp_path, monkeypatch):
+        stack = save_blocks(tmp_path / "stack.safetensors", self.start, layers=6)
+        decompose, calls = copies._extreme_subspaces, []
+        monkeypatch.setattr(copies, "_extreme_subspaces", lambda *a: calls.append(1) or decompose(*a))
+        copies.copy_divergence(stack, source_layers=2, top_k=4)
+        assert len(calls) == 7 * 2
 
     def test_random_copies_overlap_by_chance(self, tmp_path):
         path = save_blocks(tmp_path / "a.safetensors", lambda layer, role, shape: random_weight(layer, seed_of(role))(shape), 12)
         frame = copies.copy_divergence(path, source_layers=1, top_k=4)
         assert set(frame.chance_overlap) == {4 / HIDDEN, 4 / KV}
         means = frame.groupby("role")[["top_overlap", "bottom_overlap", "chance_overlap"]].mean()
+        assert frame.top_overlap.isna().mean() < 0.02  # neighbours repel each other, and are seldom one value
         np.testing.assert_allclose(means.top_overlap, means.chance_overlap, rtol=0.12)
         np.testing.assert_allclose(means.bottom_overlap, means.chance_overlap, rtol=0.12)
         np.testing.assert_allclose(frame.groupby("role").distance.mean(), math.sqrt(2), rtol=0.05)
@@ -170,6 +218,15 @@ class TestInheritance:
         before, after = {(0, "q_proj"): np.array([4.0, 2.0, 0.0])}, {(0, "q_proj"): np.array([4.0, 1.0, 0.5])}
         [rmse] = copies.inheritance(after, before).rmse
         assert rmse == pytest.approx(math.log(2) / math.sqrt(2))
+        rounded = {(0, "q_proj"): np.array([4.0, 2.0, 1e-16])}  # what is computed of a zero
+        assert copies.inheritance(after, rounded).rmse.item() == rmse
+
+    def test_what_is_not_finite_has_no_rmse_and_leaves_the_depth_as_it_is(self):
+        sigma, unknown = np.geomspace(5, 1, 4), np.full(4, np.nan)
+        model = {(0, "q_proj"): sigma, (1, "q_proj"): sigma, (2, "q_proj"): sigma, (3, "q_proj"): unknown}
+        assert copies.inheritance(model, {(0, "q_proj"): sigma, (1, "q_proj"): sigma}).rmse.tolist()[:3] == [0, 0, 0]
+        rmse = copies.inheritance(model, {(0, "q_proj"): sigma, (1, "q_proj"): unknown}).rmse
+        assert list(rmse.isna()) == [False, True, False, True]
 
     def test_a_foreign_source_is_refused(self):
         other = {(0, "q_proj"): np.ones(5)}

@@ -80,6 +80,16 @@ def test_roles_of_one_group_differ_in_colour_and_in_dash():
         assert len({line["color"] for line in lines}) == len({line["linestyle"] for line in lines}) == len(roles)
 
 
+@pytest.mark.parametrize("values", [[], [np.nan], [0.0, -1.0]])
+def test_an_axis_without_a_positive_value_stays_linear(values):
+    figure, axes = plt.subplots()
+    plt.close(figure)
+    axes.plot(range(len(values)), values)
+    figures.plain_log_axis(axes.yaxis)
+    figure.canvas.draw()
+    assert axes.get_yscale() == "linear"
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [((0.3, 4.0), ["0.5", "1", "2"]), ((1e-3, 5.0), ["0.001", "0.01", "0.1", "1"]), ((5, 20_000), ["1,000"])],

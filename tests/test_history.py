@@ -16,6 +16,7 @@ def test_the_trajectory_of_a_run_begins_with_its_start(trained_run):
     steps = history.trajectory(run_dir, "the stack")
     assert steps[0] == "the stack" and list(steps) == [0, 3, 6]
     assert steps[6].name == "step-000006"
+    assert list(history.trajectory(run_dir, "an earlier checkpoint", 3)) == [3, 6]
 
 
 def test_a_run_without_checkpoints_is_refused(tmp_path):
@@ -29,6 +30,17 @@ def test_tables_of_checkpoints_stand_below_each_other_in_order():
 
     table = history.over_checkpoints({20: "aaa", 0: "a"}, measure, 10, offset=1)
     assert table.to_dict("list") == {"step": [0, 20], "value": [11, 31]}
+
+
+def test_progress_runs_once_over_all_checkpoints():
+    def measure(checkpoint, progress):
+        for done in (1, 2, 3):
+            progress(done, 3)
+        return pd.DataFrame({"value": [checkpoint]})
+
+    calls = []
+    history.over_checkpoints({0: "a", 20: "b"}, measure, progress=lambda *numbers: calls.append(numbers))
+    assert calls == [(done, 6) for done in range(1, 7)]
 
 
 def write_clamps(run_dir, events) -> None:
@@ -59,6 +71,8 @@ def test_clamp_events_become_conditions_of_copies(tmp_path):
     expected = [60.0, 6000.0, math.nan, math.inf, 3000.0, 600.0]
     assert list(table.condition) == pytest.approx(expected, nan_ok=True)
     assert list(table.at_ceiling) == [False, True, False, True, True, False]
+    assert set(history.clamp_history(tmp_path, 4, last_step=39).step) == {20}
+    assert history.clamp_history(tmp_path, 4, last_step=19).empty
 
 
 def test_a_run_without_clamps_has_an_empty_history(tmp_path):

@@ -37,6 +37,7 @@ def test_divergence_is_that_put_in(known):
     assert len(found) == 7 * 3 * 6
     for column in expected:
         np.testing.assert_allclose(found[column], expected[column], rtol=1e-5, err_msg=column)
+    assert (expected.bottom_overlap < expected.top_overlap).all()  # so that the one cannot pass for the other
     assert found.distance.max() > 0.05 and found.movement_cosine.notna().sum() == 7 * 3 * 3
 
 

@@ -179,6 +179,37 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
             find_matrices(other)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", "{", "config.json is not JSON"),
+        ("config.json", "[]", "config.json holds no JSON object"),
+        ("model.safetensors.index.json", "\udcff", "index.json is not JSON"),
+        ("model.safetensors.index.json", '{"metadata": {}}', "index.json has no weight_map"),
+    ],
+)
+def test_a_broken_description_is_named(folder, tmp_path, file, content, message):
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    (whole / file).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        find_matrices(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.layers.0.self_attn.qkv_proj.weight", "stores q_proj, k_proj and v_proj as one matrix"),
+        ("model.layers.0.mlp.gate_up_proj.weight", "stores gate_proj and up_proj as one matrix"),
+        ("vision_model.encoder.layers.0.self_attn.q_proj.weight", "has more than one stack of layers"),
+    ],
+)
+def test_what_is_stored_in_another_way_is_named(folder, tmp_path, name, message):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: torch.ones(4, 4)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=message):
+        find_matrices(tmp_path / "other.safetensors")
+
+
 def test_what_is_not_there_or_cut_off_is_told(folder, tmp_path):
     with pytest.raises(ValueError, match=r"There is no .*nowhere"):
         find_matrices(tmp_path / "nowhere")

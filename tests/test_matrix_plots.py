@@ -20,8 +20,8 @@ def analysed():
         for (layer, role), sigma in values.items()
     ]  # fmt: skip
     table = pd.DataFrame(rows)
-    table.loc[9, ["finite", "condition", "sigma_max", "sigma_min"]] = [False, np.nan, np.nan, np.nan]
-    del values[9, "q_proj"]
+    table.loc[9, ["finite", "condition_reliable", "condition", "sigma_max", "sigma_min"]] = [False, False, np.nan, np.nan, np.nan]
+    values[9, "q_proj"] = np.full(24, np.nan)
     return table, values
 
 
@@ -49,7 +49,24 @@ class TestMatrixPage:
     def test_of_a_matrix_without_a_spectrum_says_so(self, analysed):
         table, values = analysed
         figure = matrix_plots.plot_matrix_page(table, values, table.loc[9], 3000.0)
+        assert "NaN or infinite values: there is no spectrum" in texts(figure)
+
+    @pytest.mark.parametrize("metric", ["condition", "sigma_max"])
+    def test_of_a_matrix_none_of_whose_like_has_a_number_is_still_drawn(self, analysed, metric):
+        table, values = analysed
+        unknown = table.assign(finite=False, condition=np.nan, sigma_max=0.0 if metric == "sigma_max" else np.nan, metric=metric)
+        figure = matrix_plots.plot_matrix_page(unknown, values, unknown.loc[9], 3000.0)
         assert "there is no spectrum" in texts(figure)
+
+    def test_of_16_bit_weights_has_a_dash_for_what_is_not_known(self, analysed):
+        table, values = analysed
+        rows = table.assign(condition_reliable=False)
+        figure = matrix_plots.plot_matrix_page(rows, values, rows.loc[7], 0.0)
+        shown = [text.get_text() for axes in figure.axes for text in axes.texts]
+        cells = {
+            name: shown[shown.index(name) + 1 : shown.index(name) + 3] for name in ("condition", "smallest σ", "stable rank")
+        }
+        assert cells["condition"] == cells["smallest σ"] == ["–", "–"] and "–" not in cells["stable rank"]
 
 
 def clamp_history(layers=120) -> pd.DataFrame:
@@ -94,3 +111,14 @@ def test_a_choice_is_drawn_among_its_like(analysed):
     [chosen] = [line for line in depth.lines if line.get_marker() == "D"]
     assert list(chosen.get_xdata()) == [3] and chosen.get_ydata()[0] == pytest.approx(803)
     assert "not finite" in texts(matrix_plots.plot_choice(tables, spectra_of, "trained", 9, "q_proj", "condition"))
+
+
+def test_a_choice_is_drawn_beside_the_layer_of_the_source_it_is_a_copy_of(analysed):
+    table, values = analysed
+    source = {key: sigma for key, sigma in values.items() if key[0] < 30}
+    figure = matrix_plots.plot_choice(
+        {"source": table[table.layer < 30], "trained": table}, {"source": source, "trained": values}, "trained", 65, "q_proj",
+        "condition",
+    )  # fmt: skip
+    [line] = [line for line in figure.axes[0].lines if line.get_label() == "source, layer 5"]
+    np.testing.assert_array_equal(line.get_ydata(), values[5, "q_proj"])

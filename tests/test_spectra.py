@@ -62,9 +62,10 @@ class TestSingularValues:
         weight = np.random.default_rng(3).standard_normal((10, 20))
         np.testing.assert_allclose(spectra.singular_values(weight * scale), spectra.singular_values(weight) * scale, rtol=1e-9)
 
-    def test_of_a_singular_and_of_a_zero_matrix(self):
+    @pytest.mark.parametrize("rows", [20, 60])
+    def test_of_a_singular_and_of_a_zero_matrix(self, rows):
         rng = np.random.default_rng(4)
-        rank_three = rng.standard_normal((20, 3)) @ rng.standard_normal((3, 15))
+        rank_three = rng.standard_normal((rows, 3)) @ rng.standard_normal((3, 15))
         values = spectra.singular_values(rank_three)
         assert (values[:3] > 0.1).all() and (values[3:] < 1e-13 * values[0]).all()
         assert np.array_equal(spectra.singular_values(torch.zeros(4, 6)), np.zeros(4))
@@ -262,6 +263,24 @@ class TestModelSpectra:
         assert set(frame.dtype) == {"bfloat16"} and not frame.condition_reliable.any() and frame.finite.all()
         assert spectra.model_spectra(llama()).condition_reliable.all()
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_rounded_copy_saved_as_float32_is_flagged(self, dtype):
+        model = llama()
+        with torch.no_grad():
+            for parameter in model.model.layers[1].parameters():
+                parameter.copy_(parameter.to(dtype))
+            model.model.layers[2].self_attn.o_proj.weight.zero_()  # as a grown block begins: not a rounded one
+            model.model.layers[1].mlp.up_proj.weight[23, 15] += 1e-6
+        frame = spectra.model_spectra(model)
+        flagged = frame[~frame.condition_reliable]
+        assert set(flagged.layer) == {1} and set(flagged.role) == {*BLOCK_ROLES} - {"up_proj"}
+
+    def test_a_singular_matrix_has_an_infinite_condition(self):
+        weight = np.random.default_rng(0).standard_normal((20, 30))
+        weight[3] = weight[4]
+        metrics = spectra.spectrum_of(weight)
+        assert metrics["matrix_rank"] == 19 and metrics["condition"] == math.inf
+
     def test_a_non_finite_matrix_is_a_marked_row(self):
         model = llama()
         with torch.no_grad():
@@ -269,7 +288,17 @@ class TestModelSpectra:
         frame, values = spectra.analyse_model(model)
         [ill] = frame[~frame.finite].to_dict("records")
         assert (ill["layer"], ill["role"]) == (2, "up_proj") and math.isnan(ill["condition"]) and not ill["condition_reliable"]
-        assert (2, "up_proj") not in values and frame[frame.finite].condition.notna().all()
+        assert np.isnan(values[2, "up_proj"]).all() and len(values[2, "up_proj"]) == 16
+        assert frame[frame.finite].condition.notna().all()
+
+    def test_a_model_that_is_not_finite_at_all_has_every_column(self):
+        broken = llama()
+        with torch.no_grad():
+            for parameter in broken.parameters():
+                parameter.fill_(math.nan)
+        frame = spectra.model_spectra(broken, fit_alpha=True)
+        assert list(frame) == list(spectra.model_spectra(llama(), fit_alpha=True)) and not frame.finite.any()
+        assert frame.loc[:, "sigma_max":].isna().all(axis=None)
 
     def test_experts_are_rows_of_their_own(self):
         torch.manual_seed(0)

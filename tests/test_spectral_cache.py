@@ -7,9 +7,10 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kl3m_nb import known_spectra, spectra
+from kl3m_nb import known_spectra, spectra, spectral_cache
 from kl3m_nb.matrices import content_hash, find_matrices
 from kl3m_nb.profiles import ModelSpec
 from kl3m_nb.spectral_cache import CACHE_FOLDER, SpectrumCache
@@ -77,11 +78,18 @@ def test_a_damaged_cache_is_computed_anew(known):
     assert len(SpectrumCache(kept)._values) == len(before)
 
 
-def test_a_place_that_takes_no_file_is_a_warning(known, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(30, os.strerror(30)), SafetensorError("I/O error: No space left on device")])
+def test_a_disk_that_is_full_is_a_warning(known, monkeypatch, error):
     def refuse(*_):
-        raise OSError(30, os.strerror(30))
+        raise error
 
-    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(spectral_cache, "save_file", refuse)
+    with pytest.warns(UserWarning, match="are not kept: .* cannot be written"):
+        assert len(spectra.model_spectra(known.trained)) == 4 * 7 + 1
+
+
+def test_a_file_in_the_place_of_the_folder_is_a_warning(known):
+    (known.trained / CACHE_FOLDER).write_text("")
     with pytest.warns(UserWarning, match="cannot be written"):
         assert len(spectra.model_spectra(known.trained)) == 4 * 7 + 1
 

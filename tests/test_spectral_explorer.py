@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,17 +27,24 @@ def explorer():
     return SpectrumExplorer(tables, values, "trained", "q_proj", layer=3)
 
 
-def test_every_control_draws_anew(explorer):
-    pictures = [bytes(explorer.image.value)]
+def test_every_control_draws_what_was_chosen(explorer):
     for control, value in (
         (explorer.role, "up_proj"),
-        (explorer.layer, 4),
+        (explorer.layer, 1),
         (explorer.metric, "stable_rank"),
         (explorer.checkpoint, "source"),
     ):
+        before = bytes(explorer.image.value)
         control.value = value
-        pictures.append(bytes(explorer.image.value))
-    assert len(set(pictures)) == 5 and all(picture.startswith(b"\x89PNG") for picture in pictures)
+        assert before != bytes(explorer.image.value) and bytes(explorer.image.value).startswith(b"\x89PNG")
+        checkpoint, layer, role = explorer.checkpoint.value, explorer.layer.value, explorer.role.value
+        spectrum, depth = explorer.figure().axes
+        [chosen] = [line for line in spectrum.lines if line.get_label() == checkpoint]
+        np.testing.assert_array_equal(chosen.get_ydata(), explorer._values[checkpoint][layer, role])
+        [here] = [line for line in depth.lines if line.get_marker() == "D"]
+        table = explorer._tables[checkpoint]
+        row = table[(table.layer == layer) & (table.role == role)].iloc[0]
+        assert (here.get_xdata()[0], here.get_ydata()[0]) == (layer, row[explorer.metric.value])
 
 
 def test_layer_and_copy_follow_each_other(explorer):
@@ -67,3 +75,5 @@ def test_the_output_holds_a_widget_and_a_picture(explorer):
 def test_a_first_choice_that_is_not_there_is_refused(explorer):
     with pytest.raises(ValueError, match=r"no q_proj of layer 9 in 'trained'; the checkpoints are source, trained"):
         SpectrumExplorer(explorer._tables, explorer._values, "trained", "q_proj", layer=9)
+    with pytest.raises(ValueError, match="no metric 'size' in every table; choose one of condition"):
+        SpectrumExplorer(explorer._tables, explorer._values, "trained", "q_proj", metric="size")

@@ -41,10 +41,21 @@ def texts(figure) -> str:
     return " | ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
 
 
-def marked(axes, label: str) -> set[tuple[int, int]]:
-    """(layer, row) of the cells marked with `label`."""
-    [line] = [line for line in axes.lines if str(line.get_label()).startswith(label)]
-    return {(int(x), int(y)) for x, y in zip(*line.get_data(), strict=True)}
+def shown_cells(figure) -> np.ndarray:
+    """The cells of all panels of a heat map below each other."""
+    return np.ma.concatenate([axes.images[0].get_array() for axes in figure.axes if axes.images])
+
+
+def marked(figure, marker: str) -> set[tuple[int, str]]:
+    """(layer, role) of the cells of a heat map marked with `marker`."""
+    figure.canvas.draw()
+    found = set()
+    for axes in figure.axes[:2]:
+        roles = [label.get_text() for label in axes.get_yticklabels()]
+        for line in axes.lines:
+            if line.get_marker() == marker:
+                found |= {(int(x), roles[int(y)]) for x, y in zip(*line.get_data(), strict=True)}
+    return found
 
 
 class TestConditionHeatmap:
@@ -52,21 +63,25 @@ class TestConditionHeatmap:
     def test_a_cell_for_every_matrix_of_the_blocks(self, layers, source_layers):
         frame = spectra_frame(layers, source_layers)
         figure = spectral_plots.plot_condition_heatmap(frame, CEILINGS)
-        axes = figure.axes[0]
-        cells = axes.images[0].get_array()
+        figure.canvas.draw()
+        cells = shown_cells(figure)
         assert cells.shape == (7, layers) and not np.ma.is_masked(cells)
         for role in ("q_proj", "down_proj"):
             expected = frame[frame.role == role].sort_values("layer").condition
             np.testing.assert_array_equal(cells[BLOCK_ROLES.index(role)], expected)
-        assert [label.get_text() for label in axes.get_yticklabels()] == list(BLOCK_ROLES) and axes.get_xlabel() == "layer"
-        assert "condition" in figure.axes[1].get_ylabel()
-        borders = {line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1 and len(line.get_xdata()) == 2}
-        assert borders == {source_layers * copy - 0.5 for copy in (1, 2, 3)}
+        attention, mlp, *bars = figure.axes
+        names = [label.get_text() for axes in (attention, mlp) for label in axes.get_yticklabels()]
+        assert names == list(BLOCK_ROLES) and mlp.get_xlabel() == "layer"
+        assert len(bars) == 2 and all("condition" in bar.get_ylabel() for bar in bars)
+        for axes in (attention, mlp):
+            places = [list(line.get_xdata()) for line in axes.lines]
+            borders = {place[0] for place in places if len(place) == 2 and place[0] == place[1]}
+            assert borders == {source_layers * copy - 0.5 for copy in (1, 2, 3)}
 
     def test_labels_do_not_overlap_at_120_layers(self):
         figure = spectral_plots.plot_condition_heatmap(spectra_frame(120, 30), CEILINGS)
         figure.canvas.draw()
-        boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels() if label.get_text()]
+        boxes = [label.get_window_extent() for label in figure.axes[1].get_xticklabels() if label.get_text()]
         assert len(boxes) >= 6 and not any(left.overlaps(right) for left, right in pairwise(boxes))
 
     def test_cells_at_and_above_their_own_ceiling_are_marked(self):
@@ -76,20 +91,42 @@ class TestConditionHeatmap:
             (5, "q_proj"): 2500.0,
             (6, "up_proj"): 2500.0,
             (7, "o_proj"): np.inf,
-            (8, "k_proj"): 3000.0,
+            (8, "k_proj"): 3300.0,  # what steps since the last clamp can do
         }
         for (layer, role), condition in conditions.items():
             frame.loc[(frame.layer == layer) & (frame.role == role), "condition"] = condition
         figure = spectral_plots.plot_condition_heatmap(frame, CEILINGS)
-        rows = {role: BLOCK_ROLES.index(role) for role in BLOCK_ROLES}
-        assert marked(figure.axes[0], "at the ceiling: 2 of 84") == {(4, rows["q_proj"]), (8, rows["k_proj"])}
-        assert marked(figure.axes[0], "above the ceiling: 2 of 84") == {(6, rows["up_proj"]), (7, rows["o_proj"])}
-        assert "ceiling 3,000: q, k, v, o" in texts(figure) and "ceiling 2,000: gate, up, down" in texts(figure)
+        assert marked(figure, "o") == {(4, "q_proj"), (8, "k_proj")}
+        assert marked(figure, "X") == {(6, "up_proj"), (7, "o_proj")}
+        shown = texts(figure)
+        assert "at the ceiling: 2 of 84" in shown and "more than 15% above the ceiling: 2 of 84" in shown
+        assert "ceiling 3,000: q, k, v, o" in shown and "ceiling 2,000: gate, up, down" in shown
 
     def test_without_a_clamp_nothing_is_marked(self):
         figure = spectral_plots.plot_condition_heatmap(spectra_frame(3, 3), {})
-        assert marked(figure.axes[0], "above the ceiling: 0 of 21") == set()
-        assert "(ceiling" not in texts(figure)
+        assert marked(figure, "o") == marked(figure, "X") == set() and "ceiling" not in texts(figure)
+        high = spectra_frame(3, 3).assign(condition=9000.0)
+        figure = spectral_plots.plot_condition_heatmap(high, CEILINGS, enforced=False)
+        assert marked(figure, "o") == marked(figure, "X") == set()
+        shown = texts(figure)
+        assert "ceiling 3,000 (for reference): q, k, v, o" in shown and "LM head: condition 9,000" in shown
+
+    def test_conditions_of_16_bit_weights_are_not_marked(self):
+        frame = spectra_frame(3, 3).assign(condition=9000.0)
+        assert len(marked(spectral_plots.plot_condition_heatmap(frame, CEILINGS), "X")) == 21
+        figure = spectral_plots.plot_condition_heatmap(frame.assign(condition_reliable=False), CEILINGS)
+        assert marked(figure, "o") == marked(figure, "X") == set() and "LM head: condition –" in texts(figure)
+
+    def test_attention_and_mlp_have_scales_of_their_own_that_one_singular_matrix_does_not_stretch(self):
+        frame = spectra_frame(120, 30)
+        attention = frame.role.isin(BLOCK_ROLES[:4])
+        frame["condition"] = np.where(attention, 2200.0, 4.0) * np.tile([1.0, 1.3], len(frame))[: len(frame)]
+        frame.loc[(frame.layer == 7) & (frame.role == "q_proj"), "condition"] = np.inf
+        figure = spectral_plots.plot_condition_heatmap(frame, CEILINGS)
+        ranges = [(axes.images[0].norm.vmin, axes.images[0].norm.vmax) for axes in figure.axes[:2]]
+        assert ranges == [(2200, 3000), (4, 5.2)]
+        assert [axes.images[0].colorbar.extend for axes in figure.axes[:2]] == ["max", "neither"]
+        assert shown_cells(figure)[0, 7] > 3000 and not np.ma.is_masked(shown_cells(figure))  # red, not grey
 
     def test_what_cannot_be_trusted_is_said(self):
         frame = spectra_frame(3, 3)
@@ -102,7 +139,7 @@ class TestConditionHeatmap:
     def test_of_a_mixture_the_worst_expert_is_shown(self):
         frame = spectra_frame(2, 2)
         worse = frame[frame.role == "up_proj"].assign(expert=1, condition=777.0)
-        cells = spectral_plots.plot_condition_heatmap(pd.concat([frame, worse]), CEILINGS).axes[0].images[0].get_array()
+        cells = shown_cells(spectral_plots.plot_condition_heatmap(pd.concat([frame, worse]), CEILINGS))
         assert set(cells[BLOCK_ROLES.index("up_proj")]) == {777.0}
 
 
@@ -111,15 +148,17 @@ class TestRidgeline:
     def test_a_ridge_for_every_layer_with_dots_at_its_ends(self, layers):
         values = singular_values(layers, source_layers=layers)
         figure = spectral_plots.plot_ridgeline(values, "q_proj")
-        [axes] = figure.axes
-        assert len(axes.collections) == layers
-        dots = [line for line in axes.lines if line.get_marker() == "."]
+        assert len(figure.axes) == (4 if layers == 120 else 1)  # 30 in a panel can be told apart
+        assert sum(len(axes.collections) for axes in figure.axes) == layers
+        dots = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "."]
         for layer, line in enumerate(dots):
             assert list(line.get_xdata()) == [values[layer, "q_proj"][0], values[layer, "q_proj"][-1]]
             assert set(line.get_ydata()) == {layer}
-        figure.canvas.draw()
-        ticks = axes.get_yticks()
-        assert axes.get_xscale() == "log" and 0 in ticks and len(ticks) <= 13 and (ticks < layers).all()
+        for first, axes in zip(range(0, layers, 30), figure.axes, strict=True):
+            bottom, top = axes.get_ylim()
+            ticks = axes.get_yticks()
+            assert top < first and bottom > min(layers, first + 30) - 1
+            assert axes.get_xscale() == "log" and first in ticks and len(ticks) <= 15 and max(ticks) < first + 30
 
     def test_a_ridge_is_highest_where_the_values_are(self):
         values = {(0, "q_proj"): np.sort(np.append(np.full(99, 0.5) * np.linspace(0.98, 1.02, 99), 8.0))[::-1]}
@@ -133,7 +172,7 @@ class TestRidgeline:
         [axes] = spectral_plots.plot_ridgeline(values, "q_proj").axes
         assert [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "."] == [[2.0, 1.0]]
         with pytest.raises(ValueError, match="Every q_proj is zero"):
-            spectral_plots.plot_ridgeline({(0, "q_proj"): np.zeros(3)}, "q_proj")
+            spectral_plots.plot_ridgeline({(0, "q_proj"): np.zeros(3), (1, "q_proj"): np.full(3, np.nan)}, "q_proj")
 
     def test_an_unknown_role_is_refused(self):
         with pytest.raises(ValueError, match=r"no role 'query'; these spectra have .*q_proj"):
@@ -158,6 +197,25 @@ class TestCopies:
         shown = texts(spectral_plots.plot_copies(values, "q_proj", 0, 1))
         assert "condition infinite" in shown and "condition 4" in shown
 
+    def test_a_copy_that_is_not_finite_leaves_the_mean_of_the_others(self):
+        values = singular_values(12, 3)
+        values[4, "o_proj"] = np.full(40, np.nan)
+        figure = spectral_plots.plot_copies(values, "o_proj", source_layer=1, source_layers=3)
+        assert "not finite" in texts(figure)
+        mean = np.mean([values[layer, "o_proj"] for layer in (1, 7, 10)], axis=0)
+        np.testing.assert_allclose(figure.axes[7].lines[0].get_ydata(), 100 * (values[10, "o_proj"] / mean - 1))
+
+    def test_many_copies_stand_in_rows_and_too_many_are_refused(self):
+        values = singular_values(16, 2)
+        figure = spectral_plots.plot_copies(values, "o_proj", 0, 2)
+        titles = [axes.get_title(loc="left") for axes in figure.axes if axes.axison and axes.get_title(loc="left")]
+        assert titles == [f"copy {i}: layer {2 * i}" for i in range(8)]
+        drawn = [axes for axes in figure.axes if axes.axison]
+        assert figure.get_size_inches()[0] < 21 and len(drawn) == 16
+        assert len({axes.get_ylim() for axes in drawn}) == 2  # spectra and deviations, each on one scale
+        with pytest.raises(ValueError, match="has 120 copies; side by side can stand 24 at most"):
+            spectral_plots.plot_copies(singular_values(120, 1), "o_proj", 0, 1)
+
     def test_a_block_that_is_not_there_is_refused(self):
         with pytest.raises(ValueError, match="blocks go from 0 to 2"):
             spectral_plots.plot_copies(singular_values(12, 3), "q_proj", source_layer=3, source_layers=3)
@@ -166,7 +224,7 @@ class TestCopies:
 def divergence_frame(steps, with_movement=True) -> pd.DataFrame:
     return pd.DataFrame(
         {"step": step, "role": role, "expert": -1, "source_layer": block, "copy_a": a, "copy_b": b,
-         "distance": step * (block + 1) / 100, **({"movement_cosine": -0.4} if with_movement else {}),
+         "distance": step * (block + 1) / 100, **({"movement_cosine": -0.4 if step else np.nan} if with_movement else {}),
          "top_overlap": 0.9, "bottom_overlap": 0.5,
          "chance_overlap": 0.08 if role in ("k_proj", "v_proj") else 0.03}
         for step in steps for role in BLOCK_ROLES for block in range(3) for a, b in ((0, 1), (0, 2), (1, 2))
@@ -184,6 +242,7 @@ class TestDivergence:
             "Bottom subspace",
         ]
         assert all(axes.get_ylabel() and axes.get_xlabel() == "optimizer step" for axes in panels)
+        assert len({axes.get_xlim() for axes in panels}) == 1
         assert {line.get_label() for line in panels[0].lines} == set(BLOCK_ROLES)
         np.testing.assert_allclose(panels[0].lines[0].get_data(), [[0, 10, 20], [0, 0.2, 0.4]])
         levels = {line.get_ydata()[0] for line in panels[2].lines if line.get_label().startswith("_")}

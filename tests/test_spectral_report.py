@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
+import json
 import re
 import shutil
 
@@ -61,8 +63,9 @@ def test_the_summary_is_what_was_put_in(known, report):
     assert f"Two copies of a block lie {known.divergence.distance.median():.1%} of their norm apart" in text
     moved = known.divergence.movement_cosine.median()
     assert f"the cosine between their movements is {moved:.2f} in the median" in text
-    overlap = known.divergence.top_overlap.median()
-    assert f"leading directions overlap by {overlap:.2f}, the trailing ones by {overlap:.2f}" in text
+    top, bottom = known.divergence.top_overlap.median(), known.divergence.bottom_overlap.median()
+    assert f"leading directions overlap by {top:.2f} and their trailing directions overlap by {bottom:.2f} in" in text
+    assert "ceiling" not in text and "No matrix is ill." in text  # no run says that it was clamped
 
 
 def test_the_page_needs_no_network_and_runs_only_its_own_script(report):
@@ -100,7 +103,8 @@ def test_every_figure_lies_beside_it_in_three_forms(report):
 def test_the_settings_are_on_the_page(known, report):
     _, page = report
     text = page.text
-    assert f"{known.stack} and {known.source}" in text and "no run says otherwise" in text and "torch 2" in text
+    assert f"{known.stack} and {known.source}" in text and "for reference: no run says that" in text and "torch 2" in text
+    assert "4 largest and 4 smallest singular values" in text
 
 
 def test_ill_matrices_get_a_page_each_and_do_not_stop_the_rest(known, tmp_path, unsaved):
@@ -123,6 +127,73 @@ def test_ill_matrices_get_a_page_each_and_do_not_stop_the_rest(known, tmp_path, 
     assert ("spectra", 57, 57) in calls and "power-law tail</td><td>not fitted" in text
 
 
+def spoilt(known, folder, part: str, kind="trained"):
+    """A copy of a checkpoint whose tensors with `part` in their name are NaN."""
+    shutil.copytree(getattr(known, kind), folder, ignore=shutil.ignore_patterns(".spectra"))
+    [path] = folder.glob("*.safetensors")
+    weights = load_file(path)
+    for name, tensor in weights.items():
+        if part in name:
+            tensor.fill_(torch.nan)
+    save_file(weights, path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("", ["Layer 0, q_proj holds NaN", "52 more matrices stand out", "84 of 84 pairs of copies", "57 of 57 matrices"]),
+        ("q_proj", ["Layer 0, q_proj holds NaN", "3 more matrices stand out", "12 of 84 pairs", "8 of 57 matrices"]),
+        ("layers.7.", ["Layer 7, q_proj holds NaN", "2 more matrices stand out", "21 of 84 pairs", "7 of 57 matrices"]),
+    ],
+)
+def test_nan_wherever_it_is_gives_a_page_that_says_so(known, tmp_path, unsaved, part, words):
+    broken = spoilt(known, tmp_path / "broken", part)
+    subject = find_subject(broken, against=str(known.stack))
+    text = spectral_report.write_report(subject, tmp_path / "report", fit_alpha=False, top_k=4).read_text()
+    assert [word for word in words if word not in text] == []
+    table = pd.read_csv(tmp_path / "report" / "spectra.csv")
+    assert "condition" in table and (~table.finite).sum() == {"": 57, "q_proj": 8, "layers.7.": 7}[part]
+
+
+def test_nan_in_the_source_is_no_fault_of_the_model(known, tmp_path, unsaved):
+    source = spoilt(known, tmp_path / "source", "layers.1.self_attn", "source")
+    subject = find_subject(known.trained, against=str(source))
+    text = spectral_report.write_report(subject, tmp_path / "report", fit_alpha=False, top_k=4).read_text()
+    assert "16 of 57 matrices, or their source&#x27;s, are zero or not finite" in text and "No matrix is ill." in text
+    assert pd.read_csv(tmp_path / "report" / "inheritance.csv").rmse.isna().sum() == 16
+
+
+def test_the_checkpoints_of_a_run_are_drawn_over_its_steps(known, tmp_path, unsaved):
+    subject = find_subject(known.trained, against=str(known.stack))
+    subject = dataclasses.replace(subject, steps={0: known.stack, 40: known.trained})
+    labels = []
+
+    def bar(label):
+        labels.append(label)
+        return lambda *_: None
+
+    text = spectral_report.write_report(subject, tmp_path / "report", fit_alpha=False, top_k=4, progress=bar).read_text()
+    assert {"divergence_over_training", "inheritance_over_training"} <= set(unsaved)
+    assert labels == ["spectra", "source", "copies over the run", "spectra over the run"]
+    assert f"lie {known.divergence.distance.median():.1%} of their norm apart" in text  # at the last step
+
+
+def test_a_subspace_of_nothing_is_refused_before_any_work(known, tmp_path):
+    with pytest.raises(ValueError, match="top_k is 0"):
+        spectral_report.write_report(find_subject(known.trained), tmp_path / "report", top_k=0)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_stack_that_is_not_cyclic_has_a_page_without_its_copies(known, tmp_path, unsaved):
+    stack = shutil.copytree(known.stack, tmp_path / "stack")
+    record = json.loads((stack / "stack.json").read_text())
+    (stack / "stack.json").write_text(json.dumps(record | {"order": "interpolated"}))
+    text = spectral_report.write_report(find_subject(stack), tmp_path / "report", fit_alpha=False).read_text()
+    assert "begun from an interpolated stack" in text and "Are the copies diverging" not in text
+    assert "divergence" not in unsaved and "condition" in unsaved
+
+
 @pytest.mark.parametrize("name", ["nowhere", "owner/none"])
 def test_what_is_no_checkpoint_is_one_sentence_and_exit_code_2(name, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -140,7 +211,10 @@ def test_a_16_bit_file_is_flagged(known, tmp_path, unsaved):
     [trained] = known.trained.glob("*.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in load_file(trained).items()}, path)
     page = spectral_report.write_report(find_subject(path), tmp_path / "report", fit_alpha=False)
-    assert "The weights of 57 matrices are 16-bit" in page.read_text()
+    assert "The values of 57 matrices are 16-bit" in page.read_text()
+    soup = BeautifulSoup(page.read_text(), "html.parser").find("table", class_="sortable")
+    place = [head.text for head in soup.find_all("th")].index("condition")
+    assert {row.find_all("td")[place].text for row in soup.find("tbody").find_all("tr")} == {"–"}
     assert not pd.read_csv(tmp_path / "report" / "spectra.csv").condition_reliable.any()
     assert np.isfinite(pd.read_csv(tmp_path / "report" / "spectra.csv").condition).all()
 
@@ -151,4 +225,11 @@ def test_a_run_is_asked_what_its_copies_compute_and_what_its_clamp_did(trained_r
     text = page.read_text()
     assert {"block_function", "clamp_events", "clamp_map"} <= set(unsaved)
     assert "has a linear CKA of" in text and "Swapping two copies changes the held-out loss" in text
-    assert "clamps up to step 6" in text and "of the run)" in text and "held-out windows</td><td>2" in text
+    assert "clamps up to step 6" in text and "of the run, applied every" in text and "held-out windows</td><td>2" in text
+    assert "sits at or above the ceiling" in text
+
+
+def test_of_an_earlier_checkpoint_the_clamps_until_then_are_told(trained_run, tmp_path, unsaved):
+    subject = find_subject(trained_run[0] / "checkpoints" / "step-000003")
+    text = spectral_report.write_report(subject, tmp_path, fit_alpha=False).read_text()
+    assert "In 1 clamp up to step 2" in text

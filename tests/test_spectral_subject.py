@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import shutil
 
 import pytest
 from conftest import small_profile
@@ -55,7 +58,8 @@ def test_a_run_brings_its_start_its_ceilings_and_its_checkpoints(known, trained_
     assert subject.profile == small_profile() and subject.run_dir == run_dir
     assert subject.copies == 1 and not subject.steps  # begun from random weights: no stack
     earlier = find_subject(run_dir / "checkpoints" / "step-000003")
-    assert earlier.run_dir == run_dir and earlier.checkpoint.name == "step-000003"
+    assert earlier.run_dir == run_dir and earlier.checkpoint.name == "step-000003" and earlier.last_step == 3
+    assert find_subject(known.trained).last_step == math.inf
 
 
 def test_a_run_begun_from_a_stack_has_a_trajectory(trained_run, tmp_path):
@@ -71,6 +75,36 @@ def test_a_run_begun_from_a_stack_has_a_trajectory(trained_run, tmp_path):
     subject = find_subject(copy, source_layers=1)
     assert list(subject.steps) == [0, 3, 6] and subject.steps[0] == subject.start == str(start) and subject.copies == 2
     assert list(find_subject(copy / "checkpoints" / "step-000003", source_layers=1).steps) == [0, 3]
+    assert list(find_subject(copy, against=str(start)).steps) == [0, 3, 6]
+
+
+def test_a_checkpoint_of_the_run_is_compared_with_at_its_own_step(trained_run):
+    run_dir, _ = trained_run
+    earlier = run_dir / "checkpoints" / "step-000003"
+    subject = find_subject(run_dir, against=str(earlier), source_layers=1)
+    assert list(subject.steps) == [3, 6] and subject.steps[3] == subject.start == str(earlier)
+
+
+def test_what_a_run_was_stacked_from_is_known_whatever_it_is_compared_with(trained_run, tmp_path):
+    run_dir, _ = trained_run
+    record = json.loads((run_dir / run_folder.RUN_FILE).read_text())
+    copy, source = tmp_path / "run", tmp_path / "source"
+    shutil.copytree(run_dir / "checkpoints" / "step-000003", tmp_path / "stack")
+    (tmp_path / "stack" / "stack.json").write_text(json.dumps({"order": "cyclic", "source_layers": 1, "source": str(source)}))
+    source.mkdir()
+    shutil.copytree(run_dir / "checkpoints", copy / "checkpoints")
+    (copy / run_folder.RUN_FILE).write_text(json.dumps(record | {"init": str(tmp_path / "stack")}))
+    subject = find_subject(copy, against=str(copy / "checkpoints" / "step-000003"))
+    assert subject.source_layers == 1 and subject.source == str(source) and list(subject.steps) == [3, 6]
+
+
+def test_ceilings_are_those_of_a_run_that_clamps(known, trained_run):
+    subject = find_subject(trained_run[0])
+    assert subject.ceilings["q_proj"] == small_profile().clamp.attention_max_condition
+    never = dataclasses.replace(subject, clamp=dataclasses.replace(subject.clamp, clamp_every=0))
+    foreign = find_subject(known.trained)
+    assert never.ceilings == foreign.ceilings == {}
+    assert foreign.reference_ceilings["q_proj"] == 3000 and foreign.reference_ceilings["up_proj"] == 2000
 
 
 def test_what_does_not_fit_is_refused(known, tmp_path):
@@ -81,5 +115,7 @@ def test_what_does_not_fit_is_refused(known, tmp_path):
         find_subject(known.trained, source_layers=3)
     record = odd.stack / "stack.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"order": "interpolated"}))
-    with pytest.raises(ValueError, match="copies are compared for cyclic stacks only"):
-        find_subject(odd.trained, against=str(odd.stack))
+    with pytest.raises(ValueError, match="compared for cyclic stacks only"):
+        find_subject(odd.trained, against=str(odd.stack), source_layers=3)
+    subject = find_subject(odd.trained, against=str(odd.stack))
+    assert (subject.order, subject.copies, subject.source, subject.start) == ("interpolated", 1, "", str(odd.stack))
