@@ -175,15 +175,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--share", type=float, default=1.0, help="share of the matrices of each shape that is timed, scaled up")
     parser.add_argument("--repeats", type=int, default=2, help="the best of so many runs counts")
+    available = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--devices", nargs="+", choices=["cpu", "cuda"], default=available)
     arguments = parser.parse_args()
-    rows = with_total("cpu", [measure(group, "cpu", arguments.share, arguments.repeats) for group in groups()])
-    if torch.cuda.is_available():
+    rows = []
+    if "cpu" in arguments.devices:
+        rows += with_total("cpu", [measure(group, "cpu", arguments.share, arguments.repeats) for group in groups()])
+    if "cuda" in arguments.devices:
         for route in ("cpu", "device"):
             timed = [measure(group, "cuda", arguments.share, arguments.repeats, decompose_on=route) for group in groups()]
             rows += with_total(f"gpu, decomposed on {route}", timed)
-    else:
-        rows.append({key: "" for key in rows[0]} | {"where": "gpu", "matrices": "not measured: no GPU here"})
-    write_table("clamping", rows)
+    write_table(f"clamping_{'_'.join(arguments.devices)}", rows)
 
 
 if __name__ == "__main__":

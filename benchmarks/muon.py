@@ -21,11 +21,10 @@ from kl3m_nb.muon import Muon
 from kl3m_nb.profiles import ModelSpec, get_profile
 
 REAL = get_profile("kl3m-007-500m")
-CPU_MODELS = {
-    "12 layers x 128": get_profile("tiny").model,
-    "4 layers x 576": dataclasses.replace(REAL.model, layers=4),
+MODELS = {
+    "cpu": {"12 layers x 128": get_profile("tiny").model, "4 layers x 576": dataclasses.replace(REAL.model, layers=4)},
+    "cuda": {"120 layers x 576": REAL.model},
 }
-GPU_MODELS = {"120 layers x 576": REAL.model}
 SETTINGS = {"lr": REAL.muon_lr, "momentum": REAL.optimizer.momentum, "weight_decay": REAL.optimizer.weight_decay}
 
 
@@ -70,11 +69,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--devices", nargs="+", choices=MODELS, default=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    for device, models in {"cpu": CPU_MODELS, "cuda": GPU_MODELS if torch.cuda.is_available() else {}}.items():
+    for device in arguments.devices:
         rows = []
-        for name, model in models.items():
+        for name, model in MODELS[device].items():
             seconds, movement = measure(Muon, model, device, arguments.repeats)
             torch_seconds, torch_movement = measure(torch.optim.Muon, model, device, arguments.repeats)
             rows.append(
@@ -87,8 +87,7 @@ def main() -> None:
                     "difference": ((movement - torch_movement).norm() / torch_movement.norm()).item(),
                 }
             )
-        if rows:
-            write_table(f"muon_{device}", rows)
+        write_table(f"muon_{device}", rows)
 
 
 if __name__ == "__main__":

@@ -106,13 +106,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--devices", nargs="+", choices=CASES, default=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     parser.add_argument("--measure", nargs=2, metavar=("DEVICE", "CASE"), help="one case, printed as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.measure:
         print(json.dumps(measure(*arguments.measure, arguments.repeats)))
         return
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    for device in arguments.devices:
         results = {case: in_a_process(device, case, arguments.threads, arguments.repeats) for case in CASES[device]}
         rows = [
             {

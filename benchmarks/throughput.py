@@ -54,6 +54,7 @@ from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.tokenizer import SPECIAL_TOKENS, load_tokenizer
 
 TEXT = "package:licensedcode-data"
+TOKENS = ("synthetic", "real")
 CASES = ("kl3m_nb", "Trainer", "Trainer, blocks compiled", "plain loop")
 PADDED = "kl3m_nb, padded segments"
 PARTS = ("data", "forward", "backward", "optimizer", "other", "clamp")
@@ -61,16 +62,16 @@ PART_STEPS = 4
 ON_GPU = torch.cuda.is_available()
 
 
-def settings(arguments: argparse.Namespace, folder: Path) -> Profile:
+def settings(arguments: argparse.Namespace, folder: Path, name: str, tokens: str, padded: bool) -> Profile:
     """The profile as it is trained here; what a short run cannot show (evaluations, checkpoints) comes at its end only."""
     steps = arguments.warmup + arguments.steps
-    own = get_profile(arguments.profile)
+    own = get_profile(name)
     tokenizer = arguments.tokenizer or str(own_tokenizer(folder))
-    packing = {} if arguments.case == PADDED else {"packing": "dense", "p_sft": 0.0}
+    packing = {} if padded else {"packing": "dense", "p_sft": 0.0}
     return get_profile(
-        arguments.profile, max_steps=steps, warmup_steps=1, clamp_every=steps, eval_every=steps, checkpoint_every=steps,
+        name, max_steps=steps, warmup_steps=1, clamp_every=steps, eval_every=steps, checkpoint_every=steps,
         held_out_windows=1, grad_accumulation=accumulation(arguments, own), tokenizer=tokenizer,
-        source=TEXT if arguments.tokens == "real" else f"files:{synthetic_tokens(folder, own, tokenizer)}", **packing,
+        source=TEXT if tokens == "real" else f"files:{synthetic_tokens(folder, own, tokenizer)}", **packing,
     )  # fmt: skip
 
 
@@ -93,31 +94,31 @@ def synthetic_tokens(folder: Path, own: Profile, tokenizer: str) -> Path:
     return folder / "synthetic.parquet"
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, float]:
+def measure(arguments: argparse.Namespace, name: str, tokens: str, case: str) -> dict[str, float]:
     """Tokens per second and peak bytes of one case; of ours also the seconds a step spends in each part."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        chosen = settings(arguments, folder)
-        if arguments.case in (CASES[0], PADDED):
-            return measure_ours(arguments, chosen, folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        chosen = settings(arguments, folder, name, tokens, padded=case == PADDED)
+        if case in (CASES[0], PADDED):
+            return measure_ours(arguments, chosen, folder, padded=case == PADDED)
         batches = windows_of(chosen, arguments.warmup + arguments.steps)
-        if arguments.case == "plain loop":
+        if case == "plain loop":
             seconds = measure_plain_loop(arguments, chosen, batches)
         else:
-            seconds = measure_trainer(arguments, chosen, batches, folder, compiled="compiled" in arguments.case)
+            seconds = measure_trainer(arguments, chosen, batches, folder, compiled="compiled" in case)
         return {"rate": chosen.tokens_per_step / seconds, "peak": peak_bytes()}
 
 
-def measure_ours(arguments: argparse.Namespace, chosen: Profile, folder: Path) -> dict[str, float]:
+def measure_ours(arguments: argparse.Namespace, chosen: Profile, folder: Path, padded: bool) -> dict[str, float]:
     training.train(chosen, folder / "run")
     peak = peak_bytes()
     train, clamp = read_metrics(folder / "run", "train"), read_metrics(folder / "run", "clamp")
     before, last = train.iloc[arguments.warmup - 1], train.iloc[-1]
-    clamping = clamp.clamp_seconds.iloc[-1] / get_profile(arguments.profile).clamp.clamp_every
+    clamping = clamp.clamp_seconds.iloc[-1] / get_profile(chosen.name).clamp.clamp_every
     seconds = (last.seconds - before.seconds) / arguments.steps + clamping
     rate = (last.valid_tokens - before.valid_tokens) / arguments.steps / seconds
     result = {"rate": rate, "peak": peak, "clamp": clamping}
-    return result if arguments.case == PADDED else result | time_by_part(arguments, chosen, folder)
+    return result if padded else result | time_by_part(arguments, chosen, folder)
 
 
 class PartClock:
@@ -230,7 +231,7 @@ def peak_bytes() -> int:
 def in_a_process(arguments: argparse.Namespace, name: str, tokens: str, case: str) -> dict:
     """What `measure` returns, or why it failed."""
     command = [
-        sys.executable, __file__, "--measure", "--profile", name, "--tokens", tokens, "--case", case,
+        sys.executable, __file__, "--measure", name, tokens, case,
         *(word for key in ("steps", "warmup", "threads", "grad_accumulation", "tokenizer")
           for word in (f"--{key.replace('_', '-')}", str(getattr(arguments, key)))),
     ]  # fmt: skip
@@ -295,20 +296,18 @@ def main() -> None:
         "--grad-accumulation", type=int, default=4, help="at most; a step of the real profiles has 32 micro-batches"
     )
     parser.add_argument("--tokenizer", default="", help="hub id or folder, for the real tokens")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--profile", help=argparse.SUPPRESS)
-    parser.add_argument("--tokens", help=argparse.SUPPRESS)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", nargs="+", choices=TOKENS, default=TOKENS)
+    parser.add_argument("--measure", nargs=3, metavar=("PROFILE", "TOKENS", "CASE"), help="one case, printed as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.measure:
-        print(json.dumps(measure(arguments)))
+        print(json.dumps(measure(arguments, *arguments.measure)))
         return
     rows, parts = [], []
     for name in arguments.profiles:
         chosen = get_profile(name)
         chosen = get_profile(name, packing="dense", p_sft=0.0, grad_accumulation=accumulation(arguments, chosen))
-        for tokens in ("synthetic", "real"):
+        for tokens in arguments.tokens:
             of_cases, by_part = rows_of(chosen, tokens, results_of(arguments, name, tokens))
             rows, parts = [*rows, *of_cases], [*parts, by_part]
         device = "cuda" if ON_GPU else "cpu"  # after every profile: what comes later may take hours, or fail

@@ -8,7 +8,7 @@ bfloat16; no whole training step has been timed there. Take a GPU's time as good
 moved, and products run at half the rate in TF32. Any other machine's rate is measured, with one matrix product.
 
 Windows are taken as full: where segments are padded, fewer tokens have a label. A sliding window saves time with flash-attn
-alone; to sdpa it is a mask, and all keys are computed. For a named GPU the latter is assumed unless the profile asks for flash-attn.
+alone; to sdpa it is a mask, and all keys are computed, as is assumed for a named GPU unless the profile asks for flash-attn.
 """
 
 from __future__ import annotations

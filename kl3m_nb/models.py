@@ -209,9 +209,9 @@ def forward_body(
     """Runs everything below the LM head on input_ids, int64 [batch, seq_len], e.g. [8, 256].
 
     `attention_mask`, bool [batch, seq_len], is False on padding, where the output means nothing. `position_ids`, int64 of the
-    same shape, count through where none are given. `document_ids`, int64 too, keep attention within equal ids. Full windows have no
-    mask and no documents: only then attention takes its fast causal path. `recompute` is gradient checkpointing: of each block
-    only the input is kept, and the block runs again in the backward pass.
+    same shape, count through where none are given. `document_ids`, int64 too, keep attention within equal ids. Full windows have
+    no mask and no documents: only then attention takes its fast causal path. `recompute` is gradient checkpointing: of each
+    block only the input is kept, and the block runs again in the backward pass.
 
     `model` comes from `build_model` or `load_model`. Nothing makes the host wait for a GPU, except a mask or documents under
     FlashAttention. Raises ValueError where FlashAttention would mix the documents.

@@ -90,7 +90,7 @@ def test_each_row_ends_where_its_own_text_is_whole(model, tokenizer):
 
 
 def test_extractions_are_answered_in_order_up_to_the_closed_value(monkeypatch, tokenizer):
-    answers = {"first": ' 1} and more', "second": ' "x", '}
+    answers = {"first": " 1} and more", "second": ' "x", '}
 
     def written(model, tokenizer, prompts, sampling, seed, batch_size, is_whole):
         texts = [next(text for name, text in answers.items() if name in prompt) for prompt in prompts]

@@ -22,25 +22,28 @@ def throughput(monkeypatch):
 
 
 def arguments(**changes) -> argparse.Namespace:
-    given = dict(profile="kl3m-002-520m", case="kl3m_nb", tokens="synthetic", steps=2, warmup=1, rounds=2, grad_accumulation=1)
+    given = dict(steps=2, warmup=1, rounds=2, grad_accumulation=1)
     return argparse.Namespace(**{**given, "cases": ["kl3m_nb", "Trainer"], **changes})
 
 
 def test_a_real_profile_reads_synthetic_tokens_through_a_small_tokenizer(throughput, tmp_path):
     tokenizer = load_tokenizer("corpus", "package:licensedcode-data", 512)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    chosen = throughput.settings(arguments(tokenizer=str(tmp_path / "tokenizer")), tmp_path)
+    chosen = throughput.settings(
+        arguments(tokenizer=str(tmp_path / "tokenizer")), tmp_path, "kl3m-002-520m", "synthetic", padded=False
+    )
     stream = open_stream(chosen.data, tokenizer)
     batch = stream.take(4)
     assert stream.report.bad_rows == 0 and batch.input_ids.max() < 512 < chosen.model.vocabulary
     assert batch.valid_tokens == batch.input_ids.numel() == 4 * 1024
 
 
-def test_all_that_is_compared_has_the_same_windows(throughput, tmp_path):
-    for case in throughput.CASES:
-        data = throughput.settings(arguments(case=case, tokens="real", tokenizer="corpus"), tmp_path).data
-        assert (data.packing, data.p_sft) == ("dense", 0.0)
-    padded = throughput.settings(arguments(case=throughput.PADDED, tokens="real", tokenizer="corpus"), tmp_path).data
+def test_all_that_is_compared_has_dense_windows(throughput, tmp_path):
+    compared, padded = (
+        throughput.settings(arguments(tokenizer="corpus"), tmp_path, "kl3m-002-520m", "real", padded).data
+        for padded in (False, True)
+    )
+    assert (compared.packing, compared.p_sft) == ("dense", 0.0)
     assert (padded.packing, padded.p_sft) == ("segments", 0.1)
 
 
