@@ -274,7 +274,9 @@ def test_a_gpu_does_what_the_cpu_does(decompose_on):
     for event, same, target, moved in zip(
         on_cpu, SpectralClamp(on_gpu, decompose_on=decompose_on).clamp(), targets, on_gpu, strict=True
     ):
-        assert (event.name, event.raised, event.route) == (same.name, same.raised, same.route)
+        assert (event.name, event.raised) == (same.name, same.raised)
+        # of a small matrix a CPU asks for the eigenvalues at once, a GPU tests it with the others
+        assert event.route == same.route or {event.route, same.route} == {"tested", "decomposed"}
         assert relative_error(moved.parameter.cpu(), target.parameter.double()) < 4e-7
 
 
