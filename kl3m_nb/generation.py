@@ -267,7 +267,7 @@ def _generate_batch(
     output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria, streamer=streamer)
     continuations = output[:, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
     seconds = (time.perf_counter() - started) / len(prompts)
-    lengths = getattr(stop, "lengths", {})
+    lengths = stop.lengths if isinstance(stop, _WholeTexts) else {}
     samples = []
     for row, (prompt, tokens) in enumerate(zip(prompts, continuations, strict=True)):
         end, tokens = config.eos_token_id, tokens[: lengths.get(row)]  # what follows a whole text is padding

@@ -52,7 +52,7 @@ def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
     """
     folder = paths.resolve(checkpoint)
     run_dir = folder.parent.parent
-    if not (run_dir / RUN_FILE).is_file():
+    if not (run_dir / RUN_FILE).is_file() or folder not in checkpoints.whole_checkpoints(run_dir):
         return None
     profile = read_run_profile(run_dir)
     steps = checkpoints.checkpoint_step(folder) - int(read_metrics(run_dir, "held_out")["step"].iloc[0])

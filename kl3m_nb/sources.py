@@ -41,7 +41,7 @@ class Options:
 
     score_max: float = 10.0  # lower is better; the family keeps documents up to 10
     mime_types: tuple[str, ...] = ()  # empty: all
-    min_tokens: int = 0  # shorter documents are not trained on
+    min_tokens: int = 0  # shorter documents are neither trained nor judged on
     tokenizer: str = ""  # the one stored tokens were made with, when it is not the run's: they are decoded and tokenized anew
 
 

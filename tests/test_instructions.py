@@ -33,9 +33,7 @@ ANSWER = {
 }
 EXTRACTION = InstructionPair("extraction-theatre", "extraction", SOURCE, json.dumps(ANSWER), tuple(ANSWER))
 
-SHORT = InstructionPair(
-    "extraction-short", "extraction", "Give buyer as JSON: Marsh Wren.", '{"buyer": "Marsh Wren"}', ("buyer",)
-)
+SHORT = InstructionPair("extraction-short", "extraction", "Give buyer as JSON: Marsh Wren", '{"buyer": "Marsh Wren"}', ("buyer",))
 
 
 def answering(**changes) -> InstructionPair:

@@ -26,4 +26,5 @@ def test_a_checkpoint_is_known_by_the_run_it_lies_in(trained_run, tmp_path):
     assert windows == result.step * profile.data.micro_batch * profile.data.grad_accumulation
     assert runs.trained_on(str(result.checkpoint)) == (profile, windows)
     assert runs.trained_on(tmp_path / "checkpoint") is None
+    assert runs.trained_on(run_dir / "export" / "kl3m-tiny-step6") is None  # lies in the run, and is no checkpoint of it
     assert runs.trained_on("alea-institute/kl3m-006-170m") is None
