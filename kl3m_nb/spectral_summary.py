@@ -165,7 +165,7 @@ def describe_divergence(divergence: pd.DataFrame) -> list[str]:
         if len(overlap) < len(known):
             sentences.append(
                 f"In {len(known) - len(overlap):,} of {len(known):,} pairs the {side} directions are not distinct from the next "
-                "and not compared: their singular values are one, as where the clamp has raised several to its bound."
+                "and not compared: singular values there differ by less than 0.1%, as where the clamp has raised several to one."
             )
     return sentences
 
