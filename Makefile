@@ -1,17 +1,24 @@
 # make demo      the whole story on this machine, in minutes (make demo FRESH=1 starts over)
-# make test      all tests, the notebooks included
+# make test      all tests, the notebooks included, in two processes with a core each
 # make test-slow the real models on this machine's CPU (14 GB) and a killed rank under torchrun, some 15 minutes
 # make lab       JupyterLab on the notebooks
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lab clean
+.PHONY: demo test test-package test-notebooks test-slow lab clean
 
 demo: .venv/installed
 	$(BIN)/python -m kl3m_nb demo $(if $(FRESH),--fresh)
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --output-sync=target test-package test-notebooks
+
+test-package: .venv/installed
+	$(BIN)/python -m pytest tests --ignore=tests/notebooks
+
+# The notebooks run after tests of their own, with which they share the temporary folder for runs.
+test-notebooks: .venv/installed
+	$(BIN)/python -m pytest tests/notebooks notebooks
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow tests

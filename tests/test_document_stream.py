@@ -86,7 +86,7 @@ def test_a_mixture_names_the_part_that_gives_nothing(tmp_path):
     write_rows(tmp_path / "long.jsonl", _rows("long", 50, 20))
     write_rows(tmp_path / "short.jsonl", _rows("short", 50, 4))
     stream = DocumentStream(_spec(f"files:{tmp_path}/long.jsonl + files:{tmp_path}/short.jsonl(min_tokens=5)"), Letters())
-    with pytest.raises(ValueError, match="short.jsonl' has no training documents"):
+    with pytest.raises(ValueError, match=r"short.jsonl' has no training documents"):
         for _ in range(10):
             stream.next()
 
