@@ -37,7 +37,7 @@ POLAR_EXPRESS_SAFETY = 1.01
 
 _NORM_EPSILON = 1e-7
 PRECISIONS = ("auto", "float32", "bfloat16")
-_BATCH_ELEMENTS = {"cuda": 2**26, "cpu": 2**20}  # bounds the memory of a batch; on a CPU keeps it in the cache
+_BATCH_ELEMENTS = {"cuda": 2**26, "cpu": 2**22}  # bounds the memory of a batch; on a CPU keeps it in the cache
 # Relative growth of the largest singular value by rounding in one step: five times what the worst matrices of the tests show. The
 # polynomials of Polar Express leave their domain, and bound nothing, beyond 1%.
 _ROUNDING_SLACK = {torch.bfloat16: 2.0**-7, torch.float32: 1e-3, torch.float64: 1e-3}
