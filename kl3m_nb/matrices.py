@@ -7,7 +7,6 @@ with an `expert` number. Tied weights have one vocabulary matrix, and it is the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+import xxhash
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
@@ -54,9 +54,12 @@ class Matrix:
 
 
 def content_hash(weight: torch.Tensor) -> str:
-    """SHA-256 of a matrix's dtype, shape and bytes: equal for equal weights, wherever they are stored."""
+    """128 bits of XXH3 over a matrix's dtype, shape and bytes: equal for equal weights, wherever they are stored.
+
+    It guards against mistakes, not against forgery, and takes a tenth of the time of SHA-256.
+    """
     weight = weight.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
+    digest = xxhash.xxh3_128(f"{weight.dtype} {tuple(weight.shape)}".encode())
     digest.update(weight.view(torch.uint8).numpy())
     return digest.hexdigest()
 

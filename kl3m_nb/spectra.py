@@ -101,10 +101,9 @@ def power_law_tail(eigenvalues: np.ndarray) -> tuple[float, float, float]:
     alphas = 1 + tail_sizes / excess
     distances = np.empty(total - 1)
     for rows in np.array_split(starts, math.ceil(total / 64)):
-        ranks = np.arange(rows[0], total) - rows[:, None]
-        theory = -np.expm1((1 - alphas[rows, None]) * np.maximum(logs[rows[0] :] - logs[rows, None], 0.0))
-        gap = np.abs(theory - ranks / tail_sizes[rows, None])
-        distances[rows] = np.where(ranks < 0, 0.0, gap).max(axis=1)
+        ranks = np.maximum(np.arange(rows[0], total) - rows[:, None], 0)
+        theory = 1 - np.exp((1 - alphas[rows, None]) * np.maximum(logs[rows[0] :] - logs[rows, None], 0.0))
+        distances[rows] = np.abs(theory - ranks / tail_sizes[rows, None]).max(axis=1)  # 0 before the tail
     distances[np.isnan(distances)] = 1.0
     best = int(np.argmin(distances))
     return float(alphas[best]), float(np.exp(logs[best])), float(distances[best])
@@ -234,7 +233,8 @@ def _has_16_bit_values(weight: torch.Tensor) -> bool:
         return False
     if weight.dtype != torch.float32:
         return True
-    chunks = weight.contiguous().view(torch.int32).split(_CHUNK_ROWS)
+    rows = weight.contiguous().view(torch.int32)
+    chunks = (rows[:1], *rows.split(_CHUNK_ROWS))  # one row tells, unless the answer is yes
     return all(not (chunk & 0x1FFF).any() for chunk in chunks) and bool(weight.any())
 
 

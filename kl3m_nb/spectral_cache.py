@@ -1,7 +1,7 @@
 """Singular values kept beside their checkpoint, under the content hash of the matrix they belong to.
 
 A second look at a checkpoint costs reading it, and equal matrices (the copies of a fresh stack) are decomposed once. The key is
-the SHA-256 of dtype, shape and bytes, so a changed weight can never be given an old spectrum, whatever its file is called.
+a 128-bit hash of dtype, shape and bytes, so a changed weight is not given an old spectrum, whatever its file is called.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from kl3m_nb.matrices import Checkpoint, local_checkpoint
 
 CACHE_FOLDER = ".spectra"
-_FILE = "singular_values-1.safetensors"  # the number changes with how values are computed
+_FILE = "singular_values-2.safetensors"  # the number changes with how values and keys are computed
 
 
 class SpectrumCache:
