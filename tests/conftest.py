@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 
+import nbformat
 import pytest
 
 # Set before anything is collected, and inherited by the kernels nbval starts: all notebooks of one session share the folder.
@@ -14,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from warm_processes import WarmProcesses  # noqa: E402
 
-from kl3m_nb import profiles, training  # noqa: E402
+from kl3m_nb import paths, profiles, training  # noqa: E402
 
 
 def small_profile(**overrides) -> profiles.Profile:
@@ -25,6 +26,18 @@ def small_profile(**overrides) -> profiles.Profile:
         ns_precision="float32",  # what is compared here is compared to more digits than bfloat16 has
     )  # fmt: skip
     return profiles.get_profile("tiny", **{**settings, **overrides})
+
+
+def execute_notebook(name: str, parameters: dict) -> dict:
+    """What a notebook has defined when its cells have run in this process, with `parameters` in place of their defaults."""
+    namespace = {"display": lambda *_: None}
+    for cell in nbformat.read(paths.notebooks_dir() / f"{name}.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, namespace)
+            if "parameters" in cell.metadata.get("tags", ()):
+                assert parameters.keys() <= namespace.keys()
+                namespace.update(parameters)
+    return namespace
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 
-import nbformat
 import pytest
-from conftest import small_profile
+from conftest import execute_notebook, small_profile
 
-from kl3m_nb import checkpoints, figures, paths, runs, training
+from kl3m_nb import checkpoints, figures, runs, training
 
 SMALL = {"document_count": 3, "prompt_count": 2, "max_new_tokens": 4}
 
@@ -27,22 +26,10 @@ def no_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "save_figure", lambda *_: runs.run_path("tiny", "generation").mkdir(exist_ok=True))
 
 
-def _execute(parameters: dict) -> dict:
-    """Runs the notebook's cells in this process, with `parameters` in place of their defaults."""
-    namespace = {"display": lambda *_: None}
-    for cell in nbformat.read(paths.notebooks_dir() / "04_generation_evaluation.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            exec(cell.source, namespace)
-            if "parameters" in cell.metadata.get("tags", ()):
-                assert parameters.keys() <= namespace.keys()
-                namespace.update(parameters)
-    return namespace
-
-
 def test_the_checkpoint_of_a_run_is_enough_and_known_by_its_path_as_text(run_dir, no_runs):
     shutil.copytree(run_dir, runs.run_path("tiny", "grown"))
     newest = checkpoints.latest_checkpoint(runs.run_path("tiny", "grown"))
-    namespace = _execute({**SMALL, "trained": str(newest)})
+    namespace = execute_notebook("04_generation_evaluation", {**SMALL, "trained": str(newest)})
     assert namespace["reference"] == namespace["subject"] == "trained"
     assert list(namespace["summary"].index) == list(namespace["gaps"]) == ["trained"]
     assert namespace["window"] == 64
@@ -51,10 +38,10 @@ def test_the_checkpoint_of_a_run_is_enough_and_known_by_its_path_as_text(run_dir
 
 def test_a_checkpoint_of_no_run_is_judged_without_what_it_has_seen(run_dir, no_runs, tmp_path):
     shutil.copytree(checkpoints.latest_checkpoint(run_dir), tmp_path / "elsewhere" / "model")
-    namespace = _execute({**SMALL, "others": str(tmp_path / "elsewhere" / "model")})
+    namespace = execute_notebook("04_generation_evaluation", {**SMALL, "others": str(tmp_path / "elsewhere" / "model")})
     assert len(namespace["summary"]) == 1 and namespace["gaps"] == namespace["by_step"] == {}
 
 
 def test_no_checkpoint_at_all_is_said(no_runs):
     with pytest.raises(AssertionError, match="no checkpoint of tiny yet"):
-        _execute(SMALL)
+        execute_notebook("04_generation_evaluation", SMALL)

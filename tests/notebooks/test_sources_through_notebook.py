@@ -10,12 +10,12 @@ import os
 import signal
 
 import datasets
-import nbformat
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import execute_notebook
 
-from kl3m_nb import checkpoints, live, paths, plots, runs
+from kl3m_nb import checkpoints, live, plots, runs
 from kl3m_nb.instructions import load_pairs
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.tokenizer import load_tokenizer
@@ -60,18 +60,6 @@ def parameters(request, folder, monkeypatch):
     }  # fmt: skip
 
 
-def _execute(parameters: dict) -> dict:
-    """Runs the notebook's cells in this process, with `parameters` in place of their defaults."""
-    namespace = {"display": lambda *_: None}
-    for cell in nbformat.read(paths.notebooks_dir() / "00_source_model.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            exec(cell.source, namespace)
-            if "parameters" in cell.metadata.get("tags", ()):
-                assert parameters.keys() <= namespace.keys()
-                namespace.update(parameters)
-    return namespace
-
-
 class _Stop:
     """A live view that presses the notebook's stop button."""
 
@@ -86,14 +74,14 @@ class _Stop:
 def test_a_run_from_each_source_is_stopped_and_continues_with_the_next_token(parameters, monkeypatch):
     monkeypatch.setattr(plots, "save_figure", lambda *_: None)
     monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
-    whole = _execute({**parameters, "run": parameters["run"] + "-whole"})
+    whole = execute_notebook("00_source_model", {**parameters, "run": parameters["run"] + "-whole"})
     monkeypatch.setattr(live, "LiveView", _Stop)
     with pytest.raises(KeyboardInterrupt):
-        _execute(parameters)
+        execute_notebook("00_source_model", parameters)
     run_dir = runs.run_path("tiny", "source", parameters["run"])
     assert checkpoints.checkpoint_step(checkpoints.latest_checkpoint(run_dir)) == STOP_AFTER
     monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
-    namespace = _execute(parameters)
+    namespace = execute_notebook("00_source_model", parameters)
     assert namespace["settings"].data.source == parameters["source"]
     expected, found = (read_metrics(path, "train") for path in (whole["run_dir"], run_dir))
     assert list(found.step) == list(range(1, STEPS + 1))
