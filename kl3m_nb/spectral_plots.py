@@ -36,8 +36,9 @@ def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float],
 
     Cells at their clamp ceiling, or more than 15% above it, are marked. `spectra` is what `spectra.model_spectra` returns,
     `ceilings` maps roles to their max_condition (0 for a role that is not clamped). With `enforced` False they are shown for
-    reference, and nothing is marked. Of a mixture the worst expert is shown. A scale ends at ten times its median; what lies
-    beyond is red. Conditions of 16-bit weights are drawn and never marked, with a warning in the title.
+    reference, and nothing is marked. Of a mixture the worst expert is shown. A scale ends at ten times its median, or
+    a little above the ceiling; what lies beyond is red. Conditions of 16-bit weights are drawn and never marked, with a warning
+    in the title.
     """
     grid = _role_grid(spectra, "condition")
     judged = _role_grid(spectra.assign(judged=spectra["condition"].where(spectra["condition_reliable"])), "judged")
@@ -78,7 +79,7 @@ def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float],
 
 
 def _condition_limits(conditions: np.ndarray, ceiling: float) -> tuple[float, float, str]:
-    """Ends of a logarithmic scale and the side a colour bar extends: the values up to ten times their median.
+    """Ends of a logarithmic scale and the side a colour bar extends: up to ten times their median, or a bit above `ceiling`.
 
     A ceiling close above them is on the scale, and it spans a fifth at least, so that rounding is not made a pattern.
     """
@@ -86,7 +87,7 @@ def _condition_limits(conditions: np.ndarray, ceiling: float) -> tuple[float, fl
     if not np.isfinite(known).any():
         return 1.0, 10.0, "max" if known.size else "neither"
     low, middle = known.min(), np.median(known[np.isfinite(known)])
-    high = max(known[known <= 10 * middle].max(), 1.2 * low)
+    high = max(known[known <= max(10 * middle, FAR_ABOVE_CEILING * ceiling)].max(), 1.2 * low)
     return low, ceiling if high < ceiling < 1.5 * high else high, "max" if known.max() > high else "neither"
 
 

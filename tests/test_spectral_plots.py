@@ -284,3 +284,10 @@ class TestInheritance:
     def test_right_after_stacking_all_is_zero_and_still_drawn(self):
         frame = self.frame(layers=12).assign(rmse=0.0)
         assert spectral_plots.plot_inheritance(frame).axes[0].images[0].get_array().max() == 0
+
+
+def test_the_scale_of_conditions_reaches_to_the_ceiling_where_a_matrix_does():
+    few_at_the_ceiling = np.array([5.0, 7.0, 9.0, 400.0, 3000.0])
+    assert spectral_plots._condition_limits(few_at_the_ceiling, 3000.0) == (5.0, 3000.0, "neither")
+    assert spectral_plots._condition_limits(few_at_the_ceiling, 0.0) == (5.0, 9.0, "max")
+    assert spectral_plots._condition_limits(np.array([5.0, 7.0, 9.0, 3000.0, 1e16]), 3000.0) == (5.0, 3000.0, "max")
