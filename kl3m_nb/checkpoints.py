@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb import distributed
 from kl3m_nb.metrics import FILE_NAME
+from kl3m_nb.run_folder import RUN_FILE
 
 _NAME = re.compile(r"step-(\d{6,})")
 _STATE = Path("training_state") / "state.pt"
@@ -88,8 +89,9 @@ def write_checkpoint(
         if free < snapshot.bytes:
             raise OSError(f"it needs {_gigabytes(snapshot.bytes)} and {_gigabytes(free)} are free")
         _write_files(temporary, snapshot, model, tokenizer, card, identity)
-        if (metrics := Path(run_dir) / FILE_NAME).is_file():  # the state counts on what was logged up to here
-            _sync(metrics)
+        for counted_on in (Path(run_dir) / RUN_FILE, Path(run_dir) / FILE_NAME):  # whose run it is, what was logged up to here
+            if counted_on.is_file():
+                _sync(counted_on)
         if target.exists():
             _remove(target)
         os.rename(temporary, target)

@@ -116,7 +116,7 @@ def token_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[in
 def held_out_documents(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Document, np.ndarray], ...]:
     """The held-out documents in use, each with its tokens: all of a package, of other parts what fills twice the windows.
 
-    Read once for a run: its windows and the documents its stream leaves out are made from the same.
+    Read once for a run, when its held-out windows are made: its stream leaves out the same documents.
     """
     parts = parse_source(spec.source)
     wanted_tokens = 2 * spec.held_out_windows * (spec.seq_len + 1) / sum(part.weight for part in parts)

@@ -4,8 +4,9 @@ Everything follows from a profile's numbers, so the real models are estimated on
 `memory`; operations are those of `flops`. On a GPU of `GPUS`, this machine's or a named one, the time is the sum of three:
 matrix products at 80% of the data sheet's rate, attention at 40% of it, and what the element-wise work moves at 90% of the
 memory's rate. The shares, and the bytes moved, are what was measured on an H200 for single operations of kl3m-007-500m in
-bfloat16; no whole training step has been timed there. Take a GPU's time as good to a quarter. In float32 twice the bytes are
-moved, and products run at half the rate in TF32. Any other machine's rate is measured, with one matrix product.
+bfloat16; whole training steps reached 84% of the speed that follows for the 500M there, 79% for the 170M. Take a GPU's time as
+good to a quarter. In float32 twice the bytes are moved, and products run at half the rate in TF32. Any other machine's rate is
+measured, with one matrix product.
 
 Windows are taken as full: where segments are padded, fewer tokens have a label. A sliding window saves time with flash-attn
 alone; to sdpa it is a mask, and all keys are computed, as is assumed for a named GPU unless the profile asks for flash-attn.
@@ -192,18 +193,24 @@ def _runtime_on_a_gpu(asked: RuntimeSpec) -> Runtime:
 
 def _seconds_on_gpu(profile: Profile, gpu: Gpu, runtime: Runtime, recompute: bool) -> float:
     """Of one optimizer step."""
-    spec, rate = profile.model, gpu.products
+    spec, rate = profile.model, _rate(gpu, runtime.precision, runtime.tf32)
     moved = (1 + recompute) * _MOVED_FORWARD + _MOVED_BACKWARD
     moved *= (_MOVED_COMPILED if runtime.compile_blocks else 1.0) * spec.layers * _block_elements(spec) * 2
     if runtime.precision == "float32":
-        rate = _TF32 * gpu.products if runtime.tf32 else gpu.float32_products
         moved *= 2
     moved += _LOGITS_MOVED * spec.vocabulary
     products, attention = _operations_per_token(profile, runtime, recompute)
     per_token = products / (_PRODUCTS * rate) + attention / (_ATTENTION * rate) + moved / (_MEMORY * gpu.traffic)
-    # Muon iterates in bfloat16 on a GPU, whatever the precision of the model
-    orthogonalising = flops.muon_flops_per_step(spec, profile.optimizer.ns_steps) / (_ATTENTION * gpu.products)
+    iterating = _rate(gpu, profile.optimizer.ns_precision, runtime.tf32)  # in bfloat16 whatever the model's, unless it is named
+    orthogonalising = flops.muon_flops_per_step(spec, profile.optimizer.ns_steps) / (_ATTENTION * iterating)
     return profile.tokens_per_step * per_token + orthogonalising
+
+
+def _rate(gpu: Gpu, precision: str, tf32: bool) -> float:
+    """Of products, in operations a second."""
+    if precision != "float32":
+        return gpu.products
+    return _TF32 * gpu.products if tf32 else gpu.float32_products
 
 
 def _seconds_here(profile: Profile, runtime: Runtime, recompute: bool) -> float:

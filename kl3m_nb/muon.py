@@ -315,7 +315,6 @@ def _check_group(group: dict) -> None:
         raise ValueError(f"The weight decay is {group['weight_decay']}; it must be finite and at least 0.")
     if group["adjust_lr"] not in ("original", "match_rms_adamw"):
         raise ValueError(f"adjust_lr is {group['adjust_lr']!r}; it must be 'original' or 'match_rms_adamw'.")
-    for parameter in group["params"]:
-        iteration_dtype(parameter, group["precision"])
+    iteration_dtype(torch.empty(0), group["precision"])
     if len(polynomials(group["ns_steps"], group["coefficients"])) < 3:
         raise ValueError(f"ns_steps is {group['ns_steps']}; Muon needs 3 to 5.")

@@ -179,6 +179,7 @@ def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torc
 
     Raises ValueError when the source's held-out documents do not fill that many windows.
     """
+    held_out_documents.cache_clear()  # the files may be others than at the last call of this process
     documents = ([*tokens.tolist(), tokenizer.eos_token_id] for _, tokens in held_out_documents(spec, tokenizer))
     windows = list(pack(documents, spec.seq_len + 1))
     if len(windows) < spec.held_out_windows:

@@ -63,18 +63,20 @@ class PrefetchedStream:
 
     def load_state_dict(self, state: dict) -> None:
         """Continues where `state` was taken; what was made ahead is forgotten."""
-        for future in self._ahead:
-            future.cancel()
-        self._ahead.clear()
+        self._forget_ahead()
         self._thread.submit(self._stream.load_state_dict, state).result()
         self._delivered, self._epoch, self._windows = state, self._stream.epoch, 0
 
     def close(self) -> None:
         """Ends the thread, which closes the files after the batch it is at; nothing waits for it."""
-        for future in self._ahead:
-            future.cancel()
+        self._forget_ahead()
         self._thread.submit(self._stream.close)
         self._thread.shutdown(wait=False)
+
+    def _forget_ahead(self) -> None:
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
 
     def _make(self, windows: int) -> tuple[Batch, dict, int]:
         batch = self._stream.take(windows)

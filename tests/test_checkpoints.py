@@ -173,6 +173,15 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch
     assert result.step == 2 and checkpoints.flaw_of(result.checkpoint) is None
 
 
+def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, sync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or sync(fd))
+    monkeypatch.setattr(os, "rename", lambda old, new: done.append("renamed") or rename(old, new))
+    training.train(small_profile(max_steps=1), tmp_path / "run")
+    before = done[: done.index("renamed")]
+    assert {"run.json", "metrics.jsonl", "model.safetensors", "state.pt", "manifest.json"} <= set(before)
+
+
 def test_leftovers_of_any_process_are_removed_whatever_its_number(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     for name in (

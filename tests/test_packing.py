@@ -70,6 +70,16 @@ def test_held_out_windows_are_fixed_and_hold_no_training_text(spec):
     assert not letters & set(map(chr, windows.flatten().tolist()))
 
 
+def test_held_out_windows_are_those_of_the_files_as_they_are_now(tmp_path):
+    spec, tokenizer = DataSpec(source=f"files:{tmp_path}/*.jsonl", seq_len=7, held_out_windows=2), Letters()
+    seen = []
+    for first in (1, 500):
+        rows = [{"identifier": f"d{i}", "tokens": [first + i % 400] * 9} for i in range(200)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        seen.append(packing.held_out_windows(spec, tokenizer))
+    assert seen[0].shape == seen[1].shape and not torch.equal(seen[0], seen[1])
+
+
 def test_the_table_of_documents_has_every_one_with_its_part_domain_and_length(spec):
     table = packing.document_table(spec, Letters())
     assert len(table) == 300 and set(table.domain) == {spec.source}
