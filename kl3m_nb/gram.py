@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PIECE = {torch.float32: 512, torch.float64: 8192}  # columns multiplied at a time: bounds memory and rounding
+PIECE = {torch.float32: 512, torch.float64: 4096}  # columns multiplied at a time: bounds memory and rounding
 EIGENVALUES_UP_TO = 256  # rows up to which the eigenvalues of a Gram matrix cost no more than a proof
 _STEPS = {torch.float32: 12, torch.float64: 24}  # of the Lanczos iteration; near the ceiling it pays to know σ₁ well
 _BLOCK = 144  # rows of a Gram matrix computed at a time, each up to the diagonal only
