@@ -1,9 +1,11 @@
 """Spectra of weight matrices: the singular values and metrics of one matrix, and a table of every matrix of a model.
 
-Everything is computed in float64. The eigenvalues of a Gram matrix carry an error of about 1e-16·σ₁², so they are taken only
-where that leaves ten digits of a singular value; for the smaller ones an SVD decides, whose error is about 1e-16·σ₁: a condition
-number of 3000 is exact to twelve digits. Matrices come from `matrices.find_matrices` one at a time, so a checkpoint of any size
-needs the memory of its largest matrix, and what was decomposed once is kept by `spectral_cache`.
+Everything is computed in float64, from the eigenvalues of a Gram matrix where these tell enough, because an SVD takes twice as
+long. They carry an error of about 1e-16·σ₁²: ten digits of a singular value are left at a condition of 1,000, nine at 5,000, and
+eight where one value towers above all others. From 1,000 on the smallest, of which a condition number is made, is therefore taken
+from the matrix itself, to twelve digits (ten where dozens of values lie within that error of it and yet differ). Beyond 5,000 an
+SVD decides, with an error of about 1e-16·σ₁. Matrices come from `matrices.find_matrices` one at a time, so a checkpoint of any
+size needs the memory of its largest matrix, and what was decomposed once is kept by `spectral_cache`.
 """
 
 from __future__ import annotations
@@ -34,46 +36,81 @@ SingularValues = Mapping[tuple[int, str], np.ndarray]  # keys from `spectrum_key
 Progress = Callable[[int, int], None]  # (matrices done, matrices in all)
 
 _CHUNK_ROWS = 16_384
-_TALL = 1.5  # from this ratio of the sides on, the Gram matrix is cheaper than an SVD
-_GRAM_CONDITION_LIMIT = 1e3
-_SURELY_LARGE = 1e-2  # share of σ₁ above which a singular value is taken from the Gram matrix of an ill-conditioned weight
+_GRAM_TELLS_ALL = 1e3  # condition up to which the eigenvalues of a Gram matrix are good enough for every singular value
+_GRAM_TELLS_MOST = 5e3  # and up to which they are for all but the smallest
+_SHIFT = 8  # what an inverse iteration stays below the eigenvalue, in roundings of the largest
+_DIRECTIONS = 8  # it follows at a time
+_STEPS = 8  # before it gives up
 _SMALLEST_EIGENVALUE = 1e-5  # WeightWatcher fits alpha to the eigenvalues above it
+
+
+class NotFinite(ValueError):
+    """A matrix holds NaN or infinite values."""
 
 
 def singular_values(weight: torch.Tensor | np.ndarray) -> np.ndarray:
     """All min(rows, cols) singular values of `weight` (2-D, e.g. (576, 1536), any float dtype): float64, descending.
 
-    Raises ValueError for another number of dimensions or a NaN or infinity.
+    Raises ValueError for another number of dimensions, and NotFinite for a NaN or infinity.
     """
     weight = torch.as_tensor(weight).detach().cpu()
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"Singular values need a non-empty matrix; this tensor has the shape {tuple(weight.shape)}.")
-    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
-    largest = largest_entry(tall)
+    largest = largest_entry(weight)
     if not math.isfinite(largest):
-        raise ValueError("The matrix holds NaN or infinite values; it has no singular values.")
+        raise NotFinite("The matrix holds NaN or infinite values; it has no singular values.")
+    tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
     if largest == 0.0:
         return np.zeros(tall.shape[1])
     scale = 1.0 if 1e-50 < largest < 1e50 else largest  # no square may over- or underflow
-    if tall.shape[0] < _TALL * tall.shape[1]:
-        return torch.linalg.svdvals(tall.double() / scale).numpy() * scale
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
-    for rows in _double_chunks(tall, scale):
-        gram += gram_matrix(rows.T, torch.float64)
-    squares = torch.linalg.eigvalsh(gram)
-    if squares[0] * _GRAM_CONDITION_LIMIT**2 > squares[-1]:
-        return squares.sqrt().flip(0).numpy() * scale
-    squares, vectors = torch.linalg.eigh(gram)
-    large = squares > squares[-1] * _SURELY_LARGE**2
-    factor = torch.empty(0, int((~large).sum()), dtype=torch.float64)
-    for rows in _double_chunks(tall, scale):  # what the Gram matrix cannot resolve, in coordinates where nothing larger is left
-        factor = torch.linalg.qr(torch.cat([factor, rows @ vectors[:, ~large]]), mode="r").R
-    return torch.cat([squares[large].sqrt(), torch.linalg.svdvals(factor)]).sort(descending=True).values.numpy() * scale
+    tall = tall if scale == 1.0 else tall.double() / scale
+    gram = gram_matrix(tall.T, torch.float64)
+    squares = torch.linalg.eigvalsh(gram, UPLO="U")  # LAPACK is a fifth faster with this triangle than with the other
+    if squares[0] * _GRAM_TELLS_ALL**2 > squares[-1]:
+        values = squares.sqrt()
+    elif squares[0] * _GRAM_TELLS_MOST**2 > squares[-1] and (smallest := _smallest(tall, gram, squares)) is not None:
+        values = squares.sqrt().clamp(min=smallest)
+        values[0] = smallest
+    else:
+        values = _by_svd(tall).flip(0)
+    return values.flip(0).numpy() * scale
 
 
-def _double_chunks(tall: torch.Tensor, scale: float) -> Iterator[torch.Tensor]:
+def _smallest(tall: torch.Tensor, gram: torch.Tensor, squares: torch.Tensor) -> torch.Tensor | None:
+    """The smallest singular value by inverse iteration, given the Gram matrix and its eigenvalues; None where it is not found.
+
+    The directions are those of the Gram matrix, with its error. The value is taken from the weight, and there the error of a
+    direction counts squared. With the shift as close to the eigenvalue as rounding allows, two or three steps are enough. Of
+    values closer together than that, as a clamp leaves them, any combination of directions tells the same.
+    """
+    rounding = torch.finfo(torch.float64).eps
+    shifted = gram.clone()
+    shifted.diagonal().sub_(squares[0] - _SHIFT * rounding * squares[-1])
+    factor, failed_at = torch.linalg.cholesky_ex(shifted)
+    if failed_at:
+        return None
+    size = len(gram)
+    directions = torch.randn(size, min(size, _DIRECTIONS), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value = torch.tensor(math.inf, dtype=torch.float64)
+    for _ in range(_STEPS):
+        directions = torch.linalg.qr(torch.cholesky_solve(directions, factor)).Q
+        images = torch.cat([rows @ directions for rows in _double_chunks(tall)])
+        before, value = value, torch.linalg.svdvals(images)[-1]
+        if abs(before - value) <= rounding * squares[-1].sqrt():
+            return value
+    return None
+
+
+def _by_svd(tall: torch.Tensor) -> torch.Tensor:
+    factor, *others = _double_chunks(tall)
+    for rows in others:
+        factor = torch.linalg.qr(torch.cat([factor, rows]), mode="r").R
+    return torch.linalg.svdvals(factor)
+
+
+def _double_chunks(tall: torch.Tensor) -> Iterator[torch.Tensor]:
     # In chunks because an embedding in float64 is twice its file.
-    return (rows.double() / scale if scale != 1.0 else rows.double() for rows in tall.split(_CHUNK_ROWS))
+    return (rows.double() for rows in tall.split(_CHUNK_ROWS))
 
 
 def largest_entry(weight: torch.Tensor) -> float:
@@ -217,12 +254,13 @@ def analyse_model(
 
 def _kept_singular_values(weight: torch.Tensor, cache: SpectrumCache) -> np.ndarray:
     """Those in the cache, else computed and added to it; NaN for a matrix that is not finite."""
-    if not math.isfinite(largest_entry(weight)):
-        return np.full(min(weight.shape), math.nan)
     key = content_hash(weight)
     values = cache.get(key)
     if values is None:
-        values = singular_values(weight)
+        try:
+            values = singular_values(weight)
+        except NotFinite:
+            return np.full(min(weight.shape), math.nan)
         cache.add(key, values)
     return values
 

@@ -29,6 +29,11 @@ def with_spectrum(values, rows, cols, rng) -> np.ndarray:
     return orthonormal(rows, n, rng) * np.asarray(values) @ orthonormal(cols, n, rng).T
 
 
+def tolerance(condition: float) -> float:
+    """Relative error that a singular value σ₁/condition may have: about eps·σ₁, and up to 5000 that of a Gram matrix, eps·σ₁²."""
+    return 1e-14 * (1 + condition) + (4e-16 * condition**2 if condition < 5e3 else 0.0)
+
+
 def llama(layers=4) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **SHAPE))
@@ -42,24 +47,72 @@ class TestSingularValues:
         found = spectra.singular_values(with_spectrum(values, *shape, np.random.default_rng(1)))
         assert found.dtype == np.float64
         # Building the matrix rounds every value by about eps·σ₁, so that is the most a relative error can be asked to be.
-        # Up to a condition of 1000 a Gram matrix may have been taken, which squares it.
-        assert np.abs(found / values - 1).max() < 1e-14 * (1 + condition) + 1e-15 * condition**2 * (condition < 1e3)
+        assert np.abs(found / values - 1).max() < tolerance(condition)
+        if condition > 1e3:  # where a Gram matrix would tell the smallest too roughly
+            assert found[-1] / values[-1] == pytest.approx(1, rel=1e-14 * condition)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("shape", [(96, 96), (90, 160), (300, 80)])
+    @pytest.mark.parametrize("condition", [1.2e3, 3e3, 4.8e3, 1e5])
+    @pytest.mark.parametrize("kind", ["even", "clamped", "one large", "nearly equal", "two small"])
+    def test_are_numpys_whatever_lies_beside_the_smallest(self, kind, condition, shape, dtype):
+        n = min(shape)
+        values = np.linspace(condition, 1.0, n)
+        match kind:
+            case "clamped":  # as `clamping` leaves them
+                values = np.maximum(np.geomspace(50 * condition, 1.0, n) / 50, 1.0)
+            case "one large":
+                values[1:] = 1.0
+            case "nearly equal":  # closer than the error of a Gram matrix, in part
+                values[-40:] = 1.0 + np.geomspace(1e-5, 1e-12, 40)
+            case "two small":
+                values = np.geomspace(condition, condition / 10, n)
+                values[-2:] = 1.0 + 1e-10, 1.0
+        weight = torch.from_numpy(with_spectrum(values, *shape, np.random.default_rng(9))).to(dtype)
+        expected = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+        found = spectra.singular_values(weight)
+        rounded = expected[0] / expected[-1]  # to 16 bits the smallest values are others
+        assert (np.diff(found) <= 0).all()
+        assert np.abs(found / expected - 1).max() < tolerance(rounded)
+        if rounded > 1e3:  # nearly equal values slow an inverse iteration down, until it rests a little early
+            assert found[-1] / expected[-1] == pytest.approx(1, rel=(1e-13 if kind == "nearly equal" else 3e-15) * rounded)
+
+    @pytest.mark.parametrize("shape", [(96, 96), (90, 160)])
+    def test_below_a_ceiling_take_no_svd(self, shape, monkeypatch):
+        monkeypatch.delattr(spectra, "_by_svd")
+        values = np.maximum(np.geomspace(3e5, 1.0, min(shape)) / 100, 1.0)
+        found = spectra.singular_values(with_spectrum(values, *shape, np.random.default_rng(10)))
+        np.testing.assert_allclose(found, values, rtol=tolerance(3e3))
+
+    @pytest.mark.parametrize(("name", "value"), [("_STEPS", 1), ("_SHIFT", -1e9)])  # never at rest; no Cholesky factor
+    def test_are_those_of_an_svd_where_the_smallest_is_not_found(self, name, value, monkeypatch):
+        monkeypatch.setattr(spectra, name, value)
+        values = np.geomspace(3e3, 1.0, 60)
+        found = spectra.singular_values(with_spectrum(values, 60, 60, np.random.default_rng(11)))
+        np.testing.assert_allclose(found, values, rtol=1e-14 * 3e3)
+
+    @pytest.mark.parametrize("entry", [-2.5, 1e-60, 3e60, 0.0])
+    @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])
+    def test_of_a_single_column_are_its_length(self, entry, shape):
+        found = spectra.singular_values(np.full(shape, entry))
+        np.testing.assert_allclose(found, [abs(entry) * math.sqrt(max(shape))], rtol=1e-14)
 
     def test_of_float32_weights_are_numpys(self):
         weight = torch.randn(60, 90, generator=torch.Generator().manual_seed(0))
         expected = np.linalg.svd(weight.numpy().astype(np.float64), compute_uv=False)
         np.testing.assert_allclose(spectra.singular_values(weight), expected, rtol=1e-11)
 
-    @pytest.mark.parametrize("condition", [10.0, 1e6])
+    @pytest.mark.parametrize("condition", [10.0, 3e3, 1e6])
     def test_do_not_depend_on_the_pieces_a_long_matrix_is_read_in(self, condition, monkeypatch):
         values = np.geomspace(condition, 1.0, 12)
         weight = with_spectrum(values, 100, 12, np.random.default_rng(2))
         monkeypatch.setattr(spectra, "_CHUNK_ROWS", 17)
-        np.testing.assert_allclose(spectra.singular_values(weight), values, rtol=1e-14 * condition)
+        np.testing.assert_allclose(spectra.singular_values(weight), values, rtol=tolerance(condition))
 
-    @pytest.mark.parametrize("scale", [1e-200, 1e-40, 1e150])
-    def test_survive_values_whose_squares_leave_the_range(self, scale):
-        weight = np.random.default_rng(3).standard_normal((10, 20))
+    @pytest.mark.parametrize("scale", [1e-200, 1e-60, 1e-40, 1e60, 1e150])
+    @pytest.mark.parametrize("condition", [5.0, 3e3, 1e5])
+    def test_survive_values_whose_squares_leave_the_range(self, condition, scale):
+        weight = with_spectrum(np.geomspace(condition, 1.0, 20), 20, 24, np.random.default_rng(3))
         np.testing.assert_allclose(spectra.singular_values(weight * scale), spectra.singular_values(weight) * scale, rtol=1e-9)
 
     @pytest.mark.parametrize("rows", [20, 60])
