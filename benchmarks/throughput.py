@@ -43,14 +43,14 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from _common import write_table
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from kl3m_nb import flops, models, training
 from kl3m_nb.estimate import data_sheet, estimate
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.packing import PackedStream
 from kl3m_nb.profiles import PROFILES, Profile, get_profile
-from kl3m_nb.runtime import choose_runtime, prepare_model
+from kl3m_nb.runtime import Runtime, choose_runtime, prepare_model
 from kl3m_nb.tokenizer import SPECIAL_TOKENS, load_tokenizer
 
 TEXT = "package:licensedcode-data"
@@ -58,7 +58,6 @@ TOKENS = ("synthetic", "real")
 CASES = ("kl3m_nb", "Trainer", "Trainer, blocks compiled", "plain loop")
 PADDED = "kl3m_nb, padded segments"
 PARTS = ("data", "forward", "backward", "optimizer", "other", "clamp")
-PART_STEPS = 4
 ON_GPU = torch.cuda.is_available()
 
 
@@ -139,7 +138,7 @@ class PartClock:
 
 def time_by_part(arguments: argparse.Namespace, chosen: Profile, folder: Path) -> dict[str, float]:
     """Seconds of a step that each part takes, from a run of its own; compilation falls into its warm-up."""
-    steps = arguments.warmup + PART_STEPS
+    steps = arguments.warmup + arguments.part_steps
     short = dataclasses.replace(chosen, schedule=dataclasses.replace(chosen.schedule, max_steps=steps))
     clock = PartClock()
 
@@ -151,7 +150,7 @@ def time_by_part(arguments: argparse.Namespace, chosen: Profile, folder: Path) -
         training.train(short, folder / "by_part", callbacks=[begin_anew])
     seconds = read_metrics(folder / "by_part", "train").seconds
     clock.seconds["other"] = seconds.iloc[-1] - seconds.iloc[arguments.warmup - 1] - sum(clock.seconds.values())
-    return {part: clock.seconds[part] / PART_STEPS for part in PARTS if part != "clamp"}
+    return {part: clock.seconds[part] / arguments.part_steps for part in PARTS if part != "clamp"}
 
 
 def windows_of(chosen: Profile, steps: int) -> torch.Tensor:
@@ -160,11 +159,19 @@ def windows_of(chosen: Profile, steps: int) -> torch.Tensor:
     return PackedStream(chosen.data, tokenizer).next_batch(count)[:, :-1].contiguous()
 
 
+def peer_model(chosen: Profile, runtime: Runtime, compiled: bool) -> PreTrainedModel:
+    """The model as transformers computes it, without our joint projections and attention; blocks compiled as its users do."""
+    model = prepare_model(models.build_model(chosen), dataclasses.replace(runtime, compile_blocks=False))
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    return model
+
+
 def measure_plain_loop(arguments: argparse.Namespace, chosen: Profile, windows: torch.Tensor) -> float:
     """Seconds of a step."""
     runtime = choose_runtime(chosen)
-    uncompiled = dataclasses.replace(runtime, compile_blocks=False)
-    model = prepare_model(models.build_model(chosen, attention=runtime.attention), uncompiled)
+    model = peer_model(chosen, runtime, compiled=False)
     if runtime.recompute:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=runtime.device.type == "cuda")
@@ -199,9 +206,7 @@ class Clock(TrainerCallback):
 def measure_trainer(arguments: argparse.Namespace, chosen: Profile, windows: torch.Tensor, folder: Path, compiled: bool) -> float:
     """Seconds of a step."""
     runtime = choose_runtime(chosen)
-    model = prepare_model(
-        models.build_model(chosen, attention=runtime.attention), dataclasses.replace(runtime, compile_blocks=compiled)
-    )
+    model = peer_model(chosen, runtime, compiled)
     on_gpu = runtime.device.type == "cuda"
     options = TrainingArguments(
         output_dir=str(folder / "trainer"), max_steps=arguments.warmup + arguments.steps, report_to="none", disable_tqdm=True,
@@ -232,7 +237,7 @@ def in_a_process(arguments: argparse.Namespace, name: str, tokens: str, case: st
     """What `measure` returns, or why it failed."""
     command = [
         sys.executable, __file__, "--measure", name, tokens, case,
-        *(word for key in ("steps", "warmup", "threads", "grad_accumulation", "tokenizer")
+        *(word for key in ("steps", "warmup", "part_steps", "threads", "grad_accumulation", "tokenizer")
           for word in (f"--{key.replace('_', '-')}", str(getattr(arguments, key)))),
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -290,6 +295,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[case for case in CASES if ON_GPU or "comp" not in case])
     parser.add_argument("--steps", type=int, default=20 if ON_GPU else 8)
     parser.add_argument("--warmup", type=int, default=5 if ON_GPU else 2, help="steps before those that count, at least 1")
+    parser.add_argument("--part-steps", type=int, default=4, help="further steps, for the time by part")
     parser.add_argument("--rounds", type=int, default=3 if ON_GPU else 2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(

@@ -214,16 +214,18 @@ def forward_body(
     block only the input is kept, and the block runs again in the backward pass.
 
     `model` comes from `build_model` or `load_model`. Nothing makes the host wait for a GPU, except a mask or documents under
-    FlashAttention. Raises ValueError where FlashAttention would mix the documents.
+    FlashAttention 2. Raises ValueError where that would mix the documents.
     """
     body, attention = model.model, model.config._attn_implementation
-    if document_ids is not None and len(input_ids) > 1 and "flash" in attention:
-        raise ValueError("FlashAttention keeps documents apart in one row at a time only; use attention 'sdpa' or micro_batch 1.")
+    if document_ids is not None and len(input_ids) > 1 and attention == "flash_attention_2":
+        raise ValueError(
+            "FlashAttention 2 keeps documents apart in one row at a time only; use attention 'sdpa' or micro_batch 1."
+        )
     residual = body.embed_tokens(input_ids)
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     settings = {"position_embeddings": body.rotary_emb(residual, position_ids=position_ids), "use_cache": False}
-    if "flash" in attention:
+    if attention == "flash_attention_2":
         # transformers finds the documents where positions begin anew, and the window in the config
         settings |= {"attention_mask": attention_mask, "position_ids": None if document_ids is None else position_ids}
     else:

@@ -24,6 +24,7 @@ IGNORE_INDEX = -100
 _NATS_PER_BIT = math.log(2.0)
 _CPU_LOGITS = 2**26  # elements of a chunk's logits on a CPU, 256 MiB in float32: enough tokens for fast matrix products
 _CPU_CACHED_LOGITS = 2**19  # elements that go through the element-wise work together on a CPU, small enough to stay in the cache
+_FUSED_PIECE = 2**10  # entries of a row of logits that compiled code sums at a time, few enough to stay in registers
 _CPU_SUM_LENGTH = 2**12  # entries of the vocabulary that one product sums over on a CPU
 
 
@@ -127,35 +128,39 @@ class _ChunkedObjective(torch.autograd.Function):
         states = hidden.to(product_dtype)
         weight_sum = weight.sum(0, dtype=dtype)
         mean_logit = (hidden.to(dtype) @ weight_sum) / vocabulary
-        cross_entropy, label_logit, entropy_bits = (torch.empty(tokens, dtype=dtype, device=hidden.device) for _ in range(3))
+        cross_entropy, label_logit, label_grad, entropy_bits = torch.empty(4, tokens, dtype=dtype, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if gradients[0] else None
         weight_grad = torch.zeros_like(weight, dtype=dtype) if gradients[1] else None
 
         chunk, block = _chunk_and_block(tokens, vocabulary, spec.chunk_tokens, hidden.device)
         logits_buffer = torch.empty(chunk, vocabulary, dtype=dtype, device=hidden.device)
+        # The gradient takes the place of the logits where the products have their precision.
+        grad_buffer = logits_buffer if product_dtype == dtype else torch.empty_like(logits_buffer, dtype=product_dtype)
         work_buffer = None if compiled else torch.empty(block, vocabulary, dtype=dtype, device=hidden.device)
-        softmax_terms_ = _compiled_softmax_terms() if compiled else _softmax_terms_
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
-            logits = logits_buffer[: rows.stop - start]
+            logits, logits_grad = logits_buffer[: rows.stop - start], grad_buffer[: rows.stop - start]
             _product(states[rows], head.t(), logits)
             label_logit[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
             for first in range(start, rows.stop, block):
                 part = slice(first, min(first + block, rows.stop))
-                work = None if compiled else work_buffer[: part.stop - first]
-                cross_entropy[part], entropy_bits[part] = softmax_terms_(
-                    logits[first - start : part.stop - start], label_logit[part], scale[part], spec, any(gradients), work
-                )
+                inside = slice(first - start, part.stop - start)
+                grad = logits_grad[inside] if any(gradients) else None
+                arguments = (logits[inside], label_logit[part], scale[part], spec, grad)
+                if compiled:
+                    terms = _compiled_softmax_terms()(*arguments)
+                else:
+                    terms = _softmax_terms_(*arguments, work_buffer[: part.stop - first])
+                cross_entropy[part], entropy_bits[part], label_grad[part] = terms
             if any(gradients):
-                logits_grad = logits.to(product_dtype)
                 label = labels[rows, None]
-                label_grad = logits.gather(1, label) + (smoothing - 1.0) * scale[rows, None]
+                of_label = (label_grad[rows] + (smoothing - 1.0) * scale[rows]).unsqueeze(1)
                 if hidden_grad is not None:
                     # The label's entry is larger than all others together: apart from their long sum, it costs them no digits.
                     logits_grad.scatter_(1, label, 0.0)
-                    hidden_grad[rows] = _product_in_pieces(logits_grad, head, dtype) + label_grad * weight[labels[rows]]
+                    hidden_grad[rows] = _product_in_pieces(logits_grad, head, dtype) + of_label * weight[labels[rows]]
                 if weight_grad is not None:
-                    logits_grad.scatter_(1, label, label_grad.to(product_dtype))
+                    logits_grad.scatter_(1, label, of_label.to(product_dtype))
                     _add_product_(weight_grad, logits_grad.t(), states[rows])
 
         if hidden_grad is not None:
@@ -194,11 +199,12 @@ class _ChunkedObjective(torch.autograd.Function):
 
 
 def _softmax_terms_(
-    logits: Tensor, label_logit: Tensor, scale: Tensor, spec: ObjectiveSpec, gradient: bool, work: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (nats) and entropy (bits) per token; with `gradient`, `logits` becomes scale·p·(1 - c·(z - E)).
+    logits: Tensor, label_logit: Tensor, scale: Tensor, spec: ObjectiveSpec, gradient: Tensor | None, work: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy (nats), entropy (bits) and the label's entry of scale·p·(1 - c·(z - E)), per token.
 
-    logits: [tokens, vocabulary], spoilt in any case. label_logit, scale: [tokens]. work: a buffer like `logits`, or None.
+    With a `gradient`, like `logits` or `logits` itself, all entries of the latter are written there. logits: [tokens,
+    vocabulary], spoilt in any case. label_logit, scale: [tokens]. work: a buffer like `logits`.
     """
     largest = logits.amax(-1)
     logits.sub_(largest.unsqueeze(1))
@@ -206,19 +212,60 @@ def _softmax_terms_(
     # `sum` adds pairwise. torch.softmax does not, and loses two digits at 131,072 entries.
     total = exponentials.sum(-1)
     expected = torch.linalg.vecdot(exponentials, logits) / total
-    log_total = total.log()
-    entropy_bits = (log_total - expected) / _NATS_PER_BIT
-    if gradient:
-        distance = entropy_bits - spec.entropy_target_bits
-        pull = (2.0 * spec.entropy_target_weight * distance - spec.entropy_bonus) / _NATS_PER_BIT
-        share = scale / total
-        logits.mul_((-pull * share).unsqueeze(1)).add_(((1.0 + pull * expected) * share).unsqueeze(1)).mul_(exponentials)
-    return largest - label_logit + log_total, entropy_bits
+    entropy_bits, slope, offset = _gradient_of(total, expected, scale, spec)
+    label_logit = label_logit - largest
+    if gradient is not None:
+        logits.mul_(slope.unsqueeze(1)).add_(offset.unsqueeze(1))
+        torch.mul(logits, exponentials, out=logits)
+        if gradient is not logits:
+            gradient.copy_(logits)
+    return total.log() - label_logit, entropy_bits, (slope * label_logit + offset) * label_logit.exp()
+
+
+def _fused_softmax_terms(
+    logits: Tensor, label_logit: Tensor, scale: Tensor, spec: ObjectiveSpec, gradient: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_softmax_terms_` for torch.compile, which makes two passes over the logits of it: sums by piece, then the gradient.
+
+    A row is too long to stay on the chip between its maximum and its sums, a piece of it is not. The pieces are joined as in
+    online softmax (Milakov and Gimelshein, arXiv:1805.02867), with the sum of exp(z)·z as well.
+    """
+    pieces = logits.unflatten(-1, (-1, _piece_length(logits.size(-1))))
+    largest_of_piece = pieces.amax(-1)  # [tokens, pieces]
+    shifted = pieces - largest_of_piece.unsqueeze(-1)
+    exponentials = shifted.exp()
+    totals, weighted = exponentials.sum(-1), (exponentials * shifted).sum(-1)
+    largest = largest_of_piece.amax(-1, keepdim=True)
+    distance = largest_of_piece - largest
+    factor = distance.exp()
+    total = (factor * totals).sum(-1)
+    expected = (factor * (weighted + distance * totals)).sum(-1) / total
+    entropy_bits, slope, offset = _gradient_of(total, expected, scale, spec)
+    label_logit = label_logit - largest.squeeze(-1)
+    if gradient is not None:
+        shifted = logits - largest
+        gradient.copy_((slope.unsqueeze(1) * shifted + offset.unsqueeze(1)) * shifted.exp())
+    return total.log() - label_logit, entropy_bits, (slope * label_logit + offset) * label_logit.exp()
+
+
+def _gradient_of(total: Tensor, expected: Tensor, scale: Tensor, spec: ObjectiveSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy in bits, and a and b of the gradient (a·z + b)·exp(z) by the logits z, from Σ exp(z) and E; all [tokens]."""
+    entropy_bits = (total.log() - expected) / _NATS_PER_BIT
+    distance = entropy_bits - spec.entropy_target_bits
+    pull = (2.0 * spec.entropy_target_weight * distance - spec.entropy_bonus) / _NATS_PER_BIT
+    share = scale / total
+    return entropy_bits, -pull * share, (1.0 + pull * expected) * share
+
+
+def _piece_length(vocabulary: int) -> int:
+    """Entries of a row that are summed together: up to 1,024, or all of a vocabulary that is odd."""
+    piece = math.gcd(vocabulary, _FUSED_PIECE)
+    return piece if piece >= 128 else vocabulary
 
 
 @functools.cache
 def _compiled_softmax_terms():
-    return torch.compile(_softmax_terms_, dynamic=False, fullgraph=True)
+    return torch.compile(_fused_softmax_terms, dynamic=False, fullgraph=True)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -134,7 +134,7 @@ class RuntimeSpec:
     """How a run is carried out. Nothing here changes what is learned, so a run may be resumed under other values."""
 
     precision: str = "auto"  # auto | float32 | bfloat16 (autocast over float32 weights)
-    attention: str = "auto"  # auto | sdpa | flash_attention_2 | eager
+    attention: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_4 | eager
     compile: str = "auto"  # auto | on | off: torch.compile of each block
     gradient_checkpointing: str = "auto"  # auto: where memory asks for it | on: as the kl3m-007 card has it | off
     tf32: str = "auto"  # auto | on | off: float32 products of a GPU with shorter mantissas
@@ -359,7 +359,7 @@ def _checked_type(key: str, value):
 _CHOICES = {
     "clip_mode": ("adaptive", "fixed", "off"),
     "precision": ("auto", "float32", "bfloat16"),
-    "attention": ("auto", "sdpa", "flash_attention_2", "eager"),
+    "attention": ("auto", "sdpa", "flash_attention_2", "flash_attention_4", "eager"),
     "compile": ("auto", "on", "off"),
     "parallel": ("ddp", "fsdp"),
     "gradient_checkpointing": ("auto", "on", "off"),

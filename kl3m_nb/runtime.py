@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch._inductor import config as inductor_config
 from torch.nn.attention import SDPBackend
 from transformers import PreTrainedModel
 
+from kl3m_nb import flash_attention
 from kl3m_nb.experts import use_grouped_experts
+from kl3m_nb.fused_projections import fuse_projections
 from kl3m_nb.memory import USABLE, step_memory
 from kl3m_nb.profiles import Profile
 
@@ -30,7 +33,7 @@ class Runtime:
 
     device: torch.device
     precision: str  # float32 | bfloat16
-    attention: str  # sdpa | flash_attention_2 | eager
+    attention: str  # sdpa | flash_attention_2 | eager | flash_attention.IMPLEMENTATION
     compile_blocks: bool
     recompute: bool  # gradient checkpointing: activations are computed again in the backward pass
     tf32: bool
@@ -83,33 +86,45 @@ def choose_runtime(profile: Profile) -> Runtime:
 
 
 def _choose_attention(profile: Profile, device: torch.device, precision: str) -> str:
-    """flash_attention_2 where it is the fastest that is at hand, else sdpa, in which torch picks a kernel.
+    """FlashAttention where it is the fastest that is at hand and needs no mask, else sdpa, in which torch picks a kernel.
 
-    On Hopper that kernel is cuDNN's, which is faster than FlashAttention-2 at these head sizes (0.85 against 1.21 ms for a layer
-    of kl3m-007 at 5 × 4096). A sliding window needs a mask in sdpa, and none in flash_attention_2. That in turn makes the host
-    wait where padding is masked, and keeps documents apart in one row only.
+    On Hopper that kernel is cuDNN's: a layer of kl3m-007 at 5 × 4096 takes 0.93 ms forward and backward, 1.46 with FlashAttention
+    2 and 0.78 with 4. A sliding window needs a mask in sdpa, and none in flash_attention_2. A mask of padding in turn makes the
+    host wait there, and keeps documents apart in one row only.
     """
-    asked = profile.runtime.attention
-    on_gpu = device.type == "cuda"
-    has_flash = on_gpu and precision == "bfloat16" and _flash_attn_loads()
-    if asked == "flash_attention_2" and not has_flash:
+    asked, data = profile.runtime.attention, profile.data
+    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    unmasked = data.packing == "dense" and data.document_borders != "mask"
+    windowed = 0 < profile.model.sliding_window < data.seq_len
+    if asked == "auto":
+        half = device.type == "cuda" and precision == "bfloat16"
+        if half and unmasked and not windowed and on_hopper and flash_attention.loads():
+            return flash_attention.IMPLEMENTATION
+        fastest = half and unmasked and (windowed or not on_hopper) and _flash_attention_2_loads()
+        return "flash_attention_2" if fastest else "sdpa"
+    if asked == "flash_attention_2" and not (device.type == "cuda" and precision == "bfloat16" and _flash_attention_2_loads()):
         raise ValueError(
             "attention flash_attention_2 needs a GPU, bfloat16 and a flash-attn package that loads; choose auto or sdpa."
         )
-    if asked != "auto":
-        return asked
-    on_hopper = on_gpu and torch.cuda.get_device_capability(device)[0] == 9
-    unmasked = profile.data.packing == "dense" and profile.data.document_borders != "mask"
-    return "flash_attention_2" if has_flash and unmasked and (profile.model.sliding_window or not on_hopper) else "sdpa"
+    if asked == "flash_attention_4":
+        if not (on_hopper and precision == "bfloat16" and flash_attention.loads()):
+            raise ValueError(
+                "attention flash_attention_4 needs a Hopper GPU, bfloat16 and a flash-attn-4 package that loads; "
+                "choose auto or sdpa."
+            )
+        if windowed or not unmasked:
+            raise ValueError("attention flash_attention_4 takes no mask and no sliding window; choose auto or sdpa.")
+        return flash_attention.IMPLEMENTATION
+    return asked
 
 
-def _flash_attn_loads() -> bool:
+def _flash_attention_2_loads() -> bool:
     """Whether the package is there and its extension fits this torch: one built for another is found, but breaks at import."""
     try:
-        importlib.import_module("flash_attn")
+        package = importlib.import_module("flash_attn")
     except (ImportError, OSError):
         return False
-    return True
+    return hasattr(package, "flash_attn_func")  # flash-attn-4 alone has the same name
 
 
 def _sdpa_kernel(profile: Profile, device: torch.device, precision: str) -> str:
@@ -152,7 +167,8 @@ def versions() -> str:
 def prepare_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
     """Moves `model` to the device and applies the choices to its blocks, in place.
 
-    Each block is compiled on its own: compiling the whole Hugging Face model forces an explicit mask into attention.
+    Each block is compiled on its own: compiling the whole Hugging Face model forces an explicit mask into attention. Where it is
+    compiled, projections that read the same input are one product.
     """
     model.to(runtime.device)
     if runtime.device.type == "cuda":
@@ -160,6 +176,17 @@ def prepare_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
     if runtime.precision == "bfloat16":
         use_grouped_experts(model)
     if runtime.compile_blocks:
+        fuse_projections(model)
+        options = _gpu_compiler_options() if runtime.device.type == "cuda" else None
         for layer in model.model.layers:
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=False, options=options)
     return model
+
+
+def _gpu_compiler_options() -> dict[str, bool | int]:
+    """What the compiler does not choose by itself; measured for a layer of kl3m-007-500m in benchmarks/results."""
+    options = {"combo_kernels": True}  # one launch for the casts of all weights of a block instead of one for each
+    for name in ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs"):  # the second came with torch 2.12
+        if hasattr(inductor_config, name):
+            options[name] = 0  # the gradients of a joint product are written where they belong, not chosen entry by entry
+    return options

@@ -1,4 +1,4 @@
-"""What only a GPU runs, each against float64 on the CPU: the objective, Muon, and a block that is compiled and recomputed."""
+"""What only a GPU runs, each against float64 on the CPU: the objective, Muon, a compiled block, FlashAttention 4."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from conftest import small_profile
+from test_flash_attention import probabilities
 from test_muon import ReferenceMuon, conditioned
 from test_muon import relative_error as update_error
 from test_objective import CARD, STRONG, problem, reference_gradients, relative_error
 from torch import nn
 
-from kl3m_nb import models
+from kl3m_nb import flash_attention, models
 from kl3m_nb.muon import Muon
 from kl3m_nb.objective import chunked_objective
 from kl3m_nb.runtime import Runtime, prepare_model
@@ -78,3 +79,21 @@ def test_a_compiled_block_with_gradient_checkpointing(experts):
     for (name, parameter), exact in zip(model.named_parameters(), reference.parameters(), strict=True):
         if exact.grad is not None:  # the head takes no part
             assert relative_error(parameter.grad.cpu(), exact.grad) < 5e-2, name
+
+
+def test_flash_attention_4_with_grouped_heads_and_values_that_are_a_slice():
+    if torch.cuda.get_device_capability()[0] != 9 or not flash_attention.loads():
+        pytest.skip("needs a Hopper GPU and flash-attn-4")
+    generator = torch.Generator().manual_seed(0)
+    joint = torch.randn(2, 384, 15, 64, generator=generator).bfloat16()
+    expected_inputs = [states.double().requires_grad_() for states in joint.split([9, 3, 3], dim=2)]
+    inputs = [states.detach().requires_grad_() for states in joint.to(DEVICE).split([9, 3, 3], dim=2)]
+    direction = torch.randn(2, 384, 9, 64, generator=generator)
+    output, _ = flash_attention.causal_attention(*inputs, 0.125)
+    (output.float() * direction.to(DEVICE)).sum().backward()
+    shares, _, _, values = probabilities(*expected_inputs, 0.125)
+    expected = (shares @ values).transpose(1, 2)
+    (expected * direction).sum().backward()
+    assert relative_error(output.cpu(), expected) < 1e-2
+    for states, exact in zip(inputs, expected_inputs, strict=True):
+        assert relative_error(states.grad.cpu(), exact.grad) < 1e-2

@@ -161,16 +161,24 @@ def test_without_valid_labels_everything_is_zero(tokens):
     assert not hidden.grad.any() and not weight.grad.any()
 
 
-def test_compiled_element_wise_work_equals_eager(monkeypatch):
-    def traced():  # whole graph, but no C++ compiler needed
-        return torch.compile(objective._softmax_terms_, backend="aot_eager", fullgraph=True, dynamic=False)
-
-    monkeypatch.setattr(objective, "_compiled_softmax_terms", traced)
-    hidden, weight, labels = problem()
-    _, *expected = reference_gradients(hidden, weight, labels, STRONG)
-    chunked_objective(hidden, weight, labels, dataclasses.replace(STRONG, chunk_tokens=16), compiled=True).total.backward()
-    assert relative_error(hidden.grad, expected[0]) < 1e-10
-    assert relative_error(weight.grad, expected[1]) < 1e-10
+@pytest.mark.parametrize("vocabulary", [101, 1280], ids=["in one piece", "in five pieces"])
+@pytest.mark.parametrize("spec", [CARD, STRONG, PLAIN], ids=["card", "strong", "plain"])
+def test_the_work_for_the_compiler_gives_the_same_terms_and_gradients(monkeypatch, spec, vocabulary):
+    torch._dynamo.reset()
+    traced = torch.compile(objective._fused_softmax_terms, backend="aot_eager", fullgraph=True, dynamic=False)  # needs no g++
+    monkeypatch.setattr(objective, "_compiled_softmax_terms", lambda: traced)
+    hidden, weight, labels = problem(vocabulary=vocabulary, spread=3.0)
+    expected, hidden_grad, weight_grad = reference_gradients(hidden, weight, labels, spec)
+    terms = chunked_objective(hidden, weight, labels, dataclasses.replace(spec, chunk_tokens=16), compiled=True)
+    terms.total.backward()
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(terms, name).detach(), value, rtol=1e-10, atol=1e-12, msg=name)
+    assert relative_error(hidden.grad, hidden_grad) < 1e-10
+    assert relative_error(weight.grad, weight_grad) < 1e-10
+    with torch.no_grad():
+        assert chunked_objective(hidden, weight, labels, spec, compiled=True).total == pytest.approx(
+            float(terms.total), rel=1e-12
+        )
 
 
 def test_gradient_of_the_loss_scales_the_gradients():

@@ -9,13 +9,15 @@ from conftest import small_profile
 from torch.nn.attention import SDPBackend
 
 from kl3m_nb import models, runtime
+from kl3m_nb.flash_attention import IMPLEMENTATION
+from kl3m_nb.fused_projections import fuse_projections
 from kl3m_nb.profiles import get_profile
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A make-believe H200 with flash-attn installed; its parts can be changed."""
-    parts = {"capability": (9, 0), "bytes": 141 * 10**9}
+    """A make-believe H200 with flash-attn installed, and without flash-attn-4; its parts can be changed."""
+    parts = {"capability": (9, 0), "bytes": 141 * 10**9, "flash-attn-4": False}
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(
         "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or parts["capability"] >= (8, 0)
@@ -23,7 +25,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: parts["capability"])
     monkeypatch.setattr(runtime, "device_memory", lambda device: parts["bytes"])
     monkeypatch.setattr(runtime, "_sdpa_kernel", lambda *arguments: "cudnn_attention")
-    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = None
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(runtime.flash_attention, "loads", lambda: parts["flash-attn-4"])
     return parts
 
 
@@ -50,6 +55,30 @@ def test_attention_follows_the_gpu_the_window_and_the_mask(gpu):
     assert chosen("kl3m-007-500m") == chosen("kl3m-007-500m", document_borders="positions") == "flash_attention_2"
     assert chosen("kl3m-007-500m", document_borders="mask") == "sdpa"
     assert chosen("kl3m-007-500m", attention="sdpa") == chosen("kl3m-007-500m", precision="float32") == "sdpa"
+
+
+def test_flash_attention_4_is_taken_on_hopper_where_nothing_is_masked(gpu):
+    def chosen(name="kl3m-007-500m", **overrides):
+        return runtime.choose_runtime(get_profile(name, **overrides)).attention
+
+    with pytest.raises(ValueError, match="flash-attn-4 package that loads"):
+        chosen(attention="flash_attention_4")
+    gpu["flash-attn-4"] = True
+    assert chosen() == chosen(attention="flash_attention_4") == IMPLEMENTATION
+    assert chosen(document_borders="mask") == chosen(attention="sdpa") == "sdpa"
+    assert chosen("kl3m-002-520m", packing="dense", p_sft=0.0) == "flash_attention_2", "its window is shorter than a segment"
+    with pytest.raises(ValueError, match="takes no mask"):
+        chosen(attention="flash_attention_4", document_borders="mask")
+    gpu["capability"] = (8, 0)
+    assert chosen() == "flash_attention_2"
+    with pytest.raises(ValueError, match="Hopper"):
+        chosen(attention="flash_attention_4")
+
+
+def test_flash_attn_4_alone_is_not_taken_for_flash_attn(gpu, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    gpu["capability"] = (8, 0)
+    assert runtime.choose_runtime(get_profile("kl3m-007-500m")).attention == "sdpa"
 
 
 def test_bfloat16_is_not_chosen_where_it_is_emulated(gpu):
@@ -131,6 +160,7 @@ def test_all_blocks_are_one_graph_that_computes_the_same(tmp_path, experts, padd
         model = models.load_model(tmp_path)
         if compiled:
             torch._dynamo.reset()
+            fuse_projections(model)
             for layer in model.model.layers:
                 layer.compile(dynamic=False, backend=backend, fullgraph=True)
         for _ in range(2):  # a second pass compiles nothing

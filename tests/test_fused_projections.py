@@ -1,0 +1,68 @@
+"""Joint projections against the modules of transformers they stand in for."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import small_profile
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, apply_rotary_pos_emb
+
+from kl3m_nb import models
+from kl3m_nb.fused_projections import fuse_projections, rotate
+
+MIXTURE = {"experts": 4, "active_experts": 2, "sliding_window": 16}
+
+
+def pair(**overrides):
+    """A model as transformers computes it and a copy with joint projections, in float64."""
+    model = models.build_model(small_profile(**overrides)).double()
+    model.config._experts_implementation = "eager"  # grouped products know no float64
+    fused = copy.deepcopy(model)
+    fuse_projections(fused)
+    return model, fused
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("overrides", [{}, MIXTURE], ids=["llama", "mixtral"])
+def test_outputs_and_gradients_are_those_of_transformers(overrides, padded):
+    inputs = torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(32).expand(2, 32) > 4 if padded else None
+    direction = torch.randn(2, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model, fused = pair(**overrides)
+    hidden = [models.forward_body(each, inputs, mask).hidden for each in (model, fused)]
+    torch.testing.assert_close(*hidden)
+    for states in hidden:
+        (states * direction).sum().backward()
+    assert type(fused.model.layers[0].self_attn) is not type(model.model.layers[0].self_attn)
+    for (name, parameter), expected in zip(fused.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_rotation_equals_the_one_of_transformers_to_the_bit():
+    query, key, angles = torch.randn(2, 9, 16, 64), torch.randn(2, 3, 16, 64), torch.randn(1, 16, 64)
+    expected = apply_rotary_pos_emb(query, key, angles.cos(), angles.sin())
+    for states, rotated in zip((query, key), expected, strict=True):
+        assert torch.equal(rotate(states, angles.cos(), angles.sin()), rotated)
+
+
+def test_a_fused_model_writes_with_its_cache_and_saves_as_before(tmp_path):
+    model, fused = pair()
+    prompt = torch.randint(0, 512, (1, 8))
+    written = [each.generate(prompt, max_new_tokens=8, do_sample=False) for each in (model, fused)]
+    assert torch.equal(*written)
+    assert fused.state_dict().keys() == model.state_dict().keys()
+    fused.save_pretrained(tmp_path)
+    assert type(models.load_model(tmp_path).model.layers[0].self_attn) is LlamaAttention
+
+
+def test_projections_with_biases_are_left_as_they_are():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, attention_bias=True,
+        mlp_bias=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    fuse_projections(model)
+    assert type(model.model.layers[0].self_attn) is LlamaAttention and type(model.model.layers[0].mlp) is LlamaMLP
