@@ -69,13 +69,16 @@ def settings(arguments: argparse.Namespace, folder: Path, name: str, tokens: str
     packing = {} if padded else {"packing": "dense", "p_sft": 0.0}
     return get_profile(
         name, max_steps=steps, warmup_steps=1, clamp_every=steps, eval_every=steps, checkpoint_every=steps,
-        held_out_windows=1, grad_accumulation=accumulation(arguments, own), tokenizer=tokenizer,
+        held_out_windows=1, tokenizer=tokenizer, **batch(arguments, own),
         source=TEXT if tokens == "real" else f"files:{synthetic_tokens(folder, own, tokenizer)}", **packing,
     )  # fmt: skip
 
 
-def accumulation(arguments: argparse.Namespace, own: Profile) -> int:
-    return min(arguments.grad_accumulation, own.data.grad_accumulation)
+def batch(arguments: argparse.Namespace, own: Profile) -> dict[str, int]:
+    """The micro-batch that is asked for or the profile's own, and at most as many of them as make up a step of the profile."""
+    micro_batch = arguments.micro_batch or own.data.micro_batch
+    in_a_step = own.data.micro_batch * own.data.grad_accumulation // micro_batch
+    return {"micro_batch": micro_batch, "grad_accumulation": max(1, min(arguments.grad_accumulation, in_a_step))}
 
 
 def own_tokenizer(folder: Path) -> Path:
@@ -117,7 +120,7 @@ def measure_ours(arguments: argparse.Namespace, chosen: Profile, folder: Path, p
     seconds = (last.seconds - before.seconds) / arguments.steps + clamping
     rate = (last.valid_tokens - before.valid_tokens) / arguments.steps / seconds
     result = {"rate": rate, "peak": peak, "clamp": clamping}
-    return result if padded else result | time_by_part(arguments, chosen, folder)
+    return result if padded or not arguments.part_steps else result | time_by_part(arguments, chosen, folder)
 
 
 class PartClock:
@@ -237,7 +240,7 @@ def in_a_process(arguments: argparse.Namespace, name: str, tokens: str, case: st
     """What `measure` returns, or why it failed."""
     command = [
         sys.executable, __file__, "--measure", name, tokens, case,
-        *(word for key in ("steps", "warmup", "part_steps", "threads", "grad_accumulation", "tokenizer")
+        *(word for key in ("steps", "warmup", "part_steps", "threads", "micro_batch", "grad_accumulation", "tokenizer")
           for word in (f"--{key.replace('_', '-')}", str(getattr(arguments, key)))),
     ]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -274,6 +277,7 @@ def rows_of(chosen: Profile, tokens: str, results: dict[str, dict]) -> tuple[lis
             {
                 "profile": chosen.name,
                 "tokens": tokens,
+                "micro-batch": f"{chosen.data.micro_batch} x {chosen.data.seq_len}",
                 "case": case,
                 "tokens/s": rate or "",
                 "ours / this": ours["rate"] / rate if compared and "rate" in ours else "",
@@ -295,7 +299,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[case for case in CASES if ON_GPU or "comp" not in case])
     parser.add_argument("--steps", type=int, default=20 if ON_GPU else 8)
     parser.add_argument("--warmup", type=int, default=5 if ON_GPU else 2, help="steps before those that count, at least 1")
-    parser.add_argument("--part-steps", type=int, default=4, help="further steps, for the time by part")
+    parser.add_argument("--part-steps", type=int, default=4, help="further steps, for the time by part; 0: without it")
+    parser.add_argument("--micro-batch", type=int, default=0, help="windows; 0: the profile's own")
     parser.add_argument("--rounds", type=int, default=3 if ON_GPU else 2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -312,7 +317,7 @@ def main() -> None:
     rows, parts = [], []
     for name in arguments.profiles:
         chosen = get_profile(name)
-        chosen = get_profile(name, packing="dense", p_sft=0.0, grad_accumulation=accumulation(arguments, chosen))
+        chosen = get_profile(name, packing="dense", p_sft=0.0, **batch(arguments, chosen))
         for tokens in arguments.tokens:
             of_cases, by_part = rows_of(chosen, tokens, results_of(arguments, name, tokens))
             rows, parts = [*rows, *of_cases], [*parts, by_part]
