@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-IMPLEMENTATION = "kl3m_nb_flash_attention_4"  # the name under which transformers knows it
+IMPLEMENTATION = "kl3m_nb_fa4"  # the name under which transformers knows it; with "flash" in it, it would look for a package
 
 
 def loads() -> bool:

@@ -100,6 +100,14 @@ def test_a_mask_float32_and_a_cache_go_to_sdpa(kernels):
     assert not kernels.calls
 
 
+def test_models_are_built_and_loaded_with_it(kernels, tmp_path):
+    models.build_model(small_profile(), attention=flash_attention.IMPLEMENTATION).save_pretrained(tmp_path)
+    model = models.load_model(tmp_path, attention=flash_attention.IMPLEMENTATION)
+    with torch.autocast("cpu", torch.bfloat16):
+        models.forward_body(model, torch.randint(0, 512, (2, 32)))
+    assert kernels.calls == ["forward"] * 2
+
+
 def test_the_operations_are_well_formed(kernels):
     query, key, value = (torch.randn(1, 16, heads, 8, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
     torch.library.opcheck(flash_attention.causal_attention, (query, key, value, 0.3))
