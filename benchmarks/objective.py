@@ -51,7 +51,12 @@ def ours(chunk_tokens: int, compiled: bool = False) -> Callable[[Tensor, Tensor,
 
 
 CASES: dict[str, dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
-    "cpu": {"ours": ours(1024), "plain torch": plain_torch, "F.cross_entropy": cross_entropy_alone},
+    "cpu": {
+        "ours": ours(1024),
+        "ours, compiled": ours(1024, compiled=True),
+        "plain torch": plain_torch,
+        "F.cross_entropy": cross_entropy_alone,
+    },
     "cuda": {
         "ours": ours(1024),
         "ours, compiled": ours(1024, compiled=True),

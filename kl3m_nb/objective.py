@@ -130,7 +130,8 @@ class _ChunkedObjective(torch.autograd.Function):
         mean_logit = (hidden.to(dtype) @ weight_sum) / vocabulary
         cross_entropy, label_logit, label_grad, entropy_bits = torch.empty(4, tokens, dtype=dtype, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if gradients[0] else None
-        weight_grad = torch.zeros_like(weight, dtype=dtype) if gradients[1] else None
+        # Filled by the first chunk: zeros would have to be written and read.
+        weight_grad = (torch.empty_like if tokens else torch.zeros_like)(weight, dtype=dtype) if gradients[1] else None
 
         chunk, block = _chunk_and_block(tokens, vocabulary, spec.chunk_tokens, hidden.device)
         logits_buffer = torch.empty(chunk, vocabulary, dtype=dtype, device=hidden.device)
@@ -161,7 +162,7 @@ class _ChunkedObjective(torch.autograd.Function):
                     hidden_grad[rows] = _product_in_pieces(logits_grad, head, dtype) + of_label * weight[labels[rows]]
                 if weight_grad is not None:
                     logits_grad.scatter_(1, label, of_label.to(product_dtype))
-                    _add_product_(weight_grad, logits_grad.t(), states[rows])
+                    (_product if start == 0 else _add_product)(logits_grad.t(), states[rows], weight_grad)
 
         if hidden_grad is not None:
             hidden_grad -= (smoothing / vocabulary * scale).unsqueeze(1) * weight_sum
@@ -286,14 +287,14 @@ def _product_in_pieces(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tenso
     return sum((a @ b).to(dtype) for a, b in pieces)
 
 
-def _add_product_(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """target += left @ right, accumulated in `target`'s precision."""
-    if left.dtype == target.dtype:
-        target.addmm_(left, right)
+def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """out += left @ right, accumulated in `out`'s precision."""
+    if left.dtype == out.dtype:
+        out.addmm_(left, right)
     elif left.is_cuda:
-        torch.addmm(target, left, right, out_dtype=target.dtype, out=target)
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
-        target.add_(left @ right)
+        out.add_(left @ right)
 
 
 def _chunk_and_block(tokens: int, vocabulary: int, most_tokens: int, device: torch.device) -> tuple[int, int]:

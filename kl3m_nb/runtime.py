@@ -24,6 +24,7 @@ from kl3m_nb.fused_projections import fuse_projections
 from kl3m_nb.memory import USABLE, step_memory
 from kl3m_nb.profiles import Profile
 
+_FLASH_ATTENTION_4_TOKENS = 40_960  # of a micro-batch, from which on the GPU is slower than the host that prepares its calls
 _MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # what a container or a batch job may use
 
 
@@ -88,9 +89,9 @@ def choose_runtime(profile: Profile) -> Runtime:
 def _choose_attention(profile: Profile, device: torch.device, precision: str) -> str:
     """FlashAttention where it is the fastest that is at hand and needs no mask, else sdpa, in which torch picks a kernel.
 
-    On Hopper that kernel is cuDNN's: a layer of kl3m-007 at 5 × 4096 takes 0.93 ms forward and backward, 1.46 with FlashAttention
-    2 and 0.78 with 4. A sliding window needs a mask in sdpa, and none in flash_attention_2. A mask of padding in turn makes the
-    host wait there, and keeps documents apart in one row only.
+    On Hopper that kernel is cuDNN's: of kl3m-007 at 5 × 4096 a layer takes 0.93 ms forward and backward, 1.46 with FlashAttention
+    2 and 0.78 with 4, whose calls however take the host long. A sliding window needs a mask in sdpa, and none in
+    flash_attention_2. A mask of padding in turn makes the host wait there, and keeps documents apart in one row only.
     """
     asked, data = profile.runtime.attention, profile.data
     on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
@@ -98,7 +99,8 @@ def _choose_attention(profile: Profile, device: torch.device, precision: str) ->
     windowed = 0 < profile.model.sliding_window < data.seq_len
     if asked == "auto":
         half = device.type == "cuda" and precision == "bfloat16"
-        if half and unmasked and not windowed and on_hopper and flash_attention.loads():
+        large = data.micro_batch * data.seq_len >= _FLASH_ATTENTION_4_TOKENS
+        if half and large and unmasked and not windowed and on_hopper and flash_attention.loads():
             return flash_attention.IMPLEMENTATION
         fastest = half and unmasked and (windowed or not on_hopper) and _flash_attention_2_loads()
         return "flash_attention_2" if fastest else "sdpa"

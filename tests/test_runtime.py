@@ -64,13 +64,14 @@ def test_flash_attention_4_is_taken_on_hopper_where_nothing_is_masked(gpu):
     with pytest.raises(ValueError, match="flash-attn-4 package that loads"):
         chosen(attention="flash_attention_4")
     gpu["flash-attn-4"] = True
-    assert chosen() == chosen(attention="flash_attention_4") == IMPLEMENTATION
-    assert chosen(document_borders="mask") == chosen(attention="sdpa") == "sdpa"
+    assert chosen(micro_batch=10) == chosen(attention="flash_attention_4") == IMPLEMENTATION
+    assert chosen(micro_batch=10, document_borders="mask") == chosen(micro_batch=10, attention="sdpa") == "sdpa"
+    assert chosen(micro_batch=5) == "sdpa", "its calls would keep the GPU waiting"
     assert chosen("kl3m-002-520m", packing="dense", p_sft=0.0) == "flash_attention_2", "its window is shorter than a segment"
     with pytest.raises(ValueError, match="takes no mask"):
         chosen(attention="flash_attention_4", document_borders="mask")
     gpu["capability"] = (8, 0)
-    assert chosen() == "flash_attention_2"
+    assert chosen(micro_batch=10) == "flash_attention_2"
     with pytest.raises(ValueError, match="Hopper"):
         chosen(attention="flash_attention_4")
 
