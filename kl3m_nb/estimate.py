@@ -4,9 +4,9 @@ Everything follows from a profile's numbers, so the real models are estimated on
 `memory`; operations are those of `flops`. On a GPU of `GPUS`, this machine's or a named one, the time is the sum of three:
 matrix products at 80% of the data sheet's rate, attention at 40% of it, and what the element-wise work moves at 90% of the
 memory's rate. The shares, and the bytes moved, are what was measured on an H200 for single operations of kl3m-007-500m in
-bfloat16; whole training steps reached 84% of the speed that follows for the 500M there, 79% for the 170M. Take a GPU's time as
-good to a quarter. In float32 twice the bytes are moved, and products run at half the rate in TF32. Any other machine's rate is
-measured, with one matrix product.
+bfloat16; whole training steps reached 84% of the speed that follows for the 500M there, 79% for the 170M and 85% for the 520M
+mixture. Take a GPU's time as good to a quarter. In float32 twice the bytes are moved, and products run at half the rate in TF32.
+Any other machine's rate is measured, with one matrix product.
 
 Windows are taken as full: where segments are padded, fewer tokens have a label. A sliding window saves time with flash-attn
 alone; to sdpa it is a mask, and all keys are computed, as is assumed for a named GPU unless the profile asks for flash-attn.
@@ -29,8 +29,8 @@ from kl3m_nb.runtime import Runtime, choose_runtime, device_memory
 _GIB = 2**30
 _PRODUCTS, _ATTENTION, _MEMORY = 0.80, 0.40, 0.90  # shares of the data sheet's rates; 790 of 989 TFLOP/s on an H200
 _HERE = 0.45  # share of the speed of large matrix products that a training step reaches
-# Bytes that the element-wise work of a block moves per token and unit of 2·(12·hidden + 3.5·mlp): for kl3m-007 1.63 GB forward
-# and 3.70 GB backward at 5 × 4096; compiled per block 56% of that.
+# Bytes that the element-wise work of a block moves per token and unit of `_block_elements`: for kl3m-007 1.63 GB forward and
+# 3.70 GB backward at 5 × 4096; compiled per block 56% of that.
 _MOVED_FORWARD, _MOVED_BACKWARD, _MOVED_COMPILED = 3.24, 7.35, 0.56
 _LOGITS_MOVED = 16  # bytes per token and vocabulary entry, with the element-wise work fused
 _TF32 = 0.5  # rate of products in TF32, relative to bfloat16
@@ -246,7 +246,8 @@ def _assumed(profile: Profile, runtime: Runtime) -> str:
 
 
 def _block_elements(spec: ModelSpec) -> float:
-    return 12 * spec.hidden + 3.5 * spec.mlp * max(1, spec.active_experts)
+    routed = 7 * spec.hidden * spec.active_experts  # sorted by expert, weighted and sorted back; measured for kl3m-002-520m
+    return 12 * spec.hidden + 3.5 * spec.mlp * max(1, spec.active_experts) + routed
 
 
 def estimate_table(profiles: list[Profile], gpus: list[str]) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ _KEPT = {
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes at the peak of a step. `logits` is the two buffers of one chunk of the objective."""
+    """Bytes at the peak of a step. `logits` is the buffers of one chunk of the objective."""
 
     weights: int
     gradients: int
@@ -77,7 +77,7 @@ def step_memory(profile: Profile, precision: str, compiled: bool, recompute: boo
         gradients=_FLOAT32 * count.total,
         optimizer_states=_FLOAT32 * (count.muon + 2 * (count.total - count.muon)),
         activations=activations,
-        logits=2 * _FLOAT32 * min(profile.objective.chunk_tokens, tokens) * spec.vocabulary,
+        logits=_logit_bytes(precision, compiled) * min(profile.objective.chunk_tokens, tokens) * spec.vocabulary,
     )
 
 
@@ -96,6 +96,11 @@ def largest_micro_batch(profile: Profile, memory: int, precision: str, compiled:
         middle = (windows + beyond) // 2
         windows, beyond = (middle, beyond) if needed(middle) <= room else (windows, middle)
     return windows
+
+
+def _logit_bytes(precision: str, compiled: bool) -> int:
+    """Bytes of the objective's buffers per logit: itself, its exponential unless that is fused, its gradient in bfloat16."""
+    return _FLOAT32 + (0 if compiled else _FLOAT32) + (2 if precision == "bfloat16" else 0)
 
 
 def _kept_by_a_block(spec: ModelSpec, precision: str, compiled: bool) -> int:

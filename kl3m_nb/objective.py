@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ _NATS_PER_BIT = math.log(2.0)
 _CPU_LOGITS = 2**26  # elements of a chunk's logits on a CPU, 256 MiB in float32: enough tokens for fast matrix products
 _CPU_CACHED_LOGITS = 2**19  # elements that go through the element-wise work together on a CPU, small enough to stay in the cache
 _FUSED_PIECE = 2**10  # entries of a row of logits that compiled code sums at a time, few enough to stay in registers
-_CPU_SUM_LENGTH = 2**12  # entries of the vocabulary that one product sums over on a CPU
+_CPU_SUM_LENGTH = 2**14  # entries of the vocabulary that one product sums over on a CPU
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class _ChunkedObjective(torch.autograd.Function):
         # Filled by the first chunk: zeros would have to be written and read.
         weight_grad = (torch.empty_like if tokens else torch.zeros_like)(weight, dtype=dtype) if gradients[1] else None
 
-        chunk, block = _chunk_and_block(tokens, vocabulary, spec.chunk_tokens, hidden.device)
+        chunk, block = _chunk_and_block(tokens, vocabulary, spec.chunk_tokens, hidden.device, compiled)
         logits_buffer = torch.empty(chunk, vocabulary, dtype=dtype, device=hidden.device)
         # The gradient takes the place of the logits where the products have their precision.
         grad_buffer = logits_buffer if product_dtype == dtype else torch.empty_like(logits_buffer, dtype=product_dtype)
@@ -149,7 +150,7 @@ class _ChunkedObjective(torch.autograd.Function):
                 grad = logits_grad[inside] if any(gradients) else None
                 arguments = (logits[inside], label_logit[part], scale[part], spec, grad)
                 if compiled:
-                    terms = _compiled_softmax_terms()(*arguments)
+                    terms = _compiled_softmax_terms(hidden.device.type)(*arguments)
                 else:
                     terms = _softmax_terms_(*arguments, work_buffer[: part.stop - first])
                 cross_entropy[part], entropy_bits[part], label_grad[part] = terms
@@ -265,8 +266,9 @@ def _piece_length(vocabulary: int) -> int:
 
 
 @functools.cache
-def _compiled_softmax_terms():
-    return torch.compile(_fused_softmax_terms, dynamic=False, fullgraph=True)
+def _compiled_softmax_terms(device_type: str, backend: str = "inductor") -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    # On a CPU ignored labels are left out, so the number of tokens changes from call to call.
+    return torch.compile(_fused_softmax_terms, dynamic=None if device_type == "cpu" else False, fullgraph=True, backend=backend)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -297,13 +299,13 @@ def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
         out.add_(left @ right)
 
 
-def _chunk_and_block(tokens: int, vocabulary: int, most_tokens: int, device: torch.device) -> tuple[int, int]:
+def _chunk_and_block(tokens: int, vocabulary: int, most_tokens: int, device: torch.device, compiled: bool) -> tuple[int, int]:
     """Tokens whose logits exist at one time, and tokens whose logits go through the element-wise work at one time."""
     chunk = max(1, min(most_tokens, tokens))
     if device.type != "cpu":
         return chunk, chunk
     chunk = max(1, min(chunk, _CPU_LOGITS // vocabulary))
-    return chunk, max(1, min(chunk, _CPU_CACHED_LOGITS // vocabulary))
+    return chunk, chunk if compiled else max(1, min(chunk, _CPU_CACHED_LOGITS // vocabulary))
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

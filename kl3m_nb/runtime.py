@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch._inductor import config as inductor_config
 from torch.nn.attention import SDPBackend
 from transformers import PreTrainedModel
 
@@ -179,16 +178,8 @@ def prepare_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
         use_grouped_experts(model)
     if runtime.compile_blocks:
         fuse_projections(model)
-        options = _gpu_compiler_options() if runtime.device.type == "cuda" else None
+        # combo_kernels: one launch for the casts of all weights of a block, not one for each; 2% of a layer on an H200
+        options = {"combo_kernels": True} if runtime.device.type == "cuda" else None
         for layer in model.model.layers:
             layer.compile(dynamic=False, options=options)
     return model
-
-
-def _gpu_compiler_options() -> dict[str, bool | int]:
-    """What the compiler does not choose by itself; measured for a layer of kl3m-007-500m in benchmarks/results."""
-    options = {"combo_kernels": True}  # one launch for the casts of all weights of a block instead of one for each
-    for name in ("max_pointwise_cat_inputs", "max_complex_pointwise_cat_inputs"):  # the second came with torch 2.12
-        if hasattr(inductor_config, name):
-            options[name] = 0  # the gradients of a joint product are written where they belong, not chosen entry by entry
-    return options
