@@ -66,7 +66,7 @@ def now() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=12, help="on a GPU")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[5, 10] if ON_GPU else [1])
     arguments = parser.parse_args()
     shape = {"layers": arguments.layers, "growth_factor": 1} if ON_GPU else {"growth_factor": 1, **SMALL}

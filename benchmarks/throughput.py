@@ -15,6 +15,8 @@ turns, and the best of the rounds is kept. A case that fails says so in its row,
   cross-entropy, no Muon, no clamp.
 * plain loop: forward, backward, AdamW, with the same loss as Trainer.
 
+The last two take `scaled_dot_product_attention`, whatever is installed.
+
 Tokens are synthetic (uniform over the tokenizer, from a parquet file) or real (licence texts). The real models' own tokenizers
 are on the hub; here all text goes through one of 4,096 entries, trained on the spot, unless --tokenizer names another. MFU is
 relative to the data sheet of the GPU, in two conventions: causal attention counted exactly, and PaLM's 6N + 12LHT. The time by

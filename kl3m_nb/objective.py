@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kl3m_nb.profiles import ObjectiveSpec
@@ -129,33 +130,35 @@ class _ChunkedObjective(torch.autograd.Function):
         states = hidden.to(product_dtype)
         weight_sum = weight.sum(0, dtype=dtype)
         mean_logit = (hidden.to(dtype) @ weight_sum) / vocabulary
-        cross_entropy, label_logit, label_grad, entropy_bits = torch.empty(4, tokens, dtype=dtype, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if gradients[0] else None
         # Filled by the first chunk: zeros would have to be written and read.
         weight_grad = (torch.empty_like if tokens else torch.zeros_like)(weight, dtype=dtype) if gradients[1] else None
 
         chunk, block = _chunk_and_block(tokens, vocabulary, spec.chunk_tokens, hidden.device, compiled)
+        room = math.ceil(tokens / chunk) * chunk  # for chunks that are all whole
+        cross_entropy, entropy_bits, label_grad, label_logit = torch.empty(4, room, dtype=dtype, device=hidden.device)
+        scale_with_room = F.pad(scale, (0, room - tokens))
         logits_buffer = torch.empty(chunk, vocabulary, dtype=dtype, device=hidden.device)
         # The gradient takes the place of the logits where the products have their precision.
         grad_buffer = logits_buffer if product_dtype == dtype else torch.empty_like(logits_buffer, dtype=product_dtype)
-        work_buffer = None if compiled else torch.empty(block, vocabulary, dtype=dtype, device=hidden.device)
+        if compiled:
+            softmax_terms_ = _compiled_softmax_terms()
+        else:
+            softmax_terms_ = functools.partial(_softmax_terms_, work=torch.empty_like(logits_buffer[:block]))
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
-            logits, logits_grad = logits_buffer[: rows.stop - start], grad_buffer[: rows.stop - start]
-            _product(states[rows], head.t(), logits)
-            label_logit[rows] = logits.gather(1, labels[rows, None]).squeeze(1)
-            for first in range(start, rows.stop, block):
-                part = slice(first, min(first + block, rows.stop))
-                inside = slice(first - start, part.stop - start)
-                grad = logits_grad[inside] if any(gradients) else None
-                arguments = (logits[inside], label_logit[part], scale[part], spec, grad)
-                if compiled:
-                    terms = _compiled_softmax_terms(hidden.device.type)(*arguments)
-                else:
-                    terms = _softmax_terms_(*arguments, work_buffer[: part.stop - first])
-                cross_entropy[part], entropy_bits[part], label_grad[part] = terms
+            _product(states[rows], head.t(), logits_buffer[: rows.stop - start])
+            label = labels[rows, None]
+            label_logit[rows] = logits_buffer[: rows.stop - start].gather(1, label).squeeze(1)
+            # Compiled code gets whole chunks, so that it is compiled once; what stands behind the last token is not used.
+            computed = slice(start, start + chunk) if compiled else rows
+            logits = logits_buffer[: computed.stop - start]
+            gradient = logits if grad_buffer is logits_buffer else grad_buffer[: computed.stop - start]
+            cross_entropy[computed], entropy_bits[computed], label_grad[computed] = softmax_terms_(
+                logits, label_logit[computed], scale_with_room[computed], spec, gradient if any(gradients) else None
+            )
             if any(gradients):
-                label = labels[rows, None]
+                logits_grad = grad_buffer[: rows.stop - start]
                 of_label = (label_grad[rows] + (smoothing - 1.0) * scale[rows]).unsqueeze(1)
                 if hidden_grad is not None:
                     # The label's entry is larger than all others together: apart from their long sum, it costs them no digits.
@@ -165,6 +168,7 @@ class _ChunkedObjective(torch.autograd.Function):
                     logits_grad.scatter_(1, label, of_label.to(product_dtype))
                     (_product if start == 0 else _add_product)(logits_grad.t(), states[rows], weight_grad)
 
+        cross_entropy, entropy_bits, label_logit = cross_entropy[:tokens], entropy_bits[:tokens], label_logit[:tokens]
         if hidden_grad is not None:
             hidden_grad -= (smoothing / vocabulary * scale).unsqueeze(1) * weight_sum
         if weight_grad is not None:
@@ -202,31 +206,34 @@ class _ChunkedObjective(torch.autograd.Function):
 
 def _softmax_terms_(
     logits: Tensor, label_logit: Tensor, scale: Tensor, spec: ObjectiveSpec, gradient: Tensor | None, work: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy (nats), entropy (bits) and the label's entry of scale·p·(1 - c·(z - E)), per token.
+) -> Tensor:
+    """Cross-entropy (nats), entropy (bits) and the label's entry of scale·p·(1 - c·(z - E)): [3, tokens].
 
     With a `gradient`, like `logits` or `logits` itself, all entries of the latter are written there. logits: [tokens,
-    vocabulary], spoilt in any case. label_logit, scale: [tokens]. work: a buffer like `logits`.
+    vocabulary], spoilt in any case. label_logit, scale: [tokens]. work: like some rows of `logits`, so many go at once.
     """
-    largest = logits.amax(-1)
-    logits.sub_(largest.unsqueeze(1))
-    exponentials = torch.exp(logits, out=work)
-    # `sum` adds pairwise. torch.softmax does not, and loses two digits at 131,072 entries.
-    total = exponentials.sum(-1)
-    expected = torch.linalg.vecdot(exponentials, logits) / total
-    entropy_bits, slope, offset = _gradient_of(total, expected, scale, spec)
-    label_logit = label_logit - largest
-    if gradient is not None:
-        logits.mul_(slope.unsqueeze(1)).add_(offset.unsqueeze(1))
-        torch.mul(logits, exponentials, out=logits)
-        if gradient is not logits:
-            gradient.copy_(logits)
-    return total.log() - label_logit, entropy_bits, (slope * label_logit + offset) * label_logit.exp()
+    terms = torch.empty(3, len(logits), dtype=logits.dtype, device=logits.device)
+    for start in range(0, len(logits), len(work)):
+        rows = slice(start, min(start + len(work), len(logits)))
+        z = logits[rows]
+        largest = z.amax(-1)
+        z.sub_(largest.unsqueeze(1))
+        exponentials = torch.exp(z, out=work[: rows.stop - start])
+        # `sum` adds pairwise. torch.softmax does not, and loses two digits at 131,072 entries.
+        total = exponentials.sum(-1)
+        expected = torch.linalg.vecdot(exponentials, z) / total
+        entropy_bits, slope, offset = _gradient_of(total, expected, scale[rows], spec)
+        if gradient is not None:
+            z.mul_(slope.unsqueeze(1)).add_(offset.unsqueeze(1)).mul_(exponentials)
+            if gradient is not logits:
+                gradient[rows] = z
+        terms[:, rows] = _terms_of(label_logit[rows] - largest, total, entropy_bits, slope, offset)
+    return terms
 
 
-def _fused_softmax_terms(
+def _fused_softmax_terms_(
     logits: Tensor, label_logit: Tensor, scale: Tensor, spec: ObjectiveSpec, gradient: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     """`_softmax_terms_` for torch.compile, which makes two passes over the logits of it: sums by piece, then the gradient.
 
     A row is too long to stay on the chip between its maximum and its sums, a piece of it is not. The pieces are joined as in
@@ -243,11 +250,10 @@ def _fused_softmax_terms(
     total = (factor * totals).sum(-1)
     expected = (factor * (weighted + distance * totals)).sum(-1) / total
     entropy_bits, slope, offset = _gradient_of(total, expected, scale, spec)
-    label_logit = label_logit - largest.squeeze(-1)
     if gradient is not None:
-        shifted = logits - largest
-        gradient.copy_((slope.unsqueeze(1) * shifted + offset.unsqueeze(1)) * shifted.exp())
-    return total.log() - label_logit, entropy_bits, (slope * label_logit + offset) * label_logit.exp()
+        z = logits - largest
+        gradient.copy_((slope.unsqueeze(1) * z + offset.unsqueeze(1)) * z.exp())
+    return _terms_of(label_logit - largest.squeeze(-1), total, entropy_bits, slope, offset)
 
 
 def _gradient_of(total: Tensor, expected: Tensor, scale: Tensor, spec: ObjectiveSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,16 +265,20 @@ def _gradient_of(total: Tensor, expected: Tensor, scale: Tensor, spec: Objective
     return entropy_bits, -pull * share, (1.0 + pull * expected) * share
 
 
+def _terms_of(label_logit: Tensor, total: Tensor, entropy_bits: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """What `_softmax_terms_` returns, from the label's logit z relative to the largest; all [tokens]."""
+    return torch.stack([total.log() - label_logit, entropy_bits, (slope * label_logit + offset) * label_logit.exp()])
+
+
 def _piece_length(vocabulary: int) -> int:
-    """Entries of a row that are summed together: up to 1,024, or all of a vocabulary that is odd."""
+    """Entries of a row that are summed together: at most 1,024 where the vocabulary is divisible by 128, else all."""
     piece = math.gcd(vocabulary, _FUSED_PIECE)
     return piece if piece >= 128 else vocabulary
 
 
 @functools.cache
-def _compiled_softmax_terms(device_type: str, backend: str = "inductor") -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    # On a CPU ignored labels are left out, so the number of tokens changes from call to call.
-    return torch.compile(_fused_softmax_terms, dynamic=None if device_type == "cpu" else False, fullgraph=True, backend=backend)
+def _compiled_softmax_terms(backend: str = "inductor") -> Callable[..., Tensor]:
+    return torch.compile(_fused_softmax_terms_, dynamic=False, backend=backend)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -300,12 +310,16 @@ def _add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def _chunk_and_block(tokens: int, vocabulary: int, most_tokens: int, device: torch.device, compiled: bool) -> tuple[int, int]:
-    """Tokens whose logits exist at one time, and tokens whose logits go through the element-wise work at one time."""
-    chunk = max(1, min(most_tokens, tokens))
+    """Tokens whose logits exist at one time, and tokens whose logits go through the element-wise work at one time.
+
+    On a CPU ignored labels are left out and `tokens` changes from call to call; the size of a compiled chunk does not follow it.
+    """
     if device.type != "cpu":
+        chunk = max(1, min(most_tokens, tokens))
         return chunk, chunk
-    chunk = max(1, min(chunk, _CPU_LOGITS // vocabulary))
-    return chunk, chunk if compiled else max(1, min(chunk, _CPU_CACHED_LOGITS // vocabulary))
+    largest = max(1, min(most_tokens, _CPU_LOGITS // vocabulary))
+    chunk = largest if compiled else max(1, min(largest, tokens))
+    return chunk, max(1, min(chunk, _CPU_CACHED_LOGITS // vocabulary))
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

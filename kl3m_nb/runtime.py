@@ -50,11 +50,12 @@ class Runtime:
         place = (
             torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
+        attention = "flash_attention_4" if self.attention == flash_attention.IMPLEMENTATION else self.attention
         return " · ".join(
             (
                 place,
                 self.precision + (" with TF32" if self.tf32 else ""),
-                f"attention {self.attention}" + (f" ({self.kernel})" if self.kernel else ""),
+                f"attention {attention}" + (f" ({self.kernel})" if self.kernel else ""),
                 "compiled per block" if self.compile_blocks else "not compiled",
                 "gradient checkpointing" if self.recompute else "no gradient checkpointing",
                 f"torch {torch.__version__}",
@@ -88,35 +89,41 @@ def choose_runtime(profile: Profile) -> Runtime:
 def _choose_attention(profile: Profile, device: torch.device, precision: str) -> str:
     """FlashAttention where it is the fastest that is at hand and needs no mask, else sdpa, in which torch picks a kernel.
 
-    On Hopper that kernel is cuDNN's: of kl3m-007 at 5 × 4096 a layer takes 0.93 ms forward and backward, 1.46 with FlashAttention
-    2 and 0.78 with 4, whose calls however take the host long. A sliding window needs a mask in sdpa, and none in
-    flash_attention_2. A mask of padding in turn makes the host wait there, and keeps documents apart in one row only.
+    On Hopper that kernel is cuDNN's: of kl3m-007 at 5 × 4096 it takes 0.93 ms a layer forward and backward, FlashAttention 2 1.46
+    and 4 0.78. But to prepare the calls of the latter keeps the host busy for longer than so small a micro-batch does the GPU.
+    A sliding window needs a mask in sdpa, and none in flash_attention_2. A mask of padding in turn makes the host wait there, and
+    keeps documents apart in one row only.
     """
-    asked, data = profile.runtime.attention, profile.data
+    asked, spec, data = profile.runtime.attention, profile.model, profile.data
+    in_bfloat16 = device.type == "cuda" and precision == "bfloat16"
     on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     unmasked = data.packing == "dense" and data.document_borders != "mask"
-    windowed = 0 < profile.model.sliding_window < data.seq_len
+    windowed = 0 < spec.sliding_window < data.seq_len
     if asked == "auto":
-        half = device.type == "cuda" and precision == "bfloat16"
-        large = data.micro_batch * data.seq_len >= _FLASH_ATTENTION_4_TOKENS
-        if half and large and unmasked and not windowed and on_hopper and flash_attention.loads():
+        if not (in_bfloat16 and unmasked):
+            return "sdpa"
+        as_measured = spec.head_size == 64 and data.micro_batch * data.seq_len >= _FLASH_ATTENTION_4_TOKENS
+        if on_hopper and not windowed and as_measured and flash_attention.loads():
             return flash_attention.IMPLEMENTATION
-        fastest = half and unmasked and (windowed or not on_hopper) and _flash_attention_2_loads()
-        return "flash_attention_2" if fastest else "sdpa"
-    if asked == "flash_attention_2" and not (device.type == "cuda" and precision == "bfloat16" and _flash_attention_2_loads()):
+        return "flash_attention_2" if (windowed or not on_hopper) and _flash_attention_2_loads() else "sdpa"
+    if asked == "flash_attention_2" and not (in_bfloat16 and _flash_attention_2_loads()):
         raise ValueError(
             "attention flash_attention_2 needs a GPU, bfloat16 and a flash-attn package that loads; choose auto or sdpa."
         )
-    if asked == "flash_attention_4":
-        if not (on_hopper and precision == "bfloat16" and flash_attention.loads()):
-            raise ValueError(
-                "attention flash_attention_4 needs a Hopper GPU, bfloat16 and a flash-attn-4 package that loads; "
-                "choose auto or sdpa."
-            )
-        if windowed or not unmasked:
-            raise ValueError("attention flash_attention_4 takes no mask and no sliding window; choose auto or sdpa.")
-        return flash_attention.IMPLEMENTATION
-    return asked
+    if asked != "flash_attention_4":
+        return asked
+    if not (on_hopper and in_bfloat16 and flash_attention.loads()):
+        raise ValueError(
+            "attention flash_attention_4 needs a Hopper GPU, bfloat16 and a flash-attn-4 package that loads; choose auto or sdpa."
+        )
+    if windowed or not unmasked:
+        raise ValueError("attention flash_attention_4 takes no mask and no sliding window; choose auto or sdpa.")
+    if spec.head_size % 8 or spec.head_size > 256:
+        raise ValueError(
+            f"attention flash_attention_4 takes a head_size that is a multiple of 8 up to 256, not {spec.head_size}; "
+            "choose auto or sdpa."
+        )
+    return flash_attention.IMPLEMENTATION
 
 
 def _flash_attention_2_loads() -> bool:

@@ -100,6 +100,15 @@ def test_a_mask_float32_and_a_cache_go_to_sdpa(kernels):
     assert not kernels.calls
 
 
+@pytest.mark.parametrize(("queries", "dropout", "taken"), [(8, 0.0, True), (4, 0.0, False), (8, 0.1, False)])
+def test_a_cache_or_dropout_alone_sends_it_to_sdpa(kernels, queries, dropout, taken):
+    attention = models.build_model(small_profile()).model.layers[0].self_attn
+    query, key, value = (torch.randn(1, heads, length, 8).bfloat16() for heads, length in ((4, queries), (2, 8), (2, 8)))
+    output, _ = flash_attention.attend(attention, query, key, value, None, dropout=dropout, scaling=0.3)
+    assert output.shape == (1, queries, 4, 8)
+    assert bool(kernels.calls) is taken
+
+
 def test_models_are_built_and_loaded_with_it(kernels, tmp_path):
     models.build_model(small_profile(), attention=flash_attention.IMPLEMENTATION).save_pretrained(tmp_path)
     model = models.load_model(tmp_path, attention=flash_attention.IMPLEMENTATION)

@@ -66,3 +66,30 @@ def test_projections_with_biases_are_left_as_they_are():
     model = LlamaForCausalLM(config)
     fuse_projections(model)
     assert type(model.model.layers[0].self_attn) is LlamaAttention and type(model.model.layers[0].mlp) is LlamaMLP
+
+
+def kept_bytes(model, inputs) -> int:
+    """What the backward pass of all blocks holds besides parameters, compiled as on a GPU and run operation by operation."""
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(dynamic=False, backend="aot_eager_decomp_partition")
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = models.forward_body(model, inputs).hidden
+    del hidden
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+def test_a_compiled_backward_pass_holds_no_more_than_that_of_transformers():
+    inputs = torch.randint(0, 512, (2, 32))
+    model, fused = pair()
+    of_weights = sum(
+        p.nbytes for name, p in model.named_parameters() if name.split(".")[-2] in "q_proj k_proj v_proj gate_proj up_proj"
+    )
+    assert kept_bytes(fused, inputs) <= kept_bytes(model, inputs) + of_weights  # joined

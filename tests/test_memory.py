@@ -78,3 +78,11 @@ def test_the_500m_is_what_is_known_of_it():
     assert compiled.weights + compiled.gradients + compiled.optimizer_states == pytest.approx(6.3e9, rel=0.05)
     assert compiled.activations == pytest.approx(42e9, rel=0.1)
     assert memory.step_memory(profile, "bfloat16", True, recompute=True).activations < compiled.activations / 6
+
+
+def test_the_objectives_buffers_are_what_a_gpu_was_seen_to_allocate():
+    """2.23 GB beside the inputs of 20,480 tokens, of them the head's gradient in float32 and the head in bfloat16."""
+    head = 131_072 * 576
+    logits = memory.step_memory(get_profile("kl3m-007-500m"), "bfloat16", compiled=True, recompute=False).logits
+    assert logits == pytest.approx(2.23e9 - 6 * head, rel=0.1)
+    assert memory.step_memory(get_profile("kl3m-007-500m"), "bfloat16", compiled=False, recompute=False).logits > logits

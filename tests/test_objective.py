@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
+import shutil
 
 import pytest
 import torch
@@ -165,20 +165,30 @@ def test_without_valid_labels_everything_is_zero(tokens):
 def compile_without_a_compiler(monkeypatch):
     """The graph is traced as for the compiler, and run operation by operation."""
     torch._dynamo.reset()
-    objective._compiled_softmax_terms.cache_clear()
-    traced = functools.partial(objective._compiled_softmax_terms, backend="aot_eager")
-    monkeypatch.setattr(objective, "_compiled_softmax_terms", traced)
+    traced = torch.compile(objective._fused_softmax_terms_, backend="aot_eager", fullgraph=True, dynamic=False)
+    monkeypatch.setattr(objective, "_compiled_softmax_terms", lambda: traced)
 
 
-def test_the_number_of_valid_labels_may_change_without_end_where_it_is_compiled(monkeypatch):
-    compile_without_a_compiler(monkeypatch)
-    hidden, weight, labels = problem(tokens=24, ignored=0.0)
-    for ignored in range(20):
-        labels[:ignored] = -100
+def check_counts_of_valid_labels(counts, vocabulary):
+    """The gradients by hidden state for each count, in one process, against float64 autograd."""
+    hidden, weight, labels = problem(tokens=max(counts), vocabulary=vocabulary, ignored=0.0)
+    for valid in counts:
+        labels = torch.where(torch.arange(len(labels)) < valid, labels.clamp(min=0), -100)
         _, hidden_grad, _ = reference_gradients(hidden, weight, labels, CARD)
         hidden.grad = None
         chunked_objective(hidden, weight, labels, dataclasses.replace(CARD, chunk_tokens=16), compiled=True).total.backward()
         assert relative_error(hidden.grad, hidden_grad) < 1e-10
+
+
+def test_however_many_labels_are_valid_one_size_is_compiled(monkeypatch):
+    compile_without_a_compiler(monkeypatch)
+    check_counts_of_valid_labels(range(1, 36), vocabulary=101)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_code_takes_any_count_of_labels_and_another_vocabulary():
+    for vocabulary in (128, 256, 640):
+        check_counts_of_valid_labels([1, 17, 33, 16, 5], vocabulary)
 
 
 @pytest.mark.parametrize("vocabulary", [101, 1280], ids=["in one piece", "in five pieces"])

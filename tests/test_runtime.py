@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import small_profile
 from torch.nn.attention import SDPBackend
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from kl3m_nb import models, runtime
 from kl3m_nb.flash_attention import IMPLEMENTATION
@@ -67,9 +68,15 @@ def test_flash_attention_4_is_taken_on_hopper_where_nothing_is_masked(gpu):
     assert chosen(micro_batch=10) == chosen(attention="flash_attention_4") == IMPLEMENTATION
     assert chosen(micro_batch=10, document_borders="mask") == chosen(micro_batch=10, attention="sdpa") == "sdpa"
     assert chosen(micro_batch=5) == "sdpa", "its calls would keep the GPU waiting"
+    described = runtime.Runtime(torch.device("cpu"), "bfloat16", chosen(micro_batch=10), False, False, False).describe()
+    assert "attention flash_attention_4 " in described
     assert chosen("kl3m-002-520m", packing="dense", p_sft=0.0) == "flash_attention_2", "its window is shorter than a segment"
-    with pytest.raises(ValueError, match="takes no mask"):
-        chosen(attention="flash_attention_4", document_borders="mask")
+    for refused in ({"document_borders": "mask"}, {"name": "kl3m-002-520m", "packing": "dense", "p_sft": 0.0}):
+        with pytest.raises(ValueError, match="takes no mask and no sliding window"):
+            chosen(attention="flash_attention_4", **refused)
+    assert chosen(micro_batch=10, head_size=20) == "sdpa"
+    with pytest.raises(ValueError, match="multiple of 8 up to 256, not 20"):
+        chosen(attention="flash_attention_4", head_size=20)
     gpu["capability"] = (8, 0)
     assert chosen(micro_batch=10) == "flash_attention_2"
     with pytest.raises(ValueError, match="Hopper"):
@@ -171,3 +178,14 @@ def test_all_blocks_are_one_graph_that_computes_the_same(tmp_path, experts, padd
         results.append((body.hidden.detach(), body.router_loss.detach(), [parameter.grad for parameter in model.parameters()]))
     torch.testing.assert_close(results[1], results[0])
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_projections_are_joint_where_blocks_are_compiled(compiled):
+    model = models.build_model(small_profile())
+    runtime.prepare_model(model, runtime.Runtime(torch.device("cpu"), "float32", "sdpa", compiled, recompute=False, tf32=False))
+    kinds = {type(module) for layer in model.model.layers for module in (layer.self_attn, layer.mlp)}
+    assert (kinds == {LlamaAttention, LlamaMLP}) is not compiled
+    assert {name for name, _ in model.named_parameters()} == {
+        name for name, _ in models.build_model(small_profile()).named_parameters()
+    }

@@ -22,7 +22,7 @@ def throughput(monkeypatch):
 
 
 def arguments(**changes) -> argparse.Namespace:
-    given = dict(steps=2, warmup=1, rounds=2, grad_accumulation=1)
+    given = dict(steps=2, warmup=1, rounds=2, micro_batch=0, grad_accumulation=1)
     return argparse.Namespace(**{**given, "cases": ["kl3m_nb", "Trainer"], **changes})
 
 
@@ -73,3 +73,10 @@ def test_a_part_that_comes_several_times_in_a_step_counts_each_time(throughput, 
         with clock(name):
             pass
     assert clock.seconds == {"forward": 1.5, "backward": 2.0}
+
+
+def test_a_larger_micro_batch_makes_the_same_step(throughput):
+    own = get_profile("kl3m-007-500m")
+    assert throughput.batch(arguments(grad_accumulation=99), own) == {"micro_batch": 5, "grad_accumulation": 32}
+    assert throughput.batch(arguments(grad_accumulation=99, micro_batch=10), own) == {"micro_batch": 10, "grad_accumulation": 16}
+    assert throughput.batch(arguments(grad_accumulation=4, micro_batch=10), own)["grad_accumulation"] == 4
