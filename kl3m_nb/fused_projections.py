@@ -42,8 +42,8 @@ class _Stored(torch.autograd.Function):
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of states [batch, heads, seq_len, head_dim], e.g. [5, 9, 4096, 64], as transformers has it.
 
-    cos, sin: [batch or 1, seq_len, head_dim]. The halves change places by indices, which compiles to a simpler kernel than
-    joining them from two tensors.
+    cos, sin: [batch or 1, seq_len, head_dim]. The halves change places by indices, so the gradient is a rotation too; slices that
+    are joined, as transformers has them, become gradients that are padded and added.
     """
     halves = states.unflatten(-1, (2, -1))
     cos, sin = (angles.unsqueeze(1).unflatten(-1, (2, -1)) for angles in (cos, sin))
@@ -80,6 +80,7 @@ class _JointMixtralAttention(_JointAttention, MixtralAttention):
 
 class _JointLlamaMLP(LlamaMLP):
     def forward(self, x):
+        """x: [batch, seq_len, hidden]; returns the same shape."""
         gate, up = joint_projection([self.gate_proj, self.up_proj], x)
         return self.down_proj(self.act_fn(gate) * up)
 
