@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine and the versions it ran on, and one way to show and to keep a table."""
+"""What benchmarks share: the machine and the versions they ran on, a clock, one way to show and to keep a table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import datetime
 import os
 import platform
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,13 @@ def environment() -> dict[str, str]:
         "transformers": metadata.version("transformers"),
         "python": platform.python_version(),
     }
+
+
+def now() -> float:
+    """Seconds by a clock, once a GPU that this process uses has done all it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def write_table(name: str, rows: Sequence[dict]) -> Path:

@@ -14,13 +14,12 @@ matrices put back to where they were, so that as many have to be repaired again.
 from __future__ import annotations
 
 import argparse
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from _common import write_table
+from _common import now, write_table
 from torch import Tensor
 
 from kl3m_nb.clamping import ClampTarget, SpectralClamp
@@ -103,11 +102,9 @@ def svd_pass(matrices: list[Tensor], max_condition: float) -> None:
 
 def timed(work: Callable, *arguments) -> tuple[float, object]:
     """Seconds that the call took, and what it returned."""
-    start = time.perf_counter()
+    start = now()
     result = work(*arguments)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return now() - start, result
 
 
 def restore(matrices: list[Tensor], originals: list[Tensor]) -> None:

@@ -3,49 +3,42 @@
     python benchmarks/layer.py [--layers 12] [--micro-batches 5 10]
 
 Blocks alone, without head and optimizer, so that a variant is compared in seconds: milliseconds a layer and micro-batch, best of
-three. "joint" takes query, key and value, and gate and up, as one product each; "FlashAttention 4" is left out where it does not
+three. "fused" takes query, key and value, and gate and up, as one product each; "FlashAttention 4" is left out where it does not
 load. Without a GPU two small layers go the same way, uncompiled, which shows that the script works and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
-from _common import write_table
-from transformers import PreTrainedModel
+from _common import now, write_table
+from throughput import peer_model
 
 from kl3m_nb import flash_attention, models
 from kl3m_nb.profiles import Profile, get_profile
-from kl3m_nb.runtime import Runtime, choose_runtime, prepare_model
+from kl3m_nb.runtime import choose_runtime, prepare_model
 
 ON_GPU = torch.cuda.is_available()
 SMALL = {"layers": 2, "hidden": 64, "mlp": 128, "heads": 4, "kv_heads": 2, "head_size": 16, "seq_len": 128}
 REPEATS = 4
+PEER = "transformers"
 
 
 def variants() -> dict[str, str]:
     """What is measured, and the attention that it takes."""
-    with_flash = {"joint, FlashAttention 4": flash_attention.IMPLEMENTATION} if ON_GPU and flash_attention.loads() else {}
-    return {"transformers": "sdpa", "joint": "sdpa"} | with_flash
+    with_flash = {"fused, FlashAttention 4": flash_attention.IMPLEMENTATION} if ON_GPU and flash_attention.loads() else {}
+    return {PEER: "sdpa", "fused": "sdpa"} | with_flash
 
 
-def build(profile: Profile, runtime: Runtime, variant: str) -> PreTrainedModel:
-    model = models.build_model(profile, attention=variants()[variant])
-    if variant != "transformers" or not ON_GPU:
-        return prepare_model(model, runtime)
-    model.to(runtime.device)
-    for layer in model.model.layers:
-        layer.compile(dynamic=False)
-    return model
-
-
-def milliseconds(profile: Profile, variant: str) -> float:
+def milliseconds(profile: Profile, variant: str, attention: str) -> float:
     """Of one layer and micro-batch, forward and backward."""
     torch._dynamo.reset()
     runtime = choose_runtime(profile)
-    model = build(profile, runtime, variant)
+    if variant == PEER:
+        model = peer_model(profile, runtime, runtime.compile_blocks)
+    else:
+        model = prepare_model(models.build_model(profile, attention=attention), runtime)
     tokens = torch.randint(profile.model.vocabulary, (profile.data.micro_batch, profile.data.seq_len), device=runtime.device)
     best = float("inf")
     for _ in range(4):  # the first compiles
@@ -58,12 +51,6 @@ def milliseconds(profile: Profile, variant: str) -> float:
     return 1000 * best / REPEATS / profile.model.layers
 
 
-def now() -> float:
-    if ON_GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="on a GPU")
@@ -73,8 +60,8 @@ def main() -> None:
     rows = []
     for micro_batch in arguments.micro_batches:
         profile = get_profile("kl3m-007-500m", vocabulary=4096, micro_batch=micro_batch, **shape)
-        for variant in variants():
-            taken = milliseconds(profile, variant)
+        for variant, attention in variants().items():
+            taken = milliseconds(profile, variant, attention)
             rows.append({"micro-batch": f"{micro_batch} x {profile.data.seq_len}", "blocks": variant, "ms a layer": taken})
     write_table(f"layer_{'cuda' if ON_GPU else 'cpu'}", rows)
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 
 import torch
-from _common import write_table
+from _common import now, write_table
 from torch import nn
 
 from kl3m_nb.muon import Muon
@@ -53,16 +52,10 @@ def measure(kind: type[torch.optim.Optimizer], model: ModelSpec, device: str, re
     movement = torch.cat([parameter.detach().flatten() for parameter in parameters]) - start
     seconds = []
     for _ in range(repeats):
-        begin = now(device)
+        begin = now()
         optimizer.step()
-        seconds.append(now(device) - begin)
+        seconds.append(now() - begin)
     return min(seconds), movement
-
-
-def now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def main() -> None:

@@ -17,12 +17,11 @@ import math
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from _common import write_table
+from _common import now, write_table
 from torch import Tensor
 
 from kl3m_nb.objective import chunked_objective
@@ -81,19 +80,13 @@ def measure(device: str, case: str, repeats: int) -> dict[str, float]:
     seconds = []
     for _ in range(repeats + 1):
         weight.grad = hidden.grad = None
-        start = now(device)
+        start = now()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = loss_of(hidden, weight, labels)
         loss.backward()
-        seconds.append(now(device) - start)
+        seconds.append(now() - start)
         del loss
     return {"seconds": min(seconds[1:]), "extra": peak_bytes(device) - used_before}
-
-
-def now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def peak_bytes(device: str) -> int:

@@ -35,7 +35,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +43,7 @@ from unittest import mock
 import pyarrow
 import pyarrow.parquet
 import torch
-from _common import write_table
+from _common import now, write_table
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from kl3m_nb import flops, models, training
@@ -164,9 +163,9 @@ def windows_of(chosen: Profile, steps: int) -> torch.Tensor:
     return PackedStream(chosen.data, tokenizer).next_batch(count)[:, :-1].contiguous()
 
 
-def peer_model(chosen: Profile, runtime: Runtime, compiled: bool) -> PreTrainedModel:
-    """The model as transformers computes it, without our joint projections and attention; blocks compiled as its users do."""
-    model = prepare_model(models.build_model(chosen), dataclasses.replace(runtime, compile_blocks=False))
+def peer_model(profile: Profile, runtime: Runtime, compiled: bool) -> PreTrainedModel:
+    """The model as transformers computes it, without our fused projections and attention; blocks compiled as its users do."""
+    model = prepare_model(models.build_model(profile), dataclasses.replace(runtime, compile_blocks=False))
     if compiled:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -226,12 +225,6 @@ def measure_trainer(arguments: argparse.Namespace, chosen: Profile, windows: tor
     return (clock.ended - clock.began) / arguments.steps
 
 
-def now() -> float:
-    if ON_GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def peak_bytes() -> int:
     if ON_GPU:
         return torch.cuda.max_memory_allocated()
@@ -289,8 +282,10 @@ def rows_of(chosen: Profile, tokens: str, results: dict[str, dict]) -> tuple[lis
                 "failed": result.get("failed", ""),
             }
         )
-    total = sum(ours.get(part, 0.0) for part in PARTS)
-    shares = {f"{part} %": f"{100 * ours[part] / total:.1f}" if part in ours else "" for part in PARTS}
+    parts = {part: ours[part] for part in PARTS if part in ours}
+    if list(parts) == ["clamp"]:  # with --part-steps 0 nothing is known that it could be a share of
+        parts = {}
+    shares = {f"{part} %": f"{100 * parts[part] / sum(parts.values()):.1f}" if part in parts else "" for part in PARTS}
     estimated = estimate(chosen).tokens_per_second
     return rows, {"profile": chosen.name, "tokens": tokens, **shares, "tokens/s": ours.get("rate", ""), "estimated": estimated}
 
