@@ -147,9 +147,9 @@ class _ChunkedObjective(torch.autograd.Function):
             softmax_terms_ = functools.partial(_softmax_terms_, work=torch.empty_like(logits_buffer[:block]))
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
-            _product(states[rows], head.t(), logits_buffer[: rows.stop - start])
-            label = labels[rows, None]
-            label_logit[rows] = logits_buffer[: rows.stop - start].gather(1, label).squeeze(1)
+            count, label = rows.stop - start, labels[rows, None]
+            _product(states[rows], head.t(), logits_buffer[:count])
+            label_logit[rows] = logits_buffer[:count].gather(1, label).squeeze(1)
             # Compiled code gets whole chunks, so that it is compiled once; what stands behind the last token is not used.
             computed = slice(start, start + chunk) if compiled else rows
             logits = logits_buffer[: computed.stop - start]
@@ -158,7 +158,7 @@ class _ChunkedObjective(torch.autograd.Function):
                 logits, label_logit[computed], scale_with_room[computed], spec, gradient if any(gradients) else None
             )
             if any(gradients):
-                logits_grad = grad_buffer[: rows.stop - start]
+                logits_grad = grad_buffer[:count]
                 of_label = (label_grad[rows] + (smoothing - 1.0) * scale[rows]).unsqueeze(1)
                 if hidden_grad is not None:
                     # The label's entry is larger than all others together: apart from their long sum, it costs them no digits.
@@ -277,8 +277,8 @@ def _piece_length(vocabulary: int) -> int:
 
 
 @functools.cache
-def _compiled_softmax_terms(backend: str = "inductor") -> Callable[..., Tensor]:
-    return torch.compile(_fused_softmax_terms_, dynamic=False, backend=backend)
+def _compiled_softmax_terms() -> Callable[..., Tensor]:
+    return torch.compile(_fused_softmax_terms_, dynamic=False)
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
