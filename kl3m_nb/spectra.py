@@ -56,7 +56,7 @@ def singular_values(weight: torch.Tensor | np.ndarray) -> np.ndarray:
     weight = torch.as_tensor(weight).detach().cpu()
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"Singular values need a non-empty matrix; this tensor has the shape {tuple(weight.shape)}.")
-    largest = largest_entry(weight)
+    largest = _largest_entry(weight)
     if not math.isfinite(largest):
         raise NotFinite("The matrix holds NaN or infinite values; it has no singular values.")
     tall = weight if weight.shape[0] >= weight.shape[1] else weight.T
@@ -113,7 +113,7 @@ def _double_chunks(tall: torch.Tensor) -> Iterator[torch.Tensor]:
     return (rows.double() for rows in tall.split(_CHUNK_ROWS))
 
 
-def largest_entry(weight: torch.Tensor) -> float:
+def _largest_entry(weight: torch.Tensor) -> float:
     """The largest magnitude in `weight`, e.g. [576, 1536]; NaN or infinite exactly when one of its entries is."""
     low, high = torch.aminmax(weight)
     return float(torch.maximum(-low.double(), high.double()))
