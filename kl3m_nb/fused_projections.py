@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, e
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
 
 
-def joint_projection(projections: list[nn.Linear], hidden: Tensor) -> tuple[Tensor, ...]:
+def fused_projection(projections: list[nn.Linear], hidden: Tensor) -> tuple[Tensor, ...]:
     """What each of the bias-free `projections` makes of hidden, [..., hidden], e.g. [5, 4096, 576], from one product."""
     outputs = F.linear(hidden, torch.cat([projection.weight for projection in projections]))
     return outputs.split([projection.out_features for projection in projections], dim=-1)
@@ -25,7 +25,7 @@ def joint_projection(projections: list[nn.Linear], hidden: Tensor) -> tuple[Tens
 class _Stored(torch.autograd.Function):
     """A copy that has memory of its own, as has its gradient.
 
-    Attention keeps the values for the backward pass, and with a view of them the whole joint product: 1.5 kB a token and layer of
+    Attention keeps the values for the backward pass, and with a view of them the whole fused product: 1.5 kB a token and layer of
     kl3m-007. And with a gradient that is not stored the compiler rotates query and key inside the kernel that joins the three
     gradients, which takes 0.15 ms a layer on an H200 where the forward pass rotates in 0.02.
     """
@@ -51,7 +51,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (halves * cos + halves.flip(-2) * (sin * sign)).flatten(-2)
 
 
-class _JointAttention:
+class _FusedAttention:
     """The attention of Llama and Mixtral, which compute alike; with a cache of keys and values transformers' own runs."""
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **settings):
@@ -60,7 +60,7 @@ class _JointAttention:
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **settings)
         query, key, value = (
             _Stored.apply(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [batch, heads, seq_len, head_dim]
-            for states in joint_projection([self.q_proj, self.k_proj, self.v_proj], hidden_states)
+            for states in fused_projection([self.q_proj, self.k_proj, self.v_proj], hidden_states)
         )
         query, key = (rotate(states, *position_embeddings) for states in (query, key))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -70,27 +70,27 @@ class _JointAttention:
         return self.o_proj(output.flatten(-2)), weights
 
 
-class _JointLlamaAttention(_JointAttention, LlamaAttention):
+class _FusedLlamaAttention(_FusedAttention, LlamaAttention):
     pass
 
 
-class _JointMixtralAttention(_JointAttention, MixtralAttention):
+class _FusedMixtralAttention(_FusedAttention, MixtralAttention):
     pass
 
 
-class _JointLlamaMLP(LlamaMLP):
+class _FusedLlamaMLP(LlamaMLP):
     def forward(self, x):
         """x: [batch, seq_len, hidden]; returns the same shape."""
-        gate, up = joint_projection([self.gate_proj, self.up_proj], x)
+        gate, up = fused_projection([self.gate_proj, self.up_proj], x)
         return self.down_proj(self.act_fn(gate) * up)
 
 
-_JOINT = {LlamaAttention: _JointLlamaAttention, MixtralAttention: _JointMixtralAttention, LlamaMLP: _JointLlamaMLP}
+_FUSED = {LlamaAttention: _FusedLlamaAttention, MixtralAttention: _FusedMixtralAttention, LlamaMLP: _FusedLlamaMLP}
 
 
 def fuse_projections(model: PreTrainedModel) -> None:
-    """Lets the blocks of a Llama or Mixtral `model` take their joint products, in place; what has a bias is left as it is."""
+    """Lets the blocks of a Llama or Mixtral `model` take their fused products, in place; what has a bias is left as it is."""
     for layer in model.model.layers:
         for module in (layer.self_attn, layer.mlp):
-            if type(module) in _JOINT and not any("bias" in name for name, _ in module.named_parameters()):
-                module.__class__ = _JOINT[type(module)]
+            if type(module) in _FUSED and not any("bias" in name for name, _ in module.named_parameters()):
+                module.__class__ = _FUSED[type(module)]

@@ -1,4 +1,4 @@
-"""Joint projections against the modules of transformers they stand in for."""
+"""Fused projections against the modules of transformers they stand in for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIXTURE = {"experts": 4, "active_experts": 2, "sliding_window": 16}
 
 
 def pair(**overrides):
-    """A model as transformers computes it and a copy with joint projections, in float64."""
+    """A model as transformers computes it and a copy with fused projections, in float64."""
     model = models.build_model(small_profile(**overrides)).double()
     model.config._experts_implementation = "eager"  # grouped products know no float64
     fused = copy.deepcopy(model)

@@ -181,7 +181,7 @@ def test_all_blocks_are_one_graph_that_computes_the_same(tmp_path, experts, padd
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_projections_are_joint_where_blocks_are_compiled(compiled):
+def test_projections_are_fused_where_blocks_are_compiled(compiled):
     model = models.build_model(small_profile())
     runtime.prepare_model(model, runtime.Runtime(torch.device("cpu"), "float32", "sdpa", compiled, recompute=False, tf32=False))
     kinds = {type(module) for layer in model.model.layers for module in (layer.self_attn, layer.mlp)}
