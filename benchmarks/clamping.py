@@ -22,7 +22,7 @@ import torch
 from _common import now, write_table
 from torch import Tensor
 
-from kl3m_nb.clamping import ClampTarget, SpectralClamp
+from kl3m_nb.model_clamp import ClampTarget, SpectralClamp
 from kl3m_nb.muon import singular_value_bound
 from kl3m_nb.profiles import get_profile
 

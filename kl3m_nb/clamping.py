@@ -1,48 +1,27 @@
-"""Spectral clamping: singular values of a weight that lie below τ = max(sigma_floor, σ₁ / max_condition) are raised to τ.
+"""Spectral clamping of one matrix: singular values that lie below τ = max(sigma_floor, σ₁ / max_condition) are raised to τ.
 
-The result is W' = U max(S, τ) Vᵀ (kl3m-007 card, "Spectral Clamping"), but a full SVD is the last resort. In this order:
-
-1. *Certificate.* An interval that held all singular values at the last clamp, and a bound on how far the weight has moved
-   since (Weyl's inequality), may prove that nothing is to be done. Costs nothing; see `SpectralClamp.note_movement`.
-2. *Test.* Cholesky factorisations of shifted Gram matrices prove that every σ > τ. A Gram matrix squares the condition
-   number: in float32 it can prove only well-conditioned matrices healthy, the others get one in float64. For small
-   matrices the eigenvalues themselves cost no more.
-3. *Repair.* The eigenvectors of the float64 Gram matrix below τ² span the part to be changed; a small SVD of that part
-   gives its exact singular values and vectors, and a low-rank update raises them. Only when a singular value is too
-   small for a Gram matrix to resolve (exact zeros, rank one) is the whole matrix decomposed.
+The result is W' = U max(S, τ) Vᵀ (kl3m-007 card, "Spectral Clamping"), without a full SVD where that can be: the eigenvectors
+of the float64 Gram matrix below τ² span the part to be changed; a small SVD of that part gives its exact singular values and
+vectors, and a low-rank update raises them. Only when a singular value is too small for a Gram matrix to resolve (exact zeros,
+rank one) is the whole matrix decomposed.
 
 A matrix that needs nothing keeps every bit. A value within one rounding of the weight's dtype (eps·σ₁) below τ counts as τ,
-since it cannot be stored better: clamping twice is clamping once. Proofs allow for their own rounding errors (Higham,
-"Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.5 and theorem 10.3). On a CPU a matrix is the work of
-one thread, as small factorisations gain little from more. On a GPU the tests run in batches of one shape, and only the Gram
-matrices of what fails go to threads of the CPU.
+since it cannot be stored better: clamping twice is clamping once. `model_clamp` clamps all matrices of a model, and decomposes
+only those that it cannot prove healthy.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kl3m_nb import distributed
-from kl3m_nb.gram import PIECE, Proof, gram_matrix, prove_healthy, useful_precisions
-
-ROUTES = ("certified", "tested", "decomposed", "repaired", "zero", "not_finite")
+from kl3m_nb.gram import PIECE, as_wide, gram_matrix
 
 _EXACTNESS = 1e-9  # in units of σ₁: the error of what is called exact
 _GRAM_RESOLUTION = 1e-5  # in units of σ₁: smaller values are lost in a float64 Gram matrix
-_ONE_THREAD_ELEMENTS = 2**23  # a larger matrix gets all threads to itself
-_BATCHED = ("cuda",)  # types of device on which matrices of one shape are tested together
-_GPU_BATCH_ELEMENTS = 2**24  # a batch of square float64 matrices then works in 1 GiB
 
 
 @dataclass(frozen=True)
@@ -61,62 +40,6 @@ class ClampOutcome:
     finite: bool = True
 
 
-@dataclass(frozen=True)
-class ClampEvent:
-    """One matrix at one clamp: the fields of `ClampOutcome`, and the `route` that says how sharp they are.
-
-    * `"repaired"`, `"decomposed"` (nothing to raise): exact to 1e-9·σ₁, as are all values of `raised`.
-    * `"tested"`: nothing to raise. `sigma_max` and `sigma_min` are Ritz values, good to some percent: the spectrum reaches
-      at least from the one to the other. `tau` is an upper bound of the true τ, and σ_min is proven to lie above it.
-    * `"certified"`: nothing to raise, and the weight was not looked at. `sigma_max` and `tau` are upper bounds, `sigma_min`
-      is a lower bound.
-    * `"zero"`, `"not_finite"`: left untouched.
-    """
-
-    name: str
-    sigma_max: float
-    sigma_min: float
-    tau: float
-    raised: int
-    route: str
-
-
-@dataclass(frozen=True)
-class ClampTarget:
-    """A parameter to clamp: (rows, cols), e.g. [1536, 576], or (experts, rows, cols), where each expert is clamped on its own.
-
-    `fused` = 2 says that rows holds gate above up; they are clamped as two matrices. ValueError for any other shape, a dtype
-    other than float32 and float64 (a bfloat16 copy has another condition number than its master), or unusable bounds.
-    """
-
-    name: str
-    parameter: Tensor
-    max_condition: float
-    sigma_floor: float
-    fused: int = 1
-
-    def __post_init__(self) -> None:
-        shape = tuple(self.parameter.shape)
-        if self.parameter.dim() not in (2, 3):
-            raise ValueError(f"{self.name} has the shape {shape}; a clamp takes (rows, cols) or (experts, rows, cols).")
-        if self.fused not in (1, 2) or shape[-2] % self.fused:
-            raise ValueError(f"{self.name} {shape} has fused = {self.fused}; use 1, or 2 where the number of rows is even.")
-        _check(self.name, self.parameter, self.max_condition, self.sigma_floor)
-
-    def matrices(self, weight: Tensor | None = None) -> list[tuple[str, Tensor]]:
-        """Names and views of the matrices: `name`, or `name[expert]`, with `.gate` or `.up` added when fused.
-
-        `weight`, of the parameter's shape, stands for the parameter: the whole of one that is held in shards.
-        """
-        weight = self.parameter.detach() if weight is None else weight
-        experts = (
-            [(f"{self.name}[{i}]", matrix) for i, matrix in enumerate(weight)] if weight.dim() == 3 else [(self.name, weight)]
-        )
-        if self.fused == 1:
-            return experts
-        return [(name + half, part) for name, both in experts for half, part in zip((".gate", ".up"), both.chunk(2), strict=True)]
-
-
 @torch.no_grad()
 def clamp_spectrum_(weight: Tensor, max_condition: float, sigma_floor: float) -> ClampOutcome:
     """Replace `weight` by U max(S, τ) Vᵀ, τ = max(sigma_floor, σ₁ / max_condition), in place.
@@ -126,257 +49,24 @@ def clamp_spectrum_(weight: Tensor, max_condition: float, sigma_floor: float) ->
     """
     if weight.dim() != 2:
         raise ValueError(f"The weight has the shape {tuple(weight.shape)}; clamp_spectrum_ takes one matrix (rows, cols).")
-    _check("The weight", weight, max_condition, sigma_floor)
+    check_clampable("The weight", weight, max_condition, sigma_floor)
     usable = weight if weight.device.type == "cuda" else weight.cpu()  # not every accelerator has float64
-    outcome, _ = _clamp_exactly_(usable, gram_matrix(_wide(usable), torch.float64), max_condition, sigma_floor, suspect=False)
+    outcome, _ = clamp_exactly_(usable, gram_matrix(as_wide(usable), torch.float64), max_condition, sigma_floor, suspect=False)
     if outcome.raised and usable is not weight:
         weight.copy_(usable)
     return outcome
 
 
-class SpectralClamp:
-    """Clamps the matrices of `targets` and remembers, as certificates, what is known of their spectra.
-
-    `threads`: how many matrices are worked on at a time on the CPU; by default torch's number of threads, beside a GPU the
-    cores of this rank. `decompose_on`: where the Gram matrices of what fails the test on a GPU are decomposed, "cpu" (copied
-    there; batched decompositions of CUDA have been reported far slower than they should be, pytorch issues 174674 and 175585) or
-    "device". The weights themselves stay where they are.
-    """
-
-    def __init__(self, targets: Iterable[ClampTarget], threads: int | None = None, decompose_on: str = "cpu") -> None:
-        self.targets = tuple(targets)
-        if decompose_on not in ("cpu", "device"):
-            raise ValueError(f"decompose_on is {decompose_on!r}; it accepts 'cpu' and 'device'.")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}; it must be at least 1.")
-        self._threads = threads
-        self._decompose_on_device = decompose_on == "device"
-        shapes = {target.name: torch.empty(target.parameter.shape, device="meta") for target in self.targets}
-        self._names = {target.name: [name for name, _ in target.matrices(shapes[target.name])] for target in self.targets}
-        if len(self._names) < len(self.targets) or len({id(target.parameter) for target in self.targets}) < len(self.targets):
-            raise ValueError("Two clamp targets share a name or a parameter; list every parameter once.")
-        self._intervals: dict[str, tuple[float, float]] = {}  # matrix -> bounds of all its singular values, now
-
-    def note_movement(self, bounds: Mapping[str, tuple[float, float]]) -> None:
-        """Widen the certificates by one optimizer step; call it after every step.
-
-        `bounds[target name]` = (additive, relative) promises ‖ΔW‖₂ ≤ additive + relative·‖W‖₂ for every matrix of the target,
-        W being the weight before the step; the float32 rounding of the step is added here. A target that is not named
-        loses its certificates; names that are no target are ignored. ValueError for a bound that is negative or NaN.
-        """
-        for target in self.targets:
-            movement = bounds.get(target.name)
-            if movement is None:
-                for name in self._names[target.name]:
-                    self._intervals.pop(name, None)
-                continue
-            additive, relative = movement
-            if not (additive >= 0 and relative >= 0):
-                raise ValueError(f"The movement of {target.name} is bounded by {movement}; both bounds must be at least 0.")
-            short = min(target.parameter.shape[-2] // target.fused, target.parameter.shape[-1])
-            # Up to four roundings an element (decay, scale, update, sum), and ‖rounding‖₂ ≤ eps/2·‖W‖_F ≤ eps/2·√short·‖W‖₂.
-            rounding = 2 * torch.finfo(target.parameter.dtype).eps * math.sqrt(short)
-            for name in self._names[target.name]:
-                if name in self._intervals:
-                    lower, upper = self._intervals[name]
-                    moved = additive + relative * upper
-                    moved += rounding * (upper + moved)
-                    self._intervals[name] = (lower - moved, upper + moved)
-
-    @torch.no_grad()
-    def clamp(self) -> list[ClampEvent]:
-        """Clamp every matrix and return an event for each, in the order of the targets. The optimizer's state is not touched.
-
-        Under torch.distributed all ranks call it with equal weights; each works on a part of the targets, all get the result.
-        """
-        events: dict[str, ClampEvent | None] = {}
-        for target in self.targets:
-            for name in self._names[target.name]:
-                events[name] = self._certified(name, target)
-        uncertain = [target for target in self.targets if any(events[name] is None for name in self._names[target.name])]
-        owners = distributed.balanced_owners([_cost(target.parameter.shape) for target in uncertain])
-        weights: dict[str, Tensor] = {}
-        groups: dict[tuple, list[_Job]] = defaultdict(list)
-        for target, owner in zip(uncertain, owners, strict=True):
-            weight = distributed.whole(target.parameter.detach())
-            if owner == distributed.world().rank:
-                weights[target.name] = weight
-                for name, matrix in target.matrices(weight):
-                    if events[name] is None:
-                        job = _Job(name, matrix, target.max_condition, target.sigma_floor)
-                        groups[job.kind].append(job)
-        for result in itertools.chain(*distributed.gather(self._clamp_groups(list(groups.values())))):
-            name = result.event.name
-            events[name] = result.event
-            self._intervals.pop(name, None)
-            if result.interval is not None:
-                self._intervals[name] = result.interval
-        for target, owner in zip(uncertain, owners, strict=True):
-            if any(events[name].raised for name in self._names[target.name]):
-                _hand_over(target.parameter.detach(), weights.get(target.name), owner)
-        return list(events.values())
-
-    def state_dict(self) -> dict[str, dict[str, tuple[float, float]]]:
-        """The certificates as plain numbers; they hold for the weights as they are now."""
-        return {"intervals": dict(self._intervals)}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-        """Take over certificates saved together with the present weights. ValueError for a matrix that is no target's."""
-        known = {name for names in self._names.values() for name in names}
-        unknown = sorted(set(state["intervals"]) - known)
-        if unknown:
-            raise ValueError(
-                f"The saved certificates name {unknown[0]}, which is no clamp target; load the state of the same model."
-            )
-        self._intervals = {name: (float(lower), float(upper)) for name, (lower, upper) in state["intervals"].items()}
-
-    def _certified(self, name: str, target: ClampTarget) -> ClampEvent | None:
-        lower, upper = self._intervals.get(name, (0.0, math.inf))
-        tau = max(target.sigma_floor, upper / target.max_condition)
-        return ClampEvent(name, upper, lower, tau, 0, "certified") if lower >= tau else None
-
-    def _clamp_groups(self, groups: list[list[_Job]]) -> list[_Result]:
-        """Test and repair. The jobs of a group differ in nothing but their names and values."""
-        results: list[_Result] = []
-        for_workers: list[tuple[list[_Job], tuple[torch.dtype, ...]]] = []
-        suspects: list[tuple[_Job, Tensor]] = []
-        for jobs in groups:
-            matrix = jobs[0].matrix
-            if matrix.device.type in _BATCHED:
-                on_device = self._decompose_on_device
-                healthy, failed = _test_in_batches(jobs, matrix.device if on_device else torch.device("cpu"))
-                results += healthy
-                if on_device:
-                    results += [_decompose(*suspect) for suspect in failed]
-                else:
-                    suspects += failed
-            elif matrix.numel() > _ONE_THREAD_ELEMENTS:
-                results += [_clamp_on_cpu(job, useful_precisions(matrix)) for job in jobs]
-            else:
-                for_workers.append((jobs, useful_precisions(matrix)))
-        if for_workers or suspects:
-            with _single_threaded_workers(self._threads or _worker_count(groups[0][0].matrix.device)) as workers:
-                decomposed = workers.map(_decompose, *zip(*suspects, strict=True)) if suspects else []
-                firsts = [workers.submit(_clamp_on_cpu, jobs[0], precisions) for jobs, precisions in for_workers]
-                for (jobs, precisions), first in zip(for_workers, firsts, strict=True):
-                    # Matrices of one shape and ceiling are alike: what float32 could not prove for the first is not tried again.
-                    if first.result().proven_in != torch.float32:
-                        precisions = precisions[-1:]
-                    results += [first.result(), *workers.map(_clamp_on_cpu, jobs[1:], itertools.repeat(precisions))]
-                results += decomposed
-        return results
-
-
-def _worker_count(device: torch.device) -> int:
-    """Threads for matrices on `device`: torch's own number, beside a GPU this rank's share of the cores.
-
-    torchrun gives every rank one thread, which is meant for ranks that compute on the CPU.
-    """
-    if device.type != "cuda":
-        return torch.get_num_threads()
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def _cost(shape: torch.Size) -> int:
-    """Proportional to the work of the Gram matrices of a weight [..., rows, cols]."""
-    return shape.numel() * min(shape[-2:])
-
-
-def _hand_over(parameter: Tensor, clamped: Tensor | None, owner: int) -> None:
-    """Give every rank the weight that its `owner` has clamped; None on the ranks that do not have it."""
-    if distributed.world().size == 1:
-        return
-    if clamped is None:
-        clamped = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-    distributed.broadcast_(clamped, owner)
-    shard = distributed.local(parameter)
-    if shard.data_ptr() != clamped.data_ptr():
-        shard.copy_(distributed.shard_of(clamped, parameter))
-
-
-@dataclass(frozen=True)
-class _Job:
-    name: str
-    matrix: Tensor
-    max_condition: float
-    sigma_floor: float
-
-    @property
-    def kind(self) -> tuple:
-        """Jobs of one kind can be tested in one batch."""
-        return self.matrix.device, self.matrix.dtype, _wide(self.matrix).shape, self.max_condition, self.sigma_floor
-
-
-@dataclass(frozen=True)
-class _Result:
-    event: ClampEvent
-    interval: tuple[float, float] | None
-    proven_in: torch.dtype | None = None
-
-
-@torch.no_grad()
-def _clamp_on_cpu(job: _Job, precisions: Sequence[torch.dtype]) -> _Result:
-    """Test in each of `precisions` until one succeeds, else decompose, on whatever device the weight is."""
-    here = dataclasses.replace(job, matrix=job.matrix.cpu())
-    gram = None
-    for precision in precisions:
-        [proof], [gram] = _test([here], precision)
-        if proof.holds:
-            return _tested(job, proof, precision)
-    result = _decompose(here, gram)
-    if result.event.raised and here.matrix is not job.matrix:
-        job.matrix.copy_(here.matrix)
-    return result
-
-
-def _test_in_batches(jobs: list[_Job], decompose_on: torch.device) -> tuple[list[_Result], list[tuple[_Job, Tensor]]]:
-    """Results of the jobs whose matrices are proven healthy on their own device; the others with their Gram matrices."""
-    size = max(1, _GPU_BATCH_ELEMENTS // jobs[0].matrix.numel())
-    healthy, suspects = [], []
-    for batch in (jobs[start : start + size] for start in range(0, len(jobs), size)):
-        proofs, grams = _test(batch, torch.float64)
-        failed = [index for index, proof in enumerate(proofs) if not proof.holds]
-        suspects += zip([batch[index] for index in failed], grams[failed].to(decompose_on), strict=True)
-        healthy += [_tested(job, proof, torch.float64) for job, proof in zip(batch, proofs, strict=True) if proof.holds]
-    return healthy, suspects
-
-
-def _test(jobs: list[_Job], precision: torch.dtype) -> tuple[list[Proof], Tensor]:
-    """Proofs for the matrices of `jobs`, all of one shape, and the Gram matrices they were read from."""
-    wides = [_wide(job.matrix) for job in jobs]
-    wides = torch.stack(wides) if len(wides) > 1 else wides[0].unsqueeze(0)  # one alone may be large: not copied
-    grams = gram_matrix(wides, precision)
-    return prove_healthy(grams, wides.shape[-1], jobs[0].max_condition, jobs[0].sigma_floor), grams
-
-
-def _tested(job: _Job, proof: Proof, precision: torch.dtype) -> _Result:
-    event = ClampEvent(job.name, proof.ritz_max, proof.ritz_min, proof.tau, 0, "tested")
-    return _Result(event, (proof.lower, proof.upper), precision)
-
-
-@torch.no_grad()
-def _decompose(job: _Job, gram: Tensor | None) -> _Result:
-    """Clamp the matrix of `job` by its exact spectrum; `gram` is what a failed test has left, None where there was no test."""
-    suspect = gram is not None
-    gram = gram if suspect else gram_matrix(_wide(job.matrix), torch.float64)
-    outcome, interval = _clamp_exactly_(job.matrix, gram, job.max_condition, job.sigma_floor, suspect)
-    if interval is None:
-        route = "zero" if outcome.finite else "not_finite"
-    else:
-        route = "repaired" if outcome.raised else "decomposed"
-    return _Result(ClampEvent(job.name, outcome.sigma_max, outcome.sigma_min, outcome.tau, outcome.raised, route), interval)
-
-
-def _clamp_exactly_(
+def clamp_exactly_(
     matrix: Tensor, gram: Tensor, max_condition: float, sigma_floor: float, suspect: bool
 ) -> tuple[ClampOutcome, tuple[float, float] | None]:
     """Clamp `matrix` by its exact spectrum; also bounds of all its singular values afterwards, None where it has no spectrum.
 
-    `gram` is the float64 Gram matrix of `_wide(matrix)`. What is decomposed is decomposed on its device; the products with the
+    `gram` is the float64 Gram matrix of `as_wide(matrix)`. What is decomposed is decomposed on its device; the products with the
     matrix are made on the matrix's own. `suspect` says that something seems to lie below τ: the eigenvectors, which cost as much
     again as the eigenvalues, are then asked for at once.
     """
-    wide = _wide(matrix)
+    wide = as_wide(matrix)
     trace = gram.trace().item()
     squares_fit = 1e-250 < trace < math.inf
     if not squares_fit:
@@ -412,7 +102,8 @@ def _clamp_exactly_(
     return outcome, (tau - tolerance - margin, max(sigma_max, tau) + margin)
 
 
-def _check(name: str, weight: Tensor, max_condition: float, sigma_floor: float) -> None:
+def check_clampable(name: str, weight: Tensor, max_condition: float, sigma_floor: float) -> None:
+    """Raises ValueError for a weight or bounds that the clamp cannot work with; the message calls the weight `name`."""
     if weight.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{name} is {weight.dtype}; the clamp takes float32 or float64, so pass the master weight.")
     if weight.numel() == 0:
@@ -421,11 +112,6 @@ def _check(name: str, weight: Tensor, max_condition: float, sigma_floor: float) 
         raise ValueError(f"{name} has max_condition = {max_condition}; it must be finite and at least 1.")
     if not 0 <= sigma_floor < math.inf:
         raise ValueError(f"{name} has sigma_floor = {sigma_floor}; it must be finite and at least 0.")
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    """`matrix`, or its transpose, whichever has at least as many columns as rows; a view."""
-    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
@@ -440,14 +126,3 @@ def _add_product_(matrix: Tensor, left: Tensor, right: Tensor) -> None:
     size = PIECE[torch.float64]
     for piece, columns in zip(matrix.split(size, dim=1), right.split(size, dim=1), strict=True):
         piece.copy_(torch.addmm(piece.double(), left, columns))
-
-
-@contextmanager
-def _single_threaded_workers(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Workers whose matrix library uses one thread each."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as workers:
-            yield workers
-    finally:
-        torch.set_num_threads(threads)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kl3m_nb.gram import gram_matrix
+from kl3m_nb.gram import as_wide, gram_matrix
 from kl3m_nb.matrices import HEAD_LAYER, Checkpoint, Matrix, check_source_layers, find_matrices, layer_count
 from kl3m_nb.spectra import Progress, SingularValues, above_rounding, model_singular_values, on_every_core
 
@@ -119,8 +119,7 @@ def _extreme_subspaces(weight: torch.Tensor, k: int) -> tuple[_Span, _Span]:
     if not torch.isfinite(weight).all():
         unknown = _Span(torch.full((min(weight.shape), k), math.nan, dtype=weight.dtype), math.nan)
         return unknown, unknown
-    wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
-    squares, vectors = torch.linalg.eigh(gram_matrix(wide, torch.float64))
+    squares, vectors = torch.linalg.eigh(gram_matrix(as_wide(weight), torch.float64))
     sigmas = squares.where(squares > squares[-1] * len(squares) * torch.finfo(torch.float64).eps, 0.0).sqrt()
 
     def gap(above: int) -> float:

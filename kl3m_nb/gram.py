@@ -87,6 +87,11 @@ def useful_precisions(matrix: Tensor) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.float64) if try_float32 else (torch.float64,)
 
 
+def as_wide(matrix: Tensor) -> Tensor:
+    """`matrix`, or its transpose, whichever has at least as many columns as rows; a view."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
 def gram_matrix(wide: Tensor, precision: torch.dtype) -> Tensor:
     """W Wᵀ [..., short, short] of `wide` [..., short, long], computed and summed in `precision`, half of it mirrored."""
     short = wide.shape[-2]

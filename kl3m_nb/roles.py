@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kl3m_nb.clamping import ClampTarget
+from kl3m_nb.model_clamp import ClampTarget
 from kl3m_nb.muon import Muon
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, Profile
 

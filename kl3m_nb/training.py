@@ -19,9 +19,9 @@ import torch
 from torch.profiler import record_function
 
 from kl3m_nb import cards, checkpoints, distributed, evaluation, finite, models, packing, paths, roles, run_folder
-from kl3m_nb.clamping import SpectralClamp
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import MetricsLog, read_metrics
+from kl3m_nb.model_clamp import SpectralClamp
 from kl3m_nb.objective import activation_penalty, chunked_objective
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile

@@ -21,7 +21,7 @@ MODULES = sorted((ROOT / "kl3m_nb").glob("*.py"))
 FLOORS = {
     1: "display distributed random_state paths profiles progress flops parameters stopping memory",
     2: "sources readers shingles corpus instructions custom_tokens tokenizer document_stream packing cotraining "
-    "segmentation streams models roles runtime stacking muon clamping gram objective schedule evaluation experts "
+    "segmentation streams models roles runtime stacking muon clamping model_clamp gram objective schedule evaluation experts "
     "fused_projections flash_attention finite",
     3: "checkpoints metrics run_folder saving training cards",
     4: "spectra matrices generation growth estimate pulls spectral_cache spectral_summary copies history block_function "
