@@ -13,6 +13,7 @@ import typing
 from dataclasses import dataclass, field
 
 from kl3m_nb.display import table_html
+from kl3m_nb.profile_checks import check_values
 
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -322,7 +323,7 @@ def override_profile(profile: Profile, **overrides) -> Profile:
         if changes:
             top[section] = dataclasses.replace(getattr(profile, section), **changes)
     changed = dataclasses.replace(profile, **top)
-    _check_consistent(changed)
+    check_values(_flat(changed))
     return changed
 
 
@@ -347,6 +348,12 @@ def _field_types() -> tuple[dict[str, str], dict[str, type]]:
 FIELD_SECTIONS, FIELD_TYPES = _field_types()
 
 
+def _flat(profile: Profile) -> dict[str, object]:
+    """Every field that can be overridden, by name."""
+    sections = {section: getattr(profile, section) for section in _SECTIONS} | {"profile": profile}
+    return {key: getattr(sections[section], key) for key, section in FIELD_SECTIONS.items()}
+
+
 def _checked_type(key: str, value):
     kind = FIELD_TYPES[key]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -354,96 +361,3 @@ def _checked_type(key: str, value):
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"The profile field {key!r} is of type {kind.__name__}; {value!r} is not.")
     return value
-
-
-_CHOICES = {
-    "clip_mode": ("adaptive", "fixed", "off"),
-    "precision": ("auto", "float32", "bfloat16"),
-    "attention": ("auto", "sdpa", "flash_attention_2", "flash_attention_4", "eager"),
-    "compile": ("auto", "on", "off"),
-    "parallel": ("ddp", "fsdp"),
-    "gradient_checkpointing": ("auto", "on", "off"),
-    "tf32": ("auto", "on", "off"),
-    "adjust_lr": ("original", "match_rms_adamw"),
-    "packing": ("dense", "segments"),
-    "document_borders": ("ignored", "positions", "mask"),
-    "sft_loss": ("response", "all"),
-    "ns_coefficients": ("keller_jordan", "polar_express"),
-    "ns_precision": ("auto", "float32", "bfloat16"),
-}
-_RANGES = {  # what is accepted, in words: the test, and the fields
-    "at least 1": (
-        lambda value: value >= 1,
-        "layers hidden mlp heads kv_heads head_size vocabulary context seq_len micro_batch grad_accumulation shuffle_buffer "
-        "held_out_windows max_steps chunk_tokens log_every eval_every checkpoint_every keep_checkpoints growth_factor "
-        "source_steps attention_max_condition mlp_max_condition lm_head_max_condition",
-    ),
-    "at least 0 and finite": (
-        lambda value: 0 <= value < math.inf,
-        "sliding_window experts active_experts router_aux_loss entropy_bonus entropy_target_bits entropy_target_weight "
-        "activation_norm base_lr weight_decay attention_outer_multiplier attention_inner_multiplier mlp_multiplier "
-        "lm_head_multiplier aux_lr aux_weight_decay clamp_every sigma_floor warmup_steps seed keep_every prefetch_batches",
-    ),
-    "above 0 and finite": (
-        lambda value: 0 < value < math.inf,
-        "rope_theta initializer_range clip_max_norm clip_coefficient",
-    ),
-    "at least 0 and below 1": (
-        lambda value: 0 <= value < 1,
-        "label_smoothing momentum aux_beta1 aux_beta2 clip_beta",
-    ),
-    "between 0 and 1": (lambda value: 0 <= value <= 1, "min_lr_ratio p_sft"),
-    "from 3 to 5": (lambda value: 3 <= value <= 5, "ns_steps"),
-}
-
-
-def _check_experts(model: ModelSpec) -> None:
-    if model.experts:
-        if not 1 <= model.active_experts <= model.experts:
-            raise ValueError(
-                f"active_experts is {model.active_experts} of {model.experts} experts; choose from 1 to {model.experts}."
-            )
-        return
-    for key in ("active_experts", "router_aux_loss", "sliding_window"):
-        if value := getattr(model, key):
-            raise ValueError(f"{key} is {value} without experts, and a dense Llama has none; set experts, or {key} to 0.")
-
-
-def _check_data(data: DataSpec) -> None:
-    if data.p_sft and data.packing == "dense":
-        raise ValueError(f"p_sft is {data.p_sft} with packing 'dense'; instruction pairs need packing 'segments'.")
-    if data.sft_loss != "response" and not data.p_sft:
-        raise ValueError(f"sft_loss is {data.sft_loss!r} with p_sft 0, which takes no instruction pairs; raise p_sft too.")
-    if data.document_borders != "ignored" and data.packing == "segments":
-        raise ValueError(
-            f"document_borders is {data.document_borders!r} with packing 'segments', which never hold two documents; "
-            "use packing 'dense' or document_borders 'ignored'."
-        )
-
-
-def _check_consistent(profile: Profile) -> None:
-    def value(key: str):
-        section = FIELD_SECTIONS[key]
-        return getattr(profile if section == "profile" else getattr(profile, section), key)
-
-    for key, choices in _CHOICES.items():
-        if value(key) not in choices:
-            raise ValueError(f"The profile field {key!r} is {value(key)!r}; it accepts {', '.join(choices)}.")
-    for words, (accepts, keys) in _RANGES.items():
-        for key in keys.split():
-            if not accepts(value(key)):
-                raise ValueError(f"The profile field {key!r} is {value(key)}; it must be {words}.")
-    _check_experts(profile.model)
-    _check_data(profile.data)
-    if profile.data.seq_len > profile.model.context:
-        raise ValueError(
-            f"seq_len {profile.data.seq_len} is longer than the context of {profile.model.context} tokens that "
-            f"{profile.name} can take; choose at most {profile.model.context}."
-        )
-    if profile.model.layers % profile.growth_factor:
-        raise ValueError(
-            f"{profile.model.layers} layers are not a multiple of growth_factor {profile.growth_factor}; "
-            "a cyclic stack needs layers = growth_factor × source layers."
-        )
-    if profile.model.heads % profile.model.kv_heads:
-        raise ValueError(f"{profile.model.heads} heads cannot share {profile.model.kv_heads} kv_heads evenly; choose a divisor.")
