@@ -24,8 +24,8 @@ _CHOICES = {
     "ns_precision": ("auto", "float32", "bfloat16"),
 }
 _RANGES = {  # what is accepted, in words: the test, and the fields
-    "at least 1": (
-        lambda value: value >= 1,
+    "at least 1 and finite": (
+        lambda value: 1 <= value < math.inf,
         "layers hidden mlp heads kv_heads head_size vocabulary context seq_len micro_batch grad_accumulation shuffle_buffer "
         "held_out_windows max_steps chunk_tokens log_every eval_every checkpoint_every keep_checkpoints growth_factor "
         "source_steps attention_max_condition mlp_max_condition lm_head_max_condition",

@@ -84,6 +84,7 @@ def test_the_source_of_a_profile_is_shallower_and_nothing_else():
         ("tiny", {"momentum": 1.0}, "below 1"),
         ("tiny", {"base_lr": math.inf}, "finite"),
         ("tiny", {"aux_lr": math.nan}, "finite"),
+        ("tiny", {"mlp_max_condition": math.inf}, "finite"),
         ("tiny", {"clip_coefficient": 0.0}, "above 0"),
         ("tiny", {"ns_steps": 2}, "from 3 to 5"),
     ],
@@ -102,7 +103,3 @@ def _numeric_fields() -> list[str]:
 def test_no_number_may_be_negative_or_absurdly_small(key):
     with pytest.raises(ValueError, match=rf"The profile field '{key}' is -1(\.0)?; it must be "):
         get_profile("tiny", **{key: -1})
-
-
-def test_an_infinite_ceiling_is_a_clamp_that_only_knows_its_floor():
-    assert get_profile("tiny", mlp_max_condition=math.inf).clamp.max_condition("up_proj") == math.inf
