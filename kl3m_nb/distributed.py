@@ -179,10 +179,20 @@ def whole_of(shard: Tensor, like: Tensor) -> Tensor:
 
 def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
     """This rank's part of `tensor`, which all ranks hold, laid out as `like` is."""
-    return laid_out(tensor, like).to_local() if isinstance(like, DTensor) else tensor
+    return _laid_out(tensor, like).to_local() if isinstance(like, DTensor) else tensor
 
 
-def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Loads a `state_dict` of whole tensors, which all ranks hold; each keeps its shards of them. `state` is used up."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = _laid_out(value, parameters[index])
+    optimizer.load_state_dict(state)
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor`, which all ranks hold, as a tensor sharded like `like`; nothing is sent."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor

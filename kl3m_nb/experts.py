@@ -94,3 +94,13 @@ def load_balancing_loss(router_logits: Sequence[Tensor], counts: Tensor, attenti
         probabilities, tokens = probabilities * attention_mask.reshape(1, -1, 1), attention_mask.sum()
     rows = len(counts) * tokens
     return counts.shape[1] * ((counts.sum(0) / rows) * (probabilities.sum((0, 1)) / rows)).sum()
+
+
+def expert_columns(counts: Tensor) -> dict[str, list]:
+    """Each expert's share of its layer's choices, as columns to log: layer, expert, share. counts: as of `expert_counts`."""
+    layers, experts = counts.shape
+    return {
+        "layer": [layer for layer in range(layers) for _ in range(experts)],
+        "expert": list(range(experts)) * layers,
+        "share": [round(share, 5) for share in (counts / counts.sum(1, keepdim=True)).flatten().tolist()],
+    }

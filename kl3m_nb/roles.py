@@ -6,12 +6,14 @@ rather than a silent default.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from kl3m_nb.model_clamp import ClampTarget
+from kl3m_nb.model_clamp import ClampEvent, ClampTarget
 from kl3m_nb.muon import Muon
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, Profile
 
@@ -133,3 +135,11 @@ def clamp_targets(model: nn.Module, rules: list[ParameterRule], profile: Profile
         for rule in rules
         if rule.max_condition
     ]
+
+
+def clamp_columns(events: Sequence[ClampEvent], rules: Sequence[ParameterRule]) -> dict[str, list]:
+    """A clamp as columns to log, an entry for each matrix: the event's fields; role, layer and ceiling of its parameter."""
+    columns = {column.name: [getattr(event, column.name) for event in events] for column in dataclasses.fields(ClampEvent)}
+    rule_of = {rule.name: rule for rule in rules}
+    parents = [rule_of[event.name.partition("[")[0]] for event in events]  # name[expert] is a matrix of the parameter name
+    return columns | {column: [getattr(rule, column) for rule in parents] for column in ("role", "layer", "max_condition")}

@@ -1,4 +1,4 @@
-"""The stream a profile asks for, and batches made ahead of time in a thread.
+"""The stream a profile asks for, batches made ahead of time in a thread, and a rank's share of a step.
 
 Making batches ahead changes neither what is delivered nor the state: the state is the one behind the batch that was given last.
 """
@@ -11,10 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kl3m_nb.packing import Batch, BatchStream, PackedStream
+from kl3m_nb import distributed
+from kl3m_nb.packing import Batch, BatchStream, PackedStream, rank_share
 from kl3m_nb.profiles import DataSpec
 from kl3m_nb.segmentation import SegmentedStream
 from kl3m_nb.sources import SourceReport
+
+
+class SourceBroke(RuntimeError):
+    """A rank could not read the data of the next step; the message says why, the cause is the rank's own error."""
 
 
 class PrefetchedStream:
@@ -92,3 +97,18 @@ def open_stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, prefetch_bat
     """
     stream = (PackedStream if spec.packing == "dense" else SegmentedStream)(spec, tokenizer)
     return PrefetchedStream(stream, prefetch_batches) if prefetch_batches else stream
+
+
+def take_share(stream: BatchStream | PrefetchedStream, spec: DataSpec) -> tuple[list[Batch], int]:
+    """This rank's micro-batches of the next step, and the valid labels of all ranks. SourceBroke, on all ranks, if one fails."""
+    world, failure, share = distributed.world(), None, []
+    try:
+        share = rank_share(stream.take(spec.micro_batch * spec.grad_accumulation), spec.micro_batch, world.rank, world.size)
+    except (OSError, ValueError, RuntimeError) as error:
+        failure = error
+    valid_tokens = sum(micro_batch.valid_tokens for micro_batch in share)
+    valid_tokens, broken = distributed.sum_over_ranks([valid_tokens, failure is not None])
+    if broken:
+        reason = f"{type(failure).__name__}: {failure}" if failure else "another process could not read it"
+        raise SourceBroke(reason) from failure
+    return share, int(valid_tokens)

@@ -9,7 +9,6 @@ all ranks call it alike: rank 0 logs and saves, and what one rank is asked for i
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +17,22 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from kl3m_nb import cards, checkpoints, distributed, evaluation, finite, models, packing, paths, roles, run_folder
+from kl3m_nb import cards, checkpoints, distributed, evaluation, experts, finite, packing, paths, roles, run_folder
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import MetricsLog, read_metrics
 from kl3m_nb.model_clamp import SpectralClamp
-from kl3m_nb.objective import activation_penalty, chunked_objective
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
 from kl3m_nb.random_state import random_state, set_random_state
+from kl3m_nb.resuming import find_checkpoint, starting_model
 from kl3m_nb.run_folder import RunLock
 from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.saving import CheckpointSaver
 from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
 from kl3m_nb.stopping import StopRequest
-from kl3m_nb.streams import open_stream
-from kl3m_nb.tokenizer import check_same_entries, load_tokenizer
+from kl3m_nb.streams import SourceBroke, open_stream, take_share
+from kl3m_nb.tokenizer import load_tokenizer
+from kl3m_nb.training_loss import training_loss
 
 Callback = Callable[[Mapping], None]
 MOST_SKIPS_IN_A_ROW = 10
@@ -40,10 +40,6 @@ MOST_SKIPS_IN_A_ROW = 10
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on: steps or weights are not finite, or the data broke off. The newest checkpoint is a good one."""
-
-
-class _SourceBroke(RuntimeError):
-    """A rank could not read the data of the next step."""
 
 
 @dataclass(frozen=True)
@@ -79,34 +75,10 @@ def train(
     if resume not in ("auto", "never"):
         raise ValueError(f"resume is {resume!r}; it accepts auto and never.")
     with distributed.process_group(), RunLock(run_dir) as lock:
-        checkpoint = distributed.on_first_rank(lambda: _find_checkpoint(run_dir, profile, init, resume, lock))
+        checkpoint = distributed.on_first_rank(lambda: find_checkpoint(run_dir, profile, init, resume, lock))
         if checkpoint and checkpoints.checkpoint_step(checkpoint) >= profile.schedule.max_steps:
             return _finished_result(run_dir, checkpoint)
         return _Run(profile, run_dir, init, checkpoint, list(callbacks), lock).to_the_end()
-
-
-def _find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, resume: str, lock: RunLock) -> Path | None:
-    """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set aside."""
-    run_folder.check_run_folder(run_dir, profile, init)
-    newest, identity = checkpoints.latest_checkpoint(run_dir), run_folder.run_identity(run_dir)
-    if newest and resume == "never":
-        raise ValueError(f"The run folder {run_dir} already holds {newest.name}; use resume='auto' or another folder.")
-    is_complete = newest is not None and checkpoints.checkpoint_step(newest) >= profile.schedule.max_steps
-    if is_complete and not checkpoints.flaw_of(newest, identity):
-        return newest
-    if not run_dir.exists():
-        return None  # made, and locked, once the pieces are known to fit
-    lock.acquire()
-    checkpoints.remove_leftovers(run_dir)
-    checkpoint, flaws = checkpoints.newest_sound_checkpoint(run_dir, identity)
-    if flaws and checkpoint is None:
-        raise ValueError(
-            f"No checkpoint of {run_dir} can be loaded ({'; '.join(flaws.values())}); "
-            "put a whole one there, or move these away to start over."
-        )
-    for path, flaw in flaws.items():
-        warnings.warn(f"{flaw}; it is passed over and kept as {checkpoints.set_aside(path).name}.", stacklevel=2)
-    return checkpoint
 
 
 def _finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:
@@ -132,19 +104,14 @@ class _Run:
         self.stream = open_stream(profile.data, self.tokenizer, profile.runtime.prefetch_batches)
         self.held_out = held_out_windows(profile.data, self.tokenizer)
         start = checkpoint or init
-        if start is None:
-            self.model = models.build_model(profile, attention=self.runtime.attention)
-        else:
-            self.model = models.load_model(start, attention=self.runtime.attention)
-            models.check_fits(self.model.config.to_dict(), profile, start)
-            check_same_entries(self.tokenizer, start)
+        self.model = starting_model(start, profile, self.tokenizer, self.runtime.attention)
         self.parallel = self._parallel_model()
         self.parameters = list(self.model.parameters())
         rules = roles.role_table(self.model, profile)
         self.muon, self.aux = roles.build_optimizers(self.model, rules, profile)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.clamp = SpectralClamp(roles.clamp_targets(self.model, rules, profile))
-        self.rules = {rule.name: rule for rule in rules}
+        self.rules = rules
         self.clip = AdaptiveClip(profile.schedule)
         self.flops_per_token = flops_per_token(profile.model, profile.data.seq_len)
         self.counters = {
@@ -184,8 +151,9 @@ class _Run:
                 before = self.stream.state_dict()
                 try:
                     whole_step = not stopping and self._step(stop)
-                except _SourceBroke as broken:
-                    raise self._stopped(str(broken), before) from broken.__cause__
+                except SourceBroke as broken:
+                    reason = f"the data of step {self.counters['step'] + 1} could not be read ({broken})"
+                    raise self._stopped(reason, before) from broken.__cause__
                 if not whole_step:
                     self._save_and_wait(before)
                     raise KeyboardInterrupt
@@ -231,27 +199,12 @@ class _Run:
         stopping, saving = distributed.sum_over_ranks([stop.requested, saving])
         return bool(stopping), bool(saving)
 
-    def _read_share(self) -> tuple[list[Batch], int]:
-        """This rank's micro-batches of the next step, and the valid labels of all ranks."""
-        data, failure, share = self.profile.data, None, []
-        try:
-            batch = self.stream.take(data.micro_batch * data.grad_accumulation)
-            share = packing.rank_share(batch, data.micro_batch, self.world.rank, self.world.size)
-        except (OSError, ValueError, RuntimeError) as error:  # ends the run on all ranks, with a checkpoint
-            failure = error
-        valid_tokens = sum(micro_batch.valid_tokens for micro_batch in share)
-        valid_tokens, broken = distributed.sum_over_ranks([valid_tokens, failure is not None])
-        if broken:
-            reason = f"{type(failure).__name__}: {failure}" if failure else "another process could not read it"
-            raise _SourceBroke(f"the data of step {self.counters['step'] + 1} could not be read ({reason})") from failure
-        return share, int(valid_tokens)
-
     def _step(self, stop: StopRequest) -> bool:
         """One optimizer step over all its micro-batches. False when a stop was requested before they were through."""
         began = time.perf_counter()
         # All micro-batches are divided by the labels of the whole step: a mean of means would weigh short ones too high.
         with record_function("kl3m_nb data"):
-            micro_batches, valid_tokens = self._read_share()
+            micro_batches, valid_tokens = take_share(self.stream, self.profile.data)
         factor = self._lr_factor(self.counters["step"])
         for group in (*self.muon.param_groups, *self.aux.param_groups):
             group["lr"] = group["peak_lr"] * factor
@@ -305,7 +258,8 @@ class _Run:
             counters["clipped_since_row"] = 0
         self.last_cross_entropy = values["cross_entropy"]
         if expert_counts.numel() and self._evaluates_after(counters["step"]):
-            self._record_experts(expert_counts)
+            counts = torch.tensor(distributed.sum_over_ranks(expert_counts.flatten().tolist())).view_as(expert_counts)
+            self._record({"kind": "experts", **self._progress(), **experts.expert_columns(counts)})
         if counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
             raise self._stopped(
                 f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {self.first_bad}; "
@@ -323,34 +277,13 @@ class _Run:
     def _forward_backward(self, batch: Batch, valid_tokens: int) -> dict[str, torch.Tensor]:
         """Adds the gradients of one micro-batch, returns its terms of the loss."""
         with record_function("kl3m_nb forward"), self.runtime.autocast():
-            total, values = self.parallel(self._losses, batch.to(self.runtime.device), valid_tokens)
+            total, values = self.parallel(
+                training_loss, self.model, batch.to(self.runtime.device), valid_tokens, self.profile,
+                self.runtime.recompute, self.runtime.compile_blocks,
+            )  # fmt: skip
         with record_function("kl3m_nb backward"):
             (total * self.world.size).backward()  # the mean over the ranks is then the sum of their parts
         return values
-
-    def _losses(self, batch: Batch, valid_tokens: int) -> tuple[torch.Tensor, dict]:
-        """The loss to go backward from, and its terms."""
-        spec, labels = self.profile.objective, batch.labels
-        body = models.forward_body(
-            self.model, batch.input_ids, batch.attention_mask, batch.position_ids, batch.document_ids, self.runtime.recompute
-        )
-        head = self.model.get_output_embeddings().weight
-        terms = chunked_objective(body.hidden, head, labels, spec, num_valid=valid_tokens, compiled=self.runtime.compile_blocks)
-        activation = activation_penalty(body.residual, labels, spec.activation_norm, valid_tokens)
-        # the router's loss is a mean over its tokens: weighted by their share, micro-batches add up to the mean
-        router = self.profile.model.router_aux_loss * body.router_loss * ((labels != -100).sum() / valid_tokens)
-        total = terms.total + activation + router
-        values = {
-            "loss": total.detach(),
-            "cross_entropy": terms.cross_entropy,
-            "entropy_bits": terms.entropy_bits,
-            "label_smoothing": terms.label_smoothing,
-            "entropy_bonus": terms.entropy_bonus,
-            "entropy_target": terms.entropy_target,
-            "activation_norm": activation.detach(),
-            "expert_counts": body.expert_counts,
-        }
-        return total, {**values, "router_loss": router.detach()} if self.profile.model.experts else values
 
     def _lr_factor(self, step: int) -> float:
         """The schedule's factor, below a warmup of its own where a run with fresh optimizers begins far from step 0."""
@@ -379,26 +312,11 @@ class _Run:
         began = time.perf_counter()
         with record_function("kl3m_nb clamp"):
             events = self.clamp.clamp()
-        self.counters["seconds"] += time.perf_counter() - began
-        row: dict = {"kind": "clamp", **self._progress(), "clamp_seconds": time.perf_counter() - began}
-        for column in ("name", "sigma_max", "sigma_min", "tau", "raised", "route"):
-            row[column] = [getattr(event, column) for event in events]
-        parents = [next(rule for name, rule in self.rules.items() if event.name.startswith(name)) for event in events]
-        row["role"] = [rule.role for rule in parents]
-        row["layer"] = [rule.layer for rule in parents]
-        row["max_condition"] = [rule.max_condition for rule in parents]
+        seconds = time.perf_counter() - began
+        self.counters["seconds"] += seconds
+        row = {"kind": "clamp", **self._progress(), "clamp_seconds": seconds, **roles.clamp_columns(events, self.rules)}
         self._record(row)
         self.conditions = {"step": self.counters["step"], "by_role": cards.conditions_by_group(row)}
-
-    def _record_experts(self, counts: torch.Tensor) -> None:
-        """counts [layers, experts]: how many of this rank's tokens chose each expert. Logged as shares over all ranks."""
-        counts = torch.tensor(distributed.sum_over_ranks(counts.flatten().tolist())).view_as(counts)
-        shares = (counts / counts.sum(1, keepdim=True)).tolist()
-        row: dict = {"kind": "experts", **self._progress()}
-        row["layer"] = [layer for layer, of_layer in enumerate(shares) for _ in of_layer]
-        row["expert"] = [expert for of_layer in shares for expert in range(len(of_layer))]
-        row["share"] = [round(share, 5) for of_layer in shares for share in of_layer]
-        self._record(row)
 
     def _evaluate(self) -> None:
         precision = torch.bfloat16 if self.runtime.precision == "bfloat16" else None
@@ -450,13 +368,8 @@ class _Run:
         self.counters.update(state["counters"])
         self.last_held_out = state["last_held_out"]
         self.last_cross_entropy, self.conditions = state["last_cross_entropy"], state["conditions"]
-        for optimizer, saved in ((self.muon, state["muon"]), (self.aux, state["aux"])):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            for index, values in saved["state"].items():
-                for name, value in values.items():
-                    if isinstance(value, torch.Tensor):
-                        values[name] = distributed.laid_out(value, parameters[index])
-            optimizer.load_state_dict(saved)
+        distributed.load_optimizer_state(self.muon, state["muon"])
+        distributed.load_optimizer_state(self.aux, state["aux"])
         self.clip.load_state_dict(state["clip"])
         self.clamp.load_state_dict(state["clamp"])
         self.stream.load_state_dict(state["stream"])

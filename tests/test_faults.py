@@ -22,7 +22,7 @@ import torch
 from conftest import small_profile
 from safetensors.torch import load_file
 
-from kl3m_nb import checkpoints, corpus, run_folder, training
+from kl3m_nb import checkpoints, corpus, run_folder, training, training_loss
 from kl3m_nb.document_stream import DocumentStream
 from kl3m_nb.metrics import read_metrics
 
@@ -72,7 +72,7 @@ def test_twenty_kills_at_random_moments_change_nothing(warm_processes, tmp_path,
 def test_a_stop_inside_an_accumulation_changes_nothing(tmp_path, monkeypatch, model):
     profile = small_profile(micro_batch=1, grad_accumulation=4, max_steps=4, **model)
     training.train(profile, tmp_path / "whole")
-    original, calls = training.activation_penalty, []
+    original, calls = training_loss.activation_penalty, []
 
     def stop_in_the_third_step(*arguments):
         calls.append(1)
@@ -80,7 +80,7 @@ def test_a_stop_inside_an_accumulation_changes_nothing(tmp_path, monkeypatch, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(training, "activation_penalty", stop_in_the_third_step)
+    monkeypatch.setattr(training_loss, "activation_penalty", stop_in_the_third_step)
     with pytest.raises(KeyboardInterrupt):
         training.train(profile, tmp_path / "run")
     assert len(calls) == 10 and checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000002"
@@ -285,7 +285,7 @@ def test_the_lock_of_a_killed_process_is_recognised(warm_processes, tmp_path, tr
 
 def test_a_gradient_that_is_not_a_number_is_skipped(tmp_path, monkeypatch):
     """Only the gradient is poisoned, the loss is finite: the step changes neither weights nor optimizers."""
-    original, calls = training.activation_penalty, []
+    original, calls = training_loss.activation_penalty, []
 
     class Poison(torch.autograd.Function):
         @staticmethod
@@ -301,7 +301,7 @@ def test_a_gradient_that_is_not_a_number_is_skipped(tmp_path, monkeypatch):
         penalty = original(residual, *rest)
         return Poison.apply(penalty) if len(calls) == 3 else penalty
 
-    monkeypatch.setattr(training, "activation_penalty", poisoned)
+    monkeypatch.setattr(training_loss, "activation_penalty", poisoned)
     training.train(small_profile(max_steps=4, clamp_every=0), tmp_path / "run")
     train = read_metrics(tmp_path / "run", "train")
     assert list(train.skipped) == [False, False, True, False] and train.loss.notna().all()

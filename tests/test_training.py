@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import small_profile
 from safetensors.torch import load_file
 
-from kl3m_nb import cards, checkpoints, models, packing, run_folder, schedule, tokenizer, training
+from kl3m_nb import cards, checkpoints, models, packing, run_folder, schedule, tokenizer, training, training_loss
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import get_profile
 
@@ -168,13 +168,13 @@ def _same(left, right) -> bool:
 
 def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch):
     profile = small_profile(max_steps=3, clamp_every=0, checkpoint_every=1, keep_checkpoints=3)
-    original, calls = training.activation_penalty, []
+    original, calls = training_loss.activation_penalty, []
 
     def poisoned(residual, *rest):
         calls.append(1)
         return original(residual, *rest) * (math.nan if len(calls) == 2 else 1.0)
 
-    monkeypatch.setattr(training, "activation_penalty", poisoned)
+    monkeypatch.setattr(training_loss, "activation_penalty", poisoned)
     seen = {}
 
     def watch(row):
@@ -194,7 +194,7 @@ def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch)
 
 
 def test_ten_bad_steps_in_a_row_stop_with_the_last_good_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "activation_penalty", lambda residual, *_: residual.sum() * math.nan)
+    monkeypatch.setattr(training_loss, "activation_penalty", lambda residual, *_: residual.sum() * math.nan)
     profile = small_profile(max_steps=30, clamp_every=0)
     with pytest.raises(training.TrainingStopped, match="the gradient of model"):
         training.train(profile, tmp_path / "run")
@@ -211,7 +211,7 @@ def test_the_reason_named_is_that_of_the_first_bad_step(tmp_path, monkeypatch):
         calls.append(1)
         return residual.sum() * 0 + math.nan if len(calls) == 1 else residual.sum() * math.nan
 
-    monkeypatch.setattr(training, "activation_penalty", poisoned)
+    monkeypatch.setattr(training_loss, "activation_penalty", poisoned)
     with pytest.raises(training.TrainingStopped, match="first in the loss;"):
         training.train(small_profile(max_steps=30, clamp_every=0), tmp_path / "run")
 

@@ -119,17 +119,17 @@ def train(run_dir: str, profile: dict, fault: dict | None = None, count_reductio
     """Trains; `fault` has the `rank`, the micro-batch `call` of that rank and the `kind`: kill, stop, nan or error."""
     from conftest import small_profile
 
-    from kl3m_nb import distributed, training
+    from kl3m_nb import distributed, training, training_loss
 
     if fault and int(os.environ.get("RANK", 0)) == fault["rank"]:
-        _plant(fault["call"], fault["kind"], training)
+        _plant(fault["call"], fault["kind"], training_loss)
     if count_reductions:
         _count_reductions(Path(run_dir), distributed)
     training.train(small_profile(**profile), run_dir)
 
 
-def _plant(call: int, kind: str, training) -> None:
-    original, calls = training.activation_penalty, []
+def _plant(call: int, kind: str, training_loss) -> None:
+    original, calls = training_loss.activation_penalty, []
 
     def faulty(residual, *rest):
         calls.append(1)
@@ -144,7 +144,7 @@ def _plant(call: int, kind: str, training) -> None:
             raise MemoryError("no memory for the activations")
         return penalty * math.nan if kind == "nan" else penalty
 
-    training.activation_penalty = faulty
+    training_loss.activation_penalty = faulty
 
 
 def _count_reductions(run_dir: Path, distributed) -> None:

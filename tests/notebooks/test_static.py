@@ -22,8 +22,8 @@ FLOORS = {
     1: "display distributed random_state paths profile_checks profiles progress flops parameters stopping memory",
     2: "sources readers shingles corpus instructions custom_tokens tokenizer document_stream packing cotraining "
     "segmentation streams models roles runtime stacking muon clamping model_clamp gram objective schedule evaluation experts "
-    "fused_projections flash_attention finite",
-    3: "checkpoints metrics run_folder saving training cards",
+    "fused_projections flash_attention finite training_loss",
+    3: "checkpoints metrics run_folder resuming saving training cards",
     4: "spectra matrices generation growth estimate pulls spectral_cache spectral_summary copies history block_function "
     "known_spectra prediction comparison writing legal_form extraction memorisation toxicity harness",
     5: "figures plots data_plots spectral_plots launch live runs report html run_status runner demo cli __main__ "
@@ -93,7 +93,7 @@ def test_every_module_stands_on_a_floor_and_has_a_docstring():
     assert {path.stem for path in MODULES} == FLOOR_OF.keys() | {"__init__"}
     for path in MODULES:
         assert ast.get_docstring(ast.parse(path.read_text())), path.name
-        assert len(path.read_text().splitlines()) <= 480, path.name
+        assert len(path.read_text().splitlines()) <= 400, path.name
 
 
 def test_no_module_imports_upwards_or_in_a_circle():

@@ -1,0 +1,49 @@
+"""Where a run goes on from, the newest sound checkpoint of its folder, and the model that it begins with."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kl3m_nb import checkpoints, models, run_folder
+from kl3m_nb.profiles import Profile
+from kl3m_nb.run_folder import RunLock
+from kl3m_nb.tokenizer import check_same_entries
+
+
+def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, resume: str, lock: RunLock) -> Path | None:
+    """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set aside."""
+    run_folder.check_run_folder(run_dir, profile, init)
+    newest, identity = checkpoints.latest_checkpoint(run_dir), run_folder.run_identity(run_dir)
+    if newest and resume == "never":
+        raise ValueError(f"The run folder {run_dir} already holds {newest.name}; use resume='auto' or another folder.")
+    is_complete = newest is not None and checkpoints.checkpoint_step(newest) >= profile.schedule.max_steps
+    if is_complete and not checkpoints.flaw_of(newest, identity):
+        return newest
+    if not run_dir.exists():
+        return None  # made, and locked, once the pieces are known to fit
+    lock.acquire()
+    checkpoints.remove_leftovers(run_dir)
+    checkpoint, flaws = checkpoints.newest_sound_checkpoint(run_dir, identity)
+    if flaws and checkpoint is None:
+        raise ValueError(
+            f"No checkpoint of {run_dir} can be loaded ({'; '.join(flaws.values())}); "
+            "put a whole one there, or move these away to start over."
+        )
+    for path, flaw in flaws.items():
+        warnings.warn(f"{flaw}; it is passed over and kept as {checkpoints.set_aside(path).name}.", stacklevel=2)
+    return checkpoint
+
+
+def starting_model(
+    start: str | Path | None, profile: Profile, tokenizer: PreTrainedTokenizerBase, attention: str
+) -> PreTrainedModel:
+    """The model of the checkpoint `start`, or one with random weights when None. ValueError where `profile` asks for another."""
+    if start is None:
+        return models.build_model(profile, attention=attention)
+    model = models.load_model(start, attention=attention)
+    models.check_fits(model.config.to_dict(), profile, start)
+    check_same_entries(tokenizer, start)
+    return model
