@@ -91,7 +91,7 @@ def load_balancing_loss(router_logits: Sequence[Tensor], counts: Tensor, attenti
     probabilities = torch.stack(router_logits).float().softmax(-1)
     tokens = probabilities.shape[1]
     if attention_mask is not None:
-        probabilities, tokens = probabilities * attention_mask.reshape(1, -1, 1), attention_mask.sum()
+        probabilities, tokens = probabilities * attention_mask.reshape(1, -1, 1), attention_mask.sum().clamp(min=1)
     rows = len(counts) * tokens
     return counts.shape[1] * ((counts.sum(0) / rows) * (probabilities.sum((0, 1)) / rows)).sum()
 

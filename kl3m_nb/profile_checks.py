@@ -77,6 +77,8 @@ def _check_experts(values: Mapping) -> None:
 def _check_data(values: Mapping) -> None:
     if values["p_sft"] and values["packing"] == "dense":
         raise ValueError(f"p_sft is {values['p_sft']} with packing 'dense'; instruction pairs need packing 'segments'.")
+    if values["seq_len"] < 2 and values["packing"] == "segments":
+        raise ValueError("seq_len is 1 with packing 'segments', which has no room for a document; choose at least 2.")
     if values["sft_loss"] != "response" and not values["p_sft"]:
         raise ValueError(f"sft_loss is {values['sft_loss']!r} with p_sft 0, which takes no instruction pairs; raise p_sft too.")
     if values["document_borders"] != "ignored" and values["packing"] == "segments":

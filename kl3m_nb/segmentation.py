@@ -60,7 +60,8 @@ def segments(tokens: np.ndarray, borders: TextBorders, most: int, start_id: int,
         if tokens.size - begin < room:
             yield np.concatenate([opening, tokens[begin:], [end_id]]).astype(np.int32)
             return
-        cut = _last_border(kinds, begin + room // 2, begin + room)
+        # one token stays for the last segment: `<|end|>` alone would be a row without a label
+        cut = _last_border(kinds, begin + room // 2, min(begin + room, tokens.size - 1))
         yield np.concatenate([opening, tokens[begin:cut]]).astype(np.int32)
         begin = cut
 

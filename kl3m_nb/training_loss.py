@@ -26,7 +26,7 @@ def training_loss(
     terms = chunked_objective(body.hidden, head, labels, spec, num_valid=valid_tokens, compiled=compiled)
     activation = activation_penalty(body.residual, labels, spec.activation_norm, valid_tokens)
     # the router's loss is a mean over its tokens: weighted by their share, micro-batches add up to the mean
-    router = profile.model.router_aux_loss * body.router_loss * ((labels != -100).sum() / valid_tokens)
+    router = profile.model.router_aux_loss * body.router_loss * ((labels != -100).sum() / max(valid_tokens, 1))
     total = terms.total + activation + router
     values = {
         "loss": total.detach(),

@@ -78,3 +78,12 @@ def test_a_dense_model_is_left_as_it_is():
     model = models.build_model(get_profile("tiny", layers=1, growth_factor=1), device="meta")
     experts.use_grouped_experts(model)
     assert not hasattr(model.config, "num_local_experts")
+
+
+def test_a_batch_of_nothing_but_padding_has_no_balance_to_speak_of():
+    logits = torch.randn(6, 4, requires_grad=True)
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    counts = experts.expert_counts([logits], 2, mask)
+    loss = experts.load_balancing_loss([logits], counts, mask)
+    loss.backward()
+    assert loss.item() == 0.0 and not counts.any() and not logits.grad.any()
