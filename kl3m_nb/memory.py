@@ -59,8 +59,11 @@ def count_parameters(spec: ModelSpec) -> ParameterCount:
     return ParameterCount(muon + others, muon, muon + others - idle)
 
 
-def step_memory(profile: Profile, precision: str, compiled: bool, recompute: bool) -> StepMemory:
+def step_memory(profile: Profile, precision: str, compiled: bool, recompute: bool, shards: int = 1) -> StepMemory:
     """Sizes for the micro-batch of `profile`. `precision` is "bfloat16" (autocast) or "float32".
+
+    `shards` is the number of processes that share weights, gradients and states under FSDP2, which gathers one block at a time,
+    beside embedding, head and final norm.
 
     With `recompute`, gradient checkpointing, only each block's input is kept, and the activations of the one block that is
     computed again.
@@ -72,10 +75,12 @@ def step_memory(profile: Profile, precision: str, compiled: bool, recompute: boo
         one_block += 2 * count.muon // spec.layers
     inputs = tokens * spec.hidden * _FLOAT32  # the residual stream stays in float32 under autocast
     activations = spec.layers * inputs + one_block if recompute else spec.layers * one_block
+    others = count.total - count.muon
+    gathered = others + count.muon // spec.layers if shards > 1 else 0
     return StepMemory(
-        weights=_FLOAT32 * count.total,
-        gradients=_FLOAT32 * count.total,
-        optimizer_states=_FLOAT32 * (count.muon + 2 * (count.total - count.muon)),
+        weights=_FLOAT32 * (count.total // shards + gathered),
+        gradients=_FLOAT32 * (count.total // shards + gathered),
+        optimizer_states=_FLOAT32 * (count.muon + 2 * others) // shards,
         activations=activations,
         logits=_logit_bytes(precision, compiled) * min(profile.objective.chunk_tokens, tokens) * spec.vocabulary,
     )

@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend
 from transformers import PreTrainedModel
 
-from kl3m_nb import flash_attention
+from kl3m_nb import distributed, flash_attention
 from kl3m_nb.experts import use_grouped_experts
 from kl3m_nb.fused_projections import fuse_projections
 from kl3m_nb.memory import USABLE, step_memory
@@ -80,7 +80,8 @@ def choose_runtime(profile: Profile) -> Runtime:
     compiled = spec.compile == "on" or (spec.compile == "auto" and on_gpu)
     recompute = spec.gradient_checkpointing == "on"
     if spec.gradient_checkpointing == "auto":
-        recompute = step_memory(profile, precision, compiled, recompute=False).total > USABLE * device_memory(device)
+        shards = distributed.world().size if spec.parallel == "fsdp" else 1
+        recompute = step_memory(profile, precision, compiled, False, shards).total > USABLE * device_memory(device)
     attention = _choose_attention(profile, device, precision)
     kernel = _sdpa_kernel(profile, device, precision) if attention == "sdpa" else ""
     return Runtime(device, precision, attention, compiled, recompute, _choose_tf32(spec.tf32, on_gpu), kernel)
@@ -109,6 +110,11 @@ def _choose_attention(profile: Profile, device: torch.device, precision: str) ->
     if asked == "flash_attention_2" and not (in_bfloat16 and _flash_attention_2_loads()):
         raise ValueError(
             "attention flash_attention_2 needs a GPU, bfloat16 and a flash-attn package that loads; choose auto or sdpa."
+        )
+    if asked == "flash_attention_2" and data.document_borders == "mask" and data.micro_batch > 1:
+        raise ValueError(
+            "attention flash_attention_2 keeps documents apart in one row at a time only, and micro_batch is "
+            f"{data.micro_batch}; choose auto, sdpa or micro_batch 1."
         )
     if asked != "flash_attention_4":
         return asked

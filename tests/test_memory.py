@@ -72,6 +72,17 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
     assert memory.largest_micro_batch(profile, 10**9, "bfloat16", True, True) == 0
 
 
+def test_eight_shards_hold_what_one_process_holds_and_what_they_gather():
+    profile = get_profile("kl3m-007-500m")
+    whole, shard = (memory.step_memory(profile, "bfloat16", True, False, shards) for shards in (1, 8))
+    assert 8 * shard.optimizer_states == pytest.approx(whole.optimizer_states, rel=1e-6)
+    embedding = 4 * profile.model.vocabulary * profile.model.hidden
+    for part in ("weights", "gradients"):
+        gathered = getattr(shard, part) - getattr(whole, part) / 8
+        assert embedding < gathered < 1.1 * embedding  # and one of 120 blocks
+    assert (shard.activations, shard.logits) == (whole.activations, whole.logits)
+
+
 def test_the_500m_is_what_is_known_of_it():
     profile = get_profile("kl3m-007-500m")
     compiled = memory.step_memory(profile, "bfloat16", compiled=True, recompute=False)

@@ -9,9 +9,10 @@ from conftest import small_profile
 from torch.nn.attention import SDPBackend
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
-from kl3m_nb import models, runtime
+from kl3m_nb import distributed, models, runtime
 from kl3m_nb.flash_attention import IMPLEMENTATION
 from kl3m_nb.fused_projections import fuse_projections
+from kl3m_nb.memory import USABLE, step_memory
 from kl3m_nb.profiles import get_profile
 
 
@@ -56,6 +57,23 @@ def test_attention_follows_the_gpu_the_window_and_the_mask(gpu):
     assert chosen("kl3m-007-500m") == chosen("kl3m-007-500m", document_borders="positions") == "flash_attention_2"
     assert chosen("kl3m-007-500m", document_borders="mask") == "sdpa"
     assert chosen("kl3m-007-500m", attention="sdpa") == chosen("kl3m-007-500m", precision="float32") == "sdpa"
+
+
+def test_flash_attention_2_refuses_what_would_mix_documents(gpu):
+    asked = {"attention": "flash_attention_2", "document_borders": "mask"}
+    with pytest.raises(ValueError, match="micro_batch is 5; choose"):
+        runtime.choose_runtime(get_profile("kl3m-007-500m", **asked))
+    assert runtime.choose_runtime(get_profile("kl3m-007-500m", micro_batch=1, **asked)).attention == "flash_attention_2"
+
+
+def test_shards_that_fit_are_not_recomputed(gpu, monkeypatch):
+    profile = get_profile("kl3m-007-500m", parallel="fsdp")
+    whole, shard = (step_memory(profile, "bfloat16", True, False, shards).total for shards in (1, 8))
+    gpu["bytes"] = (whole + shard) / 2 / USABLE
+    assert runtime.choose_runtime(profile).recompute
+    monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, 8))
+    assert not runtime.choose_runtime(profile).recompute
+    assert runtime.choose_runtime(get_profile("kl3m-007-500m")).recompute, "every process holds the whole model"
 
 
 def test_flash_attention_4_is_taken_on_hopper_where_nothing_is_masked(gpu):
