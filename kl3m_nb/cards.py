@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from kl3m_nb import paths
 from kl3m_nb.memory import count_parameters
@@ -119,6 +119,8 @@ def _read_card(folder: Path) -> str:
 def _fetch_card(hub_id: str) -> str:
     try:
         return Path(hf_hub_download(hub_id, CARD_FILE)).read_text(encoding="utf-8")
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"The card of {hub_id} cannot be reached; go online, or name a local folder.") from error
     except EntryNotFoundError:
         return ""
 

@@ -22,6 +22,7 @@ from kl3m_nb import cards, distributed, paths, profiles, run_folder, runs
 from kl3m_nb.checkpoints import CheckpointFailed
 from kl3m_nb.estimate import GPUS, estimate
 from kl3m_nb.progress import clock
+from kl3m_nb.runtime import device_memory
 from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
 from kl3m_nb.stopping import EXIT_INTERRUPTED
 from kl3m_nb.training import TrainingStopped, train
@@ -180,7 +181,7 @@ def _require_gpu_or_consent(profile: profiles.Profile, consent: bool) -> None:
     if torch.cuda.is_available():
         return
     needed = estimate(profile)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = device_memory(torch.device("cpu"))
     if needed.seconds < LONG_WITHOUT_GPU and needed.memory < memory:
         return
     if not consent:

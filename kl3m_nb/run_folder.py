@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 from kl3m_nb import paths, profiles
+from kl3m_nb.metrics import FILE_NAME
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
 
@@ -140,8 +141,12 @@ def init_name(init: str | Path | None) -> str:
 
 
 def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -> None:
-    """Raises ValueError when `run_dir` belongs to a run with other settings; how it is carried out may differ."""
-    if not (run_dir / RUN_FILE).is_file():
+    """Raises ValueError when `run_dir` belongs to a run with other settings; how it is carried out may differ.
+
+    A run that ended before it began, for instance because its source was not found, may be begun with others.
+    """
+    begun = any((run_dir / name).exists() for name in (FILE_NAME, "checkpoints", LOCK_FILE))
+    if not begun or not (run_dir / RUN_FILE).is_file():
         return
     record = _record(run_dir)
     stored, given = record["profile"], profile.to_dict()

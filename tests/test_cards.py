@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl3m_nb import cards
@@ -139,6 +140,15 @@ def test_the_hub_is_asked_for_the_card_of_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.setattr(cards, "hf_hub_download", lambda *arguments: asked.append(arguments) or str(tmp_path / "README.md"))
     assert cards.carried_counts("alea-institute/kl3m-007-500m-step37000") == cards.Counts(37_000, 7, 7)
     assert asked == [("alea-institute/kl3m-007-500m-step37000", "README.md")]
+
+
+def test_a_card_that_cannot_be_reached_is_not_taken_for_one_without_tokens(monkeypatch):
+    def offline(*_):
+        raise LocalEntryNotFoundError("offline, and nothing is kept")
+
+    monkeypatch.setattr(cards, "hf_hub_download", offline)
+    with pytest.raises(ValueError, match="The card of alea-institute/kl3m-007-500m-step37000 cannot be reached"):
+        cards.carried_counts("alea-institute/kl3m-007-500m-step37000")
 
 
 def test_an_exported_model_is_whole_and_has_no_training_state(trained_run, tmp_path):

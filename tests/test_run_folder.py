@@ -38,6 +38,9 @@ def test_the_run_file_keeps_its_identity_and_says_what_was_begun(tmp_path):
     assert run_folder.read_run_profile(tmp_path) == small_profile(keep_checkpoints=1)
     run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
     assert run_folder.read_run_init(tmp_path) is None
+    run_folder.check_run_folder(tmp_path, small_profile(hidden=64), "hub/model")  # nothing has been trained there
+    (tmp_path / "metrics.jsonl").touch()
+    run_folder.check_run_folder(tmp_path, small_profile(), None)
     with pytest.raises(ValueError, match="hidden = 32, now it is 64"):
         run_folder.check_run_folder(tmp_path, small_profile(hidden=64), None)
     with pytest.raises(ValueError, match="random weights, now from hub/model"):
