@@ -16,15 +16,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from kl3m_nb import paths, run_folder
 from kl3m_nb.checkpoints import checkpoint_step, latest_checkpoint
-from kl3m_nb.metrics import FILE_NAME, parse_row
+from kl3m_nb.metrics import FILE_NAME, Callback, parse_row, tell
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
-from kl3m_nb.training import Callback, TrainingStopped, TrainResult, train
+from kl3m_nb.training import TrainingStopped, TrainResult, train
 
 LOG_FILE, JOB_FILE = "torchrun.log", "torchrun.json"
 POLL_SECONDS = 0.5
@@ -50,9 +50,10 @@ def train_with_torchrun(
         raise ValueError(f"processes is {processes}; at least 1 is needed.")
     run_folder.check_run_folder(run_dir, profile, init)
     run_dir.mkdir(parents=True, exist_ok=True)
-    tell = _teller(callbacks)
+    callbacks = list(callbacks)
     max_steps = profile.schedule.max_steps
-    tell({"kind": "start", "step": 0, "max_steps": max_steps, "run": run_dir.name, "runtime": f"torchrun, {processes} processes"})
+    start = {"step": 0, "max_steps": max_steps, "run": run_dir.name, "runtime": f"torchrun, {processes} processes"}
+    tell(callbacks, {"kind": "start", **start})
     if not is_running(run_dir):
         run_folder.write_run_file(run_dir, profile, init, f"torchrun, {processes} processes")
         _start(run_dir, processes, max_restarts)
@@ -60,12 +61,12 @@ def train_with_torchrun(
     try:
         for row in _rows(run_dir):
             step = max(step, row.get("step", 0))
-            tell(row)
+            tell(callbacks, row)
     except KeyboardInterrupt:
         _stop(run_dir)
         raise
     finally:
-        tell({"kind": "end", "step": step, "max_steps": max_steps})
+        tell(callbacks, {"kind": "end", "step": step, "max_steps": max_steps})
     newest = latest_checkpoint(run_dir)
     if newest is None or checkpoint_step(newest) < max_steps:
         raise TrainingStopped(f"The processes of {run_dir} have ended before the last step: {_last_words(run_dir)}")
@@ -82,16 +83,6 @@ def is_running(run_dir: Path) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def _teller(callbacks: Iterable[Callback]) -> Callback:
-    callbacks = list(callbacks)
-
-    def tell(row: Mapping) -> None:
-        for callback in callbacks:
-            callback(row)
-
-    return tell
 
 
 def _start(run_dir: Path, processes: int, max_restarts: int) -> None:
@@ -148,7 +139,13 @@ def _stop(run_dir: Path) -> None:
         raise ValueError(f"Nobody noted the number of the torchrun process that trains in {run_dir}; stop it by hand.") from None
     if job["host"] != socket.gethostname():
         raise ValueError(f"{run_dir} is in use by torchrun, process {job['pid']} on {job['host']}; stop it there.")
-    os.kill(job["pid"], signal.SIGTERM)
+    try:
+        os.kill(job["pid"], signal.SIGTERM)
+    except ProcessLookupError:
+        raise ValueError(
+            f"The torchrun process {job['pid']} of {run_dir} is gone, but a process that it started still trains there; "
+            "stop that one by hand."
+        ) from None
     while is_running(run_dir):
         time.sleep(POLL_SECONDS)
 

@@ -13,12 +13,13 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
 FILE_NAME = "metrics.jsonl"
+Callback = Callable[[Mapping], None]  # gets the rows as they are written
 
 
 class MetricsLog:
@@ -76,6 +77,23 @@ def _finite(value):
 def parse_row(line: bytes) -> dict:
     """A row as the callbacks of training got it: null is NaN again. Raises ValueError for a line that is none."""
     return {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+
+
+def tell(callbacks: list[Callback], row: Mapping) -> None:
+    """Calls each of `callbacks` with `row`.
+
+    One that raises is taken off the list with a warning: a display that fails must not end a run of days.
+    """
+    for callback in tuple(callbacks):
+        try:
+            callback(row)
+        except Exception as error:
+            callbacks.remove(callback)
+            name = getattr(callback, "__qualname__", type(callback).__name__)
+            warnings.warn(
+                f"The callback {name} failed ({type(error).__name__}: {error}) and is not called again; training goes on.",
+                stacklevel=2,
+            )
 
 
 def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:

@@ -9,7 +9,7 @@ all ranks call it alike: rank 0 logs and saves, and what one rank is asked for i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch.profiler import record_function
 
 from kl3m_nb import cards, checkpoints, distributed, evaluation, experts, finite, packing, paths, roles, run_folder
 from kl3m_nb.flops import flops_per_token
-from kl3m_nb.metrics import MetricsLog, read_metrics
+from kl3m_nb.metrics import Callback, MetricsLog, read_metrics, tell
 from kl3m_nb.model_clamp import SpectralClamp
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
@@ -34,7 +34,6 @@ from kl3m_nb.streams import SourceBroke, open_stream, take_share
 from kl3m_nb.tokenizer import load_tokenizer
 from kl3m_nb.training_loss import training_loss
 
-Callback = Callable[[Mapping], None]
 MOST_SKIPS_IN_A_ROW = 10
 
 
@@ -95,8 +94,8 @@ class _Run:
         self.world = distributed.world()
         packing.check_shares(profile.data.micro_batch * profile.data.grad_accumulation, self.world.size)
         self.runtime = choose_runtime(profile)
-        carried = cards.carried_counts(init)
-        if not checkpoint and carried.step >= profile.schedule.max_steps:
+        carried = cards.Counts() if checkpoint else cards.carried_counts(init)
+        if carried.step >= profile.schedule.max_steps:
             raise ValueError(
                 f"{init} has {carried.step:,} steps behind it and max_steps is {profile.schedule.max_steps:,}; raise max_steps."
             )
@@ -121,6 +120,7 @@ class _Run:
         self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
         self.last_held_out = self.last_cross_entropy = float("nan")
         self.conditions: dict = {"step": 0, "by_role": {}}
+        self.stack = {} if checkpoint else cards.read_stack(init)
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
             self._load_state(state)
@@ -162,6 +162,12 @@ class _Run:
                     self._clamp()
                 if self._evaluates_after(step):
                     self._evaluate()
+                if self.counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
+                    self.counters["skipped_in_a_row"] = 0  # training again gets as many tries
+                    raise self._stopped(
+                        f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {self.first_bad}; "
+                        "lower the learning rate or see their data"
+                    )
                 if step % runtime.checkpoint_every == 0 and not is_last:
                     self.saver.save(step, self._contents)
             checkpoint = self._save_and_wait()
@@ -260,11 +266,6 @@ class _Run:
         if expert_counts.numel() and self._evaluates_after(counters["step"]):
             counts = torch.tensor(distributed.sum_over_ranks(expert_counts.flatten().tolist())).view_as(expert_counts)
             self._record({"kind": "experts", **self._progress(), **experts.expert_columns(counts)})
-        if counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
-            raise self._stopped(
-                f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {self.first_bad}; "
-                "lower the learning rate or see their data"
-            )
         return True
 
     def _stopped(self, reason: str, stream_state: dict | None = None) -> TrainingStopped:
@@ -341,6 +342,7 @@ class _Run:
             "last_held_out": self.last_held_out,
             "last_cross_entropy": self.last_cross_entropy,
             "conditions": self.conditions,
+            "stack": self.stack,
             "muon": self.muon.state_dict(),
             "aux": self.aux.state_dict(),
             "clip": self.clip.state_dict(),
@@ -361,13 +363,14 @@ class _Run:
             cross_entropy=self.last_cross_entropy,
             conditions=self.conditions["by_role"],
             conditions_step=self.conditions["step"],
-            stack=cards.read_stack(self.init),
+            stack=self.stack,
         )
 
     def _load_state(self, state: dict) -> None:
         self.counters.update(state["counters"])
         self.last_held_out = state["last_held_out"]
         self.last_cross_entropy, self.conditions = state["last_cross_entropy"], state["conditions"]
+        self.stack = state["stack"]
         distributed.load_optimizer_state(self.muon, state["muon"])
         distributed.load_optimizer_state(self.aux, state["aux"])
         self.clip.load_state_dict(state["clip"])
@@ -387,5 +390,5 @@ class _Run:
         self._tell(row)
 
     def _tell(self, row: Mapping) -> None:
-        for callback in self.callbacks if self.world.is_first else ():
-            callback(row)
+        if self.world.is_first:
+            tell(self.callbacks, row)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -79,3 +81,11 @@ def test_torchrun_passes_on_what_the_documents_write():
     words = ["train", "kl3m-007-500m", "--run-dir", "my-run"]
     parsed = parse_args(["--nproc-per-node", "8", "-m", "kl3m_nb", *words])
     assert parsed.training_script_args == words
+
+
+def test_a_torchrun_that_is_gone_is_named(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / launch.JOB_FILE).write_text(json.dumps({"pid": ended.pid, "host": socket.gethostname()}))
+    with pytest.raises(ValueError, match=rf"process {ended.pid} .* is gone"):
+        launch._stop(tmp_path)

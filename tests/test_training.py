@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,18 @@ def test_ten_bad_steps_in_a_row_stop_with_the_last_good_weights(tmp_path, monkey
     assert checkpoints.checkpoint_step(saved) == 10
     fresh = models.build_model(profile).state_dict()
     assert all(torch.equal(weight, fresh[name]) for name, weight in _weights(saved).items())
+    with pytest.raises(training.TrainingStopped, match="10 steps in a row"):  # training again gets as many tries
+        training.train(profile, tmp_path / "run")
+    assert checkpoints.checkpoint_step(checkpoints.latest_checkpoint(tmp_path / "run")) == 20
+
+
+def test_ten_bad_steps_at_the_end_of_a_run_are_evaluated_as_well(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loss, "activation_penalty", lambda residual, *_: residual.sum() * math.nan)
+    profile = small_profile(max_steps=10, clamp_every=5, eval_every=100)
+    with pytest.raises(training.TrainingStopped):
+        training.train(profile, tmp_path / "run")
+    assert list(read_metrics(tmp_path / "run", "held_out").step) == [0, 10]
+    assert set(read_metrics(tmp_path / "run", "clamp").step) == {5, 10}
 
 
 def test_the_reason_named_is_that_of_the_first_bad_step(tmp_path, monkeypatch):
@@ -255,9 +268,9 @@ def test_no_clipped_step_is_lost_between_two_rows(tmp_path):
 
     def crash(row):
         if row["kind"] == "held_out" and row["step"] == 5:
-            raise RuntimeError("a crash")
+            raise SystemExit("a crash")
 
-    with pytest.raises(RuntimeError, match="a crash"):
+    with pytest.raises(SystemExit, match="a crash"):
         training.train(profile, tmp_path / "run", callbacks=[crash])
     training.train(profile, tmp_path / "run")
     rows = read_metrics(tmp_path / "run", "train")
@@ -305,6 +318,18 @@ def test_run_json_names_what_was_run(trained_run):
         run_folder.read_run_profile(run_dir.parent)
 
 
+def test_a_callback_that_fails_ends_nothing_and_is_not_called_again(tmp_path):
+    failing, other = [], []
+
+    def draw(row):
+        failing.append(row["kind"])
+        raise ZeroDivisionError("no axis")
+
+    with pytest.warns(UserWarning, match=r"The callback .*draw failed \(ZeroDivisionError: no axis\) and is not called again"):
+        result = training.train(small_profile(), tmp_path / "run", callbacks=[draw, other.append])
+    assert result.step == 6 and failing == ["start"] and len(other) > 6
+
+
 def _family_folder(checkpoint: Path, folder: Path) -> Path:
     """`checkpoint` as the family publishes a model: its files, an older transformers' config, and the kl3m-007 card's lines."""
     folder.mkdir()
@@ -341,6 +366,21 @@ def test_a_checkpoint_of_the_family_is_continued(trained_run, tmp_path):
     assert list(read_metrics(tmp_path / "run", "train").step) == list(range(37_001, 37_007))
     with pytest.raises(ValueError, match="37,000 steps behind it and max_steps is 6"):
         training.train(small_profile(), tmp_path / "other", init=folder)
+
+
+def test_a_run_goes_on_without_what_it_was_started_from(trained_run, tmp_path):
+    """Steps, tokens and what the card says of the stack were taken over when it began."""
+    folder = _family_folder(trained_run[1].checkpoint, tmp_path / "kl3m-007-500m-step37000")
+    stack = {"source": "a/source", "factor": 2, "order": "cyclic", "noise": 0.0, "source_layers": 1, "source_sha256": {}}
+    (folder / "stack.json").write_text(json.dumps(stack))
+    profile = small_profile(max_steps=37_004, checkpoint_every=2, growth_factor=2)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(profile, tmp_path / "run", init=folder, callbacks=[_interrupt_at(37_002)])
+    shutil.rmtree(folder)
+    result = training.train(profile, tmp_path / "run", init=folder)
+    assert list(read_metrics(tmp_path / "run", "train").step) == list(range(37_001, 37_005))
+    assert read_metrics(tmp_path / "run", "train").tokens.iloc[-1] == 3_917_824_000 + 4 * 128
+    assert "G_stack" in (result.checkpoint / "README.md").read_text()
 
 
 def test_how_a_mixture_uses_its_experts_is_logged(tmp_path):
