@@ -1,4 +1,4 @@
-"""The command line: `python -m kl3m_nb {demo, run, train, stack, estimate, spectra, export, runs}`.
+"""The command line: `python -m kl3m_nb {demo, run, train, stack, estimate, spectra, report, export, runs}`.
 
 Bad input ends with one sentence on standard error and exit code 2, before anything runs or is written. What works on notebooks
 and pages is imported by the commands that need it: it takes seconds, which every process under torchrun would wait.
@@ -102,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--no-alpha", action="store_true", help="do not fit power laws to the tails")
     command.add_argument("-o", "--output", type=Path, help="folder of the report (default: runs/NAME-spectra)")
     command.set_defaults(command=_spectra)
+
+    command = commands.add_parser("report", help="write a run's curves, clamps and settings as one HTML page")
+    command.add_argument("run", help="a run folder, or its name below runs/; it may still be training")
+    command.set_defaults(command=_report)
 
     command = commands.add_parser("export", help="copy a checkpoint as a model under the family's name, without training state")
     command.add_argument("checkpoint")
@@ -271,6 +275,13 @@ def _spectra(options: argparse.Namespace) -> int:
     folder = options.output or runs.run_path("", "", f"{subject.name.replace(', ', '-').replace('/', '-')}-spectra")
     page = spectral_report.write_report(subject, folder, not options.no_alpha, options.top_k, options.windows)
     print(f"The report: {page}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from kl3m_nb.run_report import write_run_report
+
+    print(f"The report: {write_run_report(_run_folder(options.run))}")
     return 0
 
 

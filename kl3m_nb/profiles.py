@@ -173,12 +173,16 @@ class Profile:
         """Labels of one optimizer step, all processes together, when packing is dense."""
         return self.data.micro_batch * self.data.grad_accumulation * self.data.seq_len
 
-    def _repr_html_(self) -> str:
+    def table(self) -> dict[str, str]:
+        """Every value in words, a line for each section."""
         rows = {"profile": f"{self.name} · growth_factor {self.growth_factor} · source_steps {self.source_steps:,}"}
         for section in _SECTIONS:
             values = dataclasses.asdict(getattr(self, section))
             rows[section] = " · ".join(f"{key} {value}" for key, value in values.items())
-        return table_html(rows)
+        return rows
+
+    def _repr_html_(self) -> str:
+        return table_html(self.table())
 
     def to_dict(self) -> dict:
         """Nested plain dict, ready for JSON."""

@@ -127,6 +127,11 @@ def read_run_init(run_dir: str | Path) -> str | None:
     return None if init == init_name(None) else init
 
 
+def read_run_runtime(run_dir: str | Path) -> str:
+    """What the run was last carried out on, in words."""
+    return _record(run_dir)["runtime"]
+
+
 def run_identity(run_dir: Path) -> str | None:
     """The random name that run.json and the run's checkpoints share; None before the run has begun."""
     return _record(run_dir)["identity"] if (run_dir / RUN_FILE).is_file() else None

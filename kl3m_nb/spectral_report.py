@@ -6,13 +6,11 @@ Everything on the page is written beside it too: each figure as PNG and PDF with
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from kl3m_nb import (
     block_function,
@@ -26,11 +24,10 @@ from kl3m_nb import (
     spectral_plots,
     spectral_summary,
 )
-from kl3m_nb.figures import save_figure
-from kl3m_nb.html import figure_tag, write_page
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER
 from kl3m_nb.packing import held_out_windows
 from kl3m_nb.progress_bar import ProgressBar
+from kl3m_nb.report_page import ReportPage
 from kl3m_nb.spectra import spectrum_key
 from kl3m_nb.spectral_subject import Subject
 from kl3m_nb.tokenizer import load_tokenizer
@@ -41,21 +38,6 @@ _TABLE_COLUMNS = (
     "layer", "source_layer", "copy", "role", "expert", "condition", "sigma_max", "sigma_min", "stable_rank", "effective_rank",
     "participation_ratio", "entropy", "max_over_median", "mp_edge", "alpha", "alpha_D", "dtype", "ill",
 )  # fmt: skip
-
-
-@dataclass
-class _Page:
-    """What has been found so far, in the order of the page."""
-
-    folder: Path
-    sentences: list[str] = field(default_factory=list)
-    sections: list[str] = field(default_factory=list)
-
-    def heading(self, text: str) -> None:
-        self.sections.append(f"<h2>{escape(text)}</h2>")
-
-    def figure(self, figure: Figure, name: str, caption: str, data: pd.DataFrame) -> None:
-        self.sections.append(figure_tag(save_figure(figure, self.folder / "figures", name, data), caption))
 
 
 def write_report(
@@ -81,7 +63,7 @@ def write_report(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    page = _Page(folder)
+    page = ReportPage(folder)
     table, values = spectra.analyse_model(subject.checkpoint, subject.source_layers, fit_alpha, progress("spectra"))
     table["model"] = subject.name
     table.to_csv(folder / "spectra.csv", index=False)
@@ -110,11 +92,12 @@ def write_report(
         "held-out windows": windows or "none: CKA and swapped copies were not asked for",
         "versions": runtime.versions(),
     }
-    write_page(folder / PAGE, f"Spectra of {subject.name}", _body(page, table, ill, subject.name, settings), _SORT)
-    return folder / PAGE
+    page.heading("Every matrix")
+    page.sections.append(f'<p>Click a column to sort by it.</p><div class="tall">{_sortable(table, ill)}</div>')
+    return page.write(folder / PAGE, f"Spectra of {subject.name}", settings, _SORT)
 
 
-def _add_model(page: _Page, table: pd.DataFrame, values: dict, subject: Subject) -> None:
+def _add_model(page: ReportPage, table: pd.DataFrame, values: dict, subject: Subject) -> None:
     page.heading("Condition by layer and role")
     caption = "Condition number of every matrix; borders of copies are blue. "
     caption += (
@@ -133,7 +116,9 @@ def _add_model(page: _Page, table: pd.DataFrame, values: dict, subject: Subject)
         page.figure(spectral_plots.plot_ridgeline(values, role), f"ridgeline_{role}", f"{role}: density of ln σ, by layer.", data)
 
 
-def _add_copies(page: _Page, values: dict, subject: Subject, top_k: int, progress: Callable[[str], spectra.Progress]) -> None:
+def _add_copies(
+    page: ReportPage, values: dict, subject: Subject, top_k: int, progress: Callable[[str], spectra.Progress]
+) -> None:
     page.heading("Are the copies diverging?")
     reference = subject.start or None
     if len(subject.steps) > 1:
@@ -169,7 +154,7 @@ def _most_diverged(divergence: pd.DataFrame) -> tuple[str, int]:
 
 
 def _add_inheritance(
-    page: _Page, values: dict, sources: dict, subject: Subject, progress: Callable[[str], spectra.Progress]
+    page: ReportPage, values: dict, sources: dict, subject: Subject, progress: Callable[[str], spectra.Progress]
 ) -> None:
     page.heading("Was the conditioning inherited?")
     inherited = copies.inheritance(values, sources)
@@ -184,7 +169,7 @@ def _add_inheritance(
     page.figure(spectral_plots.plot_inheritance(inherited), "inheritance", "By layer and role.", inherited)
 
 
-def _add_clamp(page: _Page, subject: Subject) -> None:
+def _add_clamp(page: ReportPage, subject: Subject) -> None:
     clamps = history.clamp_history(subject.run_dir, subject.source_layers, subject.last_step)
     if clamps.empty:
         return
@@ -194,7 +179,7 @@ def _add_clamp(page: _Page, subject: Subject) -> None:
     page.figure(matrix_plots.plot_clamp_map(clamps), "clamp_map", "Where and when singular values were raised.", clamps)
 
 
-def _add_function(page: _Page, subject: Subject, count: int, progress: Callable[[str], spectra.Progress]) -> None:
+def _add_function(page: ReportPage, subject: Subject, count: int, progress: Callable[[str], spectra.Progress]) -> None:
     data = subject.profile.data
     tokenizer = load_tokenizer(data.tokenizer, data.source, subject.profile.model.vocabulary)
     held_out = held_out_windows(data, tokenizer)[:count]
@@ -208,7 +193,7 @@ def _add_function(page: _Page, subject: Subject, count: int, progress: Callable[
     page.figure(matrix_plots.plot_block_function(similarity, swaps), "block_function", caption, data)
 
 
-def _add_ill(page: _Page, ill: pd.DataFrame, table: pd.DataFrame, values: dict, ceilings: dict, sources: dict) -> None:
+def _add_ill(page: ReportPage, ill: pd.DataFrame, table: pd.DataFrame, values: dict, ceilings: dict, sources: dict) -> None:
     if ill.empty:
         return
     page.heading("Ill matrices")
@@ -238,20 +223,6 @@ def _settings(subject: Subject) -> dict[str, object]:
         "clamp ceilings": f"attention {clamp.attention_max_condition:,.0f}, MLP {clamp.mlp_max_condition:,.0f}, "
                           f"LM head {clamp.lm_head_max_condition:,.0f} ({whose})",
     }  # fmt: skip
-
-
-def _body(page: _Page, table: pd.DataFrame, ill: pd.DataFrame, name: str, settings: dict[str, object]) -> str:
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in settings.items())
-    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in page.sentences)
-    return "\n".join(
-        [
-            f"<h1>Spectra of {escape(name)}</h1><ul>{sentences}</ul>",
-            *page.sections,
-            "<h2>Every matrix</h2><p>Click a column to sort by it.</p>",
-            f'<div class="tall">{_sortable(table, ill)}</div>',
-            f'<h2>Settings</h2><div class="scroll text_cell_render"><table>{rows}</table></div>',
-        ]
-    )
 
 
 def _sortable(table: pd.DataFrame, ill: pd.DataFrame) -> str:

@@ -16,7 +16,7 @@ import torch
 from bs4 import BeautifulSoup
 from safetensors.torch import load_file, save_file
 
-from kl3m_nb import cli, figures, known_spectra, spectral_report
+from kl3m_nb import cli, figures, known_spectra, report_page, spectral_report
 from kl3m_nb.profiles import ModelSpec
 from kl3m_nb.spectral_subject import find_subject
 
@@ -50,7 +50,7 @@ def unsaved(monkeypatch) -> list[str]:
         (folder / "empty.png").write_bytes(b"")
         return folder / "empty.png"
 
-    monkeypatch.setattr(spectral_report, "save_figure", note)
+    monkeypatch.setattr(report_page, "save_figure", note)
     return names
 
 

@@ -26,8 +26,9 @@ FLOORS = {
     3: "checkpoints metrics run_folder resuming saving training cards",
     4: "spectra matrices generation growth estimate pulls spectral_cache spectral_summary copies history block_function "
     "known_spectra prediction comparison writing legal_form extraction memorisation toxicity harness",
-    5: "figures plots data_plots spectral_plots launch live runs report html run_status runner demo cli __main__ "
-    "matrix_plots spectral_explorer spectral_report spectral_subject progress_bar evaluation_plots token_view prompt_box",
+    5: "figures plots data_plots spectral_plots launch live runs report report_page run_report html run_status runner demo "
+    "cli __main__ matrix_plots spectral_explorer spectral_report spectral_subject progress_bar evaluation_plots token_view "
+    "prompt_box",
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
