@@ -227,6 +227,8 @@ def _train(options: argparse.Namespace) -> int:
         nonlocal printed
         if row["kind"] == "held_out":
             print(f"step {row['step']:,}: held-out loss {row['held_out_loss']:.4f}", flush=True)
+        elif row["kind"] == "train" and row["skipped"]:
+            print(f"step {row['step']:,}: not finite, so it changes nothing", flush=True)
         elif row["kind"] == "train" and row["seconds"] - printed >= 5:
             printed = row["seconds"]
             left = (profile.schedule.max_steps - row["step"]) * profile.tokens_per_step / row["tokens_per_second"]

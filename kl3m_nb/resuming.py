@@ -1,16 +1,29 @@
-"""Where a run goes on from, the newest sound checkpoint of its folder, and the model that it begins with."""
+"""Where a run stands: its newest sound checkpoint, the model that it begins with, the result of one that is complete."""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb import checkpoints, models, run_folder
+from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import Profile
 from kl3m_nb.run_folder import RunLock
 from kl3m_nb.tokenizer import check_same_entries
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a run stands when `train` returns. `held_out_loss` is in nats per token, on the fixed held-out windows."""
+
+    run_dir: Path
+    checkpoint: Path
+    step: int
+    held_out_loss: float
+    seconds: float  # spent in training steps over the whole run, evaluations and checkpoints not counted
 
 
 def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, resume: str, lock: RunLock) -> Path | None:
@@ -47,3 +60,10 @@ def starting_model(
     models.check_fits(model.config.to_dict(), profile, start)
     check_same_entries(tokenizer, start)
     return model
+
+
+def finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:
+    """The result of a run that is complete with `checkpoint`, from what it logged."""
+    rows = read_metrics(run_dir, "held_out")
+    loss, seconds = (rows.held_out_loss.iloc[-1], rows.seconds.iloc[-1]) if len(rows) else (float("nan"), float("nan"))
+    return TrainResult(run_dir, checkpoint, checkpoints.checkpoint_step(checkpoint), float(loss), float(seconds))

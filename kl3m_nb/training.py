@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,12 @@ from torch.profiler import record_function
 
 from kl3m_nb import cards, checkpoints, distributed, evaluation, experts, finite, packing, paths, roles, run_folder
 from kl3m_nb.flops import flops_per_token
-from kl3m_nb.metrics import Callback, MetricsLog, read_metrics, tell
+from kl3m_nb.metrics import Callback, MetricsLog, tell
 from kl3m_nb.model_clamp import SpectralClamp
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
 from kl3m_nb.random_state import random_state, set_random_state
-from kl3m_nb.resuming import find_checkpoint, starting_model
+from kl3m_nb.resuming import TrainResult, find_checkpoint, finished_result, starting_model
 from kl3m_nb.run_folder import RunLock
 from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.saving import CheckpointSaver
@@ -39,17 +38,6 @@ MOST_SKIPS_IN_A_ROW = 10
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on: steps or weights are not finite, or the data broke off. The newest checkpoint is a good one."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where a run stands when `train` returns. `held_out_loss` is in nats per token, on the fixed held-out windows."""
-
-    run_dir: Path
-    checkpoint: Path
-    step: int
-    held_out_loss: float
-    seconds: float  # spent in training steps over the whole run, evaluations and checkpoints not counted
 
 
 def train(
@@ -76,14 +64,8 @@ def train(
     with distributed.process_group(), RunLock(run_dir) as lock:
         checkpoint = distributed.on_first_rank(lambda: find_checkpoint(run_dir, profile, init, resume, lock))
         if checkpoint and checkpoints.checkpoint_step(checkpoint) >= profile.schedule.max_steps:
-            return _finished_result(run_dir, checkpoint)
+            return finished_result(run_dir, checkpoint)
         return _Run(profile, run_dir, init, checkpoint, list(callbacks), lock).to_the_end()
-
-
-def _finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:
-    rows = read_metrics(run_dir, "held_out")
-    loss, seconds = (rows.held_out_loss.iloc[-1], rows.seconds.iloc[-1]) if len(rows) else (float("nan"), float("nan"))
-    return TrainResult(run_dir, checkpoint, checkpoints.checkpoint_step(checkpoint), float(loss), float(seconds))
 
 
 class _Run:
@@ -163,12 +145,8 @@ class _Run:
                 if self._evaluates_after(step):
                     self._evaluate()
                 if self.counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
-                    self.counters["skipped_in_a_row"] = 0  # training again gets as many tries
-                    raise self._stopped(
-                        f"{MOST_SKIPS_IN_A_ROW} steps in a row were not finite, first in {self.first_bad}; "
-                        "lower the learning rate or see their data"
-                    )
-                if step % runtime.checkpoint_every == 0 and not is_last:
+                    raise self._given_up()
+                if step % runtime.checkpoint_every == 0 and not is_last and not self._learned_nothing():
                     self.saver.save(step, self._contents)
             checkpoint = self._save_and_wait()
             if any(self._requests(stop)[:1]):
@@ -274,6 +252,24 @@ class _Run:
         return TrainingStopped(
             f"Training has stopped: {reason}. The last good state is in {checkpoint}; training again continues there."
         )
+
+    def _given_up(self) -> TrainingStopped:
+        """The error after too many bad steps in a row."""
+        reason = (
+            f"{self.counters['skipped_in_a_row']} steps in a row were not finite, first in {self.first_bad}; see their data, or "
+            "begin another run from a checkpoint of this one with a lower learning rate"
+        )
+        if self._learned_nothing():
+            self.saver.close()
+            newest = distributed.on_first_rank(lambda: checkpoints.latest_checkpoint(self.run_dir))
+            return TrainingStopped(f"Training has stopped: {reason}. Nothing has been learned since {newest}.")
+        self.counters["skipped_in_a_row"] = 0  # training again gets as many tries
+        return self._stopped(reason)
+
+    def _learned_nothing(self) -> bool:
+        """Whether every step since the newest checkpoint was skipped: another would only push out an earlier one."""
+        since = self.counters["step"] - self.counters["skipped_in_a_row"]
+        return self.counters["skipped_in_a_row"] > 0 and distributed.on_first_rank(lambda: (self.saver.saved_step or -1) >= since)
 
     def _forward_backward(self, batch: Batch, valid_tokens: int) -> dict[str, torch.Tensor]:
         """Adds the gradients of one micro-batch, returns its terms of the loss."""
