@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from kl3m_nb.matrices import Checkpoint, local_checkpoint
 from kl3m_nb.model_folder import SPECTRA_FOLDER
 
-_FILE = "singular_values-2.safetensors"  # the number changes with how values and keys are computed
+_FILE = "singular_values-3.safetensors"  # the number changes with how values and keys are computed
 
 
 class SpectrumCache:
