@@ -99,6 +99,16 @@ def test_its_metadata_is_yaml_and_its_code_is_python(name):
     assert "not measured yet" in text and "nan" not in text and "No matrix has been measured" in text
 
 
+def test_conditions_are_told_by_group_with_their_median_and_maximum():
+    measured = [
+        ("q_proj", 10.0, 1.0), ("k_proj", 20.0, 1.0), ("o_proj", 900.0, 1.0), ("up_proj", 6.0, 2.0), ("down_proj", 7.0, 1.0),
+        ("lm_head", 8.0, 0.5), ("v_proj", 5.0, 0.0),
+    ]  # fmt: skip
+    role, sigma_max, sigma_min = zip(*measured, strict=True)
+    found = cards.conditions_by_group({"role": role, "sigma_max": sigma_max, "sigma_min": sigma_min})
+    assert found == {"attention": (20.0, 900.0), "MLP": (5.0, 7.0), "LM head": (16.0, 16.0)}
+
+
 def test_what_a_card_says_is_what_continuing_from_it_counts_on(tmp_path):
     folder = tmp_path / cards.published_name(get_profile("kl3m-007-500m"), 37_000)
     folder.mkdir()
