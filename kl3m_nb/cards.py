@@ -6,7 +6,6 @@ tokens from any card of the family, so training goes on counting where the check
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import statistics
@@ -18,14 +17,14 @@ import yaml
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from kl3m_nb import paths
+from kl3m_nb import model_folder, paths
 from kl3m_nb.memory import count_parameters
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, Profile
 
 CARD_FILE = "README.md"
 _STEP_IN_NAME = re.compile(r"-(?:step|checkpoint-)(\d+)$")
 _COUNT = r"{}\W*:\W*([\d,]+)"  # "**Valid Tokens**: 3,914,825,728", with or without Markdown around it
-_NOT_PUBLISHED = "training_state"  # optimizer states, for resuming on this machine
+_NOT_PUBLISHED = (model_folder.STATE_FOLDER, model_folder.SPECTRA_FOLDER)
 _CITATION = """```bibtex
 @inproceedings{gstack2024,
   title={Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM Pre-Training},
@@ -126,21 +125,21 @@ def _fetch_card(hub_id: str) -> str:
 
 
 def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Copies `checkpoint` without its training state to `folder`/NAME, NAME as the family names it, and returns that folder.
+    """Copies `checkpoint` to `folder`/NAME, NAME as the family names it, and returns that folder.
 
-    What is copied has the layout of a published model: it loads with transformers alone, and `init` continues from it. Raises
-    ValueError when the checkpoint has no card, or the target exists.
+    Training state and kept spectra stay here. What is copied has the layout of a published model: it loads with transformers
+    alone, and `init` continues from it. Raises ValueError when the checkpoint has no card, or the target exists.
     """
     checkpoint = paths.resolve(checkpoint)
     target = paths.resolve(folder) / card_name(checkpoint)
     if target.exists():
         raise ValueError(f"{target} exists; remove it or choose another folder.")
-    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(_NOT_PUBLISHED))
+    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*_NOT_PUBLISHED))
     return target
 
 
 def push_to_hub(checkpoint: str | Path, owner: str, private: bool = True) -> str:
-    """Uploads `checkpoint` without its training state to OWNER/NAME on the hub and returns that id.
+    """Uploads `checkpoint`, without training state and kept spectra, to OWNER/NAME on the hub and returns that id.
 
     Nothing else in the project uploads anything. The login is huggingface_hub's own. Raises ValueError when the checkpoint has
     no card.
@@ -149,7 +148,7 @@ def push_to_hub(checkpoint: str | Path, owner: str, private: bool = True) -> str
     repository = f"{owner}/{card_name(checkpoint)}"
     api = HfApi()
     api.create_repo(repository, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=checkpoint, ignore_patterns=[f"{_NOT_PUBLISHED}/*"])
+    api.upload_folder(repo_id=repository, folder_path=checkpoint, ignore_patterns=[f"{name}/*" for name in _NOT_PUBLISHED])
     return repository
 
 
@@ -392,6 +391,5 @@ def _millions(count: int) -> str:
 
 
 def read_stack(init: str | Path | None) -> dict:
-    """The `stack.json` of a checkpoint folder; empty when there is none."""
-    path = paths.resolve(init) / "stack.json" if init else None
-    return json.loads(path.read_text()) if path and path.is_file() else {}
+    """The `stack.json` of the checkpoint folder that a run started from; empty when there is none."""
+    return model_folder.read_stack(paths.resolve(init)) if init else {}

@@ -7,7 +7,6 @@ for a `Snapshot` in host memory; `BackgroundWriter` puts it on the disk meanwhil
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,11 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb import distributed
 from kl3m_nb.metrics import FILE_NAME
+from kl3m_nb.model_folder import STATE_FOLDER, sha256
 from kl3m_nb.run_folder import RUN_FILE
 
 _NAME = re.compile(r"step-(\d{6,})")
-_STATE = Path("training_state") / "state.pt"
-_MANIFEST = Path("training_state") / "manifest.json"
+_STATE = Path(STATE_FOLDER) / "state.pt"
+_MANIFEST = Path(STATE_FOLDER) / "manifest.json"
 _TEMPORARY = re.compile(r"\.(saving|removing)-step-\d+-(\w+)")
 _OWN = uuid.uuid4().hex[:12]  # in the temporary names of this process; its number may have been another's before
 
@@ -184,7 +184,7 @@ def flaw_of(checkpoint: Path, identity: str | None = None) -> str | None:
                 return f"{path} is missing"
             if path.stat().st_size != entry["bytes"]:
                 return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if _sha256(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 return f"{path} is damaged: it is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{checkpoint} is no whole checkpoint: it has no readable {_MANIFEST}"
@@ -237,7 +237,7 @@ def _write_files(folder: Path, snapshot: Snapshot, model: PreTrainedModel, token
     (folder / _STATE.parent).mkdir()
     torch.save(snapshot.state, folder / _STATE)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    described = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    described = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     manifest = {"step": snapshot.step, "run": identity, "files": described}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*files, folder / _MANIFEST, folder / _STATE.parent, folder]:
@@ -269,11 +269,6 @@ def _remove(folder: Path) -> None:
 
 def _gigabytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from kl3m_nb.gram import as_wide, gram_matrix
 from kl3m_nb.matrices import HEAD_LAYER, Checkpoint, Matrix, check_source_layers, find_matrices, layer_count
-from kl3m_nb.spectra import Progress, SingularValues, above_rounding, model_singular_values, on_every_core
+from kl3m_nb.spectra import Progress, SingularValues, model_singular_values, on_every_core
 
 _SMALLEST_GAP = 1e-3  # relative, between neighbouring singular values that bound a subspace
 
@@ -139,7 +139,7 @@ def inheritance(
 ) -> pd.DataFrame:
     """How much of its source's spectrum each matrix has kept: a row per matrix with layer, source_layer, copy, role and rmse.
 
-    rmse is the root mean square of ln(σ_i/σ₁) − ln(σ_i⁰/σ₁⁰) over the i where both are more than the rounding of zero, σ⁰ the
+    rmse is the root mean square of ln(σ_i/σ₁) − ln(σ_i⁰/σ₁⁰) over the i where neither is zero, σ⁰ the
     spectrum of layer i mod L of the source; it is 0 right after stacking by construction, and NaN without such an i. Either
     argument may be what `model_singular_values` returned. An expert is in `role`, as in `spectrum_key`. `progress` counts the
     matrices of a `checkpoint` that is read. Raises ValueError as `find_matrices`, or if the model is no stack of such a source.
@@ -157,7 +157,7 @@ def inheritance(
                 f"The source has no {role} with {len(values)} singular values in layer {source_layer}; "
                 "give the model it was grown from."
             )
-        known = above_rounding(values, len(values)) & above_rounding(before, len(before))
+        known = (values > 0) & (before > 0)
         change = np.log(values[known] / values[0]) - np.log(before[known] / before[0])
         rows.append(
             {

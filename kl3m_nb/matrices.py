@@ -7,7 +7,6 @@ with an `expert` number. Tied weights have one vocabulary matrix, and it is the 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -20,12 +19,12 @@ import xxhash
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from kl3m_nb.model_folder import STACK_RECORD, read_json, weight_files
 from kl3m_nb.profiles import ATTENTION_ROLES
 
 BLOCK_ROLES = (*ATTENTION_ROLES, "gate_proj", "up_proj", "down_proj")
 ROLES = (*BLOCK_ROLES, "lm_head")
 UNKNOWN_STEP = -1  # the `step` of a model that does not tell how long it was trained
-STACK_RECORD = "stack.json"  # stands beside the weights of a fresh stack
 HEAD_LAYER = -1  # the `layer` of the LM head, which belongs to no block
 
 Checkpoint = str | os.PathLike | torch.nn.Module
@@ -131,17 +130,7 @@ def _split_experts(layer: int, name: str, shape: tuple[int, ...], dtype: str, re
 def _promised_layers(place: Path) -> int:
     """The depth that the config.json of a checkpoint gives; 0 where there is none."""
     config = (place.parent if place.is_file() else place) / "config.json"
-    return _json_object(config).get("num_hidden_layers", 0) if config.is_file() else 0
-
-
-def _json_object(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give a finished checkpoint.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; give a finished checkpoint.")
-    return content
+    return read_json(config).get("num_hidden_layers", 0) if config.is_file() else 0
 
 
 def _check_names(source: str, tensors: dict) -> None:
@@ -201,20 +190,7 @@ def _module_tensors(model: torch.nn.Module) -> dict[str, tuple]:
 
 
 def _file_tensors(path: Path) -> dict[str, tuple]:
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-    if path.is_file():
-        files = [path]
-    elif index.is_file():
-        places = _json_object(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
-            raise ValueError(f"{index} has no weight_map that says where the weights are; give a finished checkpoint.")
-        files = [path / name for name in sorted(set(places.values()))]
-    else:
-        files = [single]
-    if missing := [file for file in files if not file.is_file()]:
-        raise ValueError(
-            f"There is no {missing[0]}; give a Hugging Face folder with safetensors weights, a .safetensors file or a model."
-        )
+    files = [path] if path.is_file() else weight_files(path)
     tensors = {}
     for file in files:
         try:

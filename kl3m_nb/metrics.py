@@ -44,8 +44,8 @@ class MetricsLog:
         self._waiting = b""
 
     def append(self, row: Mapping) -> None:
-        """Writes one row; NaN and infinities become null, which every JSON reader takes."""
-        line = (json.dumps({key: _finite(value) for key, value in row.items()}) + "\n").encode()
+        """Writes one row; NaN and infinities, also those in lists, become null, which every JSON reader takes."""
+        line = (json.dumps(_finite(dict(row))) + "\n").encode()
         self.position += len(line)
         had_room = not self._waiting
         self._waiting += line
@@ -71,12 +71,22 @@ class MetricsLog:
 
 
 def _finite(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """`value` with None for every number that is not finite, at any depth."""
+    return _replaced(value, lambda entry: None if isinstance(entry, float) and not math.isfinite(entry) else entry)
+
+
+def _replaced(value, change: Callable):
+    if isinstance(value, dict):
+        return {key: _replaced(entry, change) for key, entry in value.items()}
+    return [_replaced(entry, change) for entry in value] if isinstance(value, (list, tuple)) else change(value)
 
 
 def parse_row(line: bytes) -> dict:
     """A row as the callbacks of training got it: null is NaN again. Raises ValueError for a line that is none."""
-    return {key: math.nan if value is None else value for key, value in json.loads(line).items()}
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"{line[:80]!r} is no row of {FILE_NAME}; each is a JSON object.")
+    return _replaced(row, lambda entry: math.nan if entry is None else entry)
 
 
 def tell(callbacks: list[Callback], row: Mapping) -> None:
@@ -106,10 +116,10 @@ def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
     if path.is_file():
         for line in path.read_bytes().split(b"\n"):
             try:
-                row = json.loads(line)
+                row = parse_row(line)
             except ValueError:
                 continue
-            if isinstance(row, dict) and row.pop("kind", None) == kind:
+            if row.pop("kind", None) == kind:
                 rows.append(row)
     frame = pd.DataFrame(rows)
     if kind in ("clamp", "experts") and rows:

@@ -6,7 +6,6 @@ is ours is one forward pass that stops before the LM head, because the objective
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kl3m_nb import paths
 from kl3m_nb.experts import expert_counts, keep_router_logits, load_balancing_loss, take_router_logits
+from kl3m_nb.model_folder import read_json, weight_files
 from kl3m_nb.profiles import ModelSpec, Profile
 from kl3m_nb.roles import parameter_roles, role_table
 from kl3m_nb.tokenizer import END_ID, PAD_ID, START_ID
@@ -34,7 +34,6 @@ __all__ = [
     "parameter_counts",
     "parameter_roles",
     "role_table",
-    "weight_files",
 ]
 
 disable_progress_bar()  # transformers' own bars for files that take milliseconds would drown the one that counts
@@ -115,27 +114,7 @@ def check_checkpoint(folder: str | Path) -> dict:
                 tensors.keys()
         except SafetensorError as error:
             raise ValueError(f"The checkpoint file {path} is cut off or damaged ({error}); use an earlier checkpoint.") from error
-    return json.loads((folder / "config.json").read_text())
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would load from `folder`: model.safetensors, or the shards its index names.
-
-    Raises ValueError when there are none or a shard is missing.
-    """
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights"]
-        raise ValueError(
-            f"The checkpoint {folder} holds {others[0]} and neither model.safetensors nor an index of .safetensors shards; "
-            "it was not written to its end or is in another format, name another."
-        )
-    shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    if missing := [path.name for path in shards if not path.is_file()]:
-        raise ValueError(f"The checkpoint {folder} lacks the .safetensors shard {missing[0]}; fetch it whole.")
-    return shards
+    return read_json(folder / "config.json")
 
 
 def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:

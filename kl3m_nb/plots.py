@@ -32,7 +32,7 @@ from kl3m_nb.figures import (
     styled,
     use_style,
 )  # fmt: skip
-from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
+from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, ObjectiveSpec
 
 __all__ = [
     "plot_clamp_events", "plot_expert_use", "plot_growth", "plot_objective_terms", "plot_stack_map", "plot_training",
@@ -120,7 +120,7 @@ _TERMS = {
 
 
 @styled
-def plot_objective_terms(train: pd.DataFrame, entropy_target_bits: float = 6.5) -> Figure:
+def plot_objective_terms(train: pd.DataFrame, entropy_target_bits: float = ObjectiveSpec.entropy_target_bits) -> Figure:
     """What each regulariser adds to the loss (nats per token), and the entropy of the predictions (bits) with its target.
 
     `train` has step, cross_entropy, entropy_bits and the four terms as columns. Raises ValueError when it is empty.

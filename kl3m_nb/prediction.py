@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kl3m_nb.corpus import Document
 from kl3m_nb.document_stream import token_ids
 from kl3m_nb.evaluation import Interval, bits_per_byte, bootstrap_interval, score_sequences
+from kl3m_nb.profiles import ObjectiveSpec
 
-ENTROPY_TARGET_BITS = 6.5  # kl3m-007 card, "Regularization"
+ENTROPY_TARGET_BITS = ObjectiveSpec.entropy_target_bits
 CALIBRATION_BINS = 15
 
 
@@ -150,8 +151,10 @@ def evaluate_documents(
     so bits per byte of models with other tokenizers compare. A document's `dataset` is its domain. With `stride` equal to
     `window` the windows do not overlap, which is how lm-eval counts; half the window costs twice the time and gives every token
     more context.
-    Raises ValueError for a document without text, a window beyond the model's context, or a stride outside 1 … window.
+    Raises ValueError for no documents or one without text, a window beyond the model's context, or a stride outside 1 … window.
     """
+    if not documents:
+        raise ValueError("evaluate_documents was given no documents; it takes one or more, such as preview_texts gives.")
     context = model.config.max_position_embeddings
     if not 1 <= window <= context:
         raise ValueError(f"The window is {window} tokens; this model takes 1 to {context}.")

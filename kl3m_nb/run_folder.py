@@ -83,22 +83,6 @@ class RunLock:
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
-def running_process(run_dir: Path) -> str | None:
-    """Who trains in `run_dir` at this moment, such as "process 4711 on node3"; None when nobody does."""
-    try:
-        descriptor = os.open(run_dir / LOCK_FILE, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        holder = os.read(descriptor, 4096).decode(errors="replace").strip()
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return holder or "a process"
-    finally:
-        os.close(descriptor)
-    return None
-
-
 def request_checkpoint(run_dir: str | Path) -> None:
     """Asks whoever trains in `run_dir` to save a checkpoint after the present step; `touch runs/NAME/save-now` does the same."""
     folder = paths.resolve(run_dir)
@@ -117,8 +101,14 @@ def take_save_request(run_dir: Path) -> bool:
 
 
 def read_run_profile(run_dir: str | Path) -> Profile:
-    """The profile a run folder was trained with. Raises ValueError when it is no run folder."""
-    return profiles.profile_from_dict(_record(run_dir)["profile"])
+    """The profile a run folder was trained with. Raises ValueError when it is no run folder, or one of another version."""
+    try:
+        return profiles.profile_from_dict(_record(run_dir)["profile"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{paths.resolve(run_dir) / RUN_FILE} holds settings of another version of this project ({error}); "
+            "use the version it was begun with, or name another run."
+        ) from error
 
 
 def read_run_init(run_dir: str | Path) -> str | None:
@@ -154,23 +144,24 @@ def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -
     if not begun or not (run_dir / RUN_FILE).is_file():
         return
     record = _record(run_dir)
-    stored, given = record["profile"], profile.to_dict()
-    for section, values in given.items():
-        if section == "runtime" or values == stored[section]:
-            continue
-        if isinstance(values, dict):
-            key = next(key for key in values if values[key] != stored[section].get(key))
-            was, now = stored[section].get(key), values[key]
-        else:
-            key, was, now = section, stored[section], values
-        raise ValueError(
-            f"The run folder {run_dir} belongs to the profile {stored['name']} with {key} = {was!r}, now it is {now!r}; "
-            "use the same settings or another run folder."
-        )
+    was, now = _settings(record["profile"]), _settings(profile.to_dict())
+    for key in {**now, **was}:
+        before, after = (repr(settings[key]) if key in settings else "not set" for settings in (was, now))
+        if before != after:
+            raise ValueError(
+                f"The run folder {run_dir} belongs to the profile {was['name']} with {key} = {before}, now it is {after}; "
+                "use the same settings or another run folder."
+            )
     if record["init"] != init_name(init):
         raise ValueError(
             f"The run folder {run_dir} was started from {record['init']}, now from {init_name(init)}; use another run folder."
         )
+
+
+def _settings(profile: dict) -> dict[str, object]:
+    """What a profile, as `to_dict` gives it, sets by name; without `runtime`, which may differ."""
+    sections = ({name: value} if not isinstance(value, dict) else value for name, value in profile.items() if name != "runtime")
+    return {key: value for section in sections for key, value in section.items()}
 
 
 def write_run_file(run_dir: Path, profile: Profile, init: str | Path | None, runtime: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from kl3m_nb import checkpoints, paths
-from kl3m_nb.metrics import read_metrics
+from kl3m_nb.metrics import FILE_NAME, read_metrics
 from kl3m_nb.profiles import Profile, get_profile
 from kl3m_nb.run_folder import RUN_FILE, read_run_profile
 
@@ -48,19 +48,26 @@ def stage_checkpoint(profile_name: str, stage: str) -> Path | None:
 def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
     """The profile a checkpoint was trained with and the windows it had seen; None for a checkpoint that no run here wrote.
 
-    Steps that a run carries on from a published checkpoint read other data and are not counted.
+    Steps that a run carries on from a published checkpoint read other data and are not counted. Raises ValueError when the run's
+    metrics, which tell at which step it began, are lost.
     """
     folder = paths.resolve(checkpoint)
     run_dir = folder.parent.parent
     if not (run_dir / RUN_FILE).is_file() or folder not in checkpoints.whole_checkpoints(run_dir):
         return None
     profile = read_run_profile(run_dir)
-    steps = checkpoints.checkpoint_step(folder) - int(read_metrics(run_dir, "held_out")["step"].iloc[0])
+    held_out = read_metrics(run_dir, "held_out")
+    if held_out.empty:
+        raise ValueError(
+            f"{run_dir / FILE_NAME} has no evaluation that tells at which step the run began; put back the file that it wrote."
+        )
+    steps = checkpoints.checkpoint_step(folder) - int(held_out["step"].iloc[0])
     return profile, steps * profile.data.micro_batch * profile.data.grad_accumulation
 
 
 def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:
-    """A row per run folder: run, profile, init, step, max_steps, held_out_loss (nats per token), tokens, seconds, checkpoint.
+    """A row per run folder: run, profile, layers, init, step, max_steps, held_out_loss (nats per token), tokens, seconds,
+    checkpoint.
 
     Without `runs_dir` the project's own folder is read. A run without evaluations yet has NaN as its loss.
     """

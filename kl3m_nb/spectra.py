@@ -51,6 +51,7 @@ class NotFinite(ValueError):
 def singular_values(weight: torch.Tensor | np.ndarray) -> np.ndarray:
     """All min(rows, cols) singular values of `weight` (2-D, e.g. (576, 1536), any float dtype): float64, descending.
 
+    What is no more than the rounding of zero, σ₁·max(rows, cols)·2.2e-16, is given as zero.
     Raises ValueError for another number of dimensions, and NotFinite for a NaN or infinity.
     """
     weight = torch.as_tensor(weight).detach().cpu()
@@ -73,7 +74,8 @@ def singular_values(weight: torch.Tensor | np.ndarray) -> np.ndarray:
         values[0] = smallest
     else:
         values = _by_svd(tall).flip(0)
-    return values.flip(0).numpy() * scale
+    values = values.flip(0).numpy() * scale
+    return np.where(_above_rounding(values, tall.shape[0]), values, 0.0)
 
 
 def _smallest(tall: torch.Tensor, gram: torch.Tensor, squares: torch.Tensor) -> torch.Tensor | None:
@@ -172,7 +174,7 @@ def spectrum_metrics(values: np.ndarray, shape: tuple[int, int], fit_alpha: bool
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = values / sigma_max  # squares of these cannot overflow
         energy = float(np.sum(relative**2))
-        matrix_rank = int(np.sum(above_rounding(values, max(shape)))) if np.isfinite(sigma_max) else math.nan
+        matrix_rank = int(np.sum(_above_rounding(values, max(shape)))) if np.isfinite(sigma_max) else math.nan
         sigma_entropy = _entropy(relative / relative.sum())
         metrics = {
             "sigma_max": sigma_max,
@@ -194,7 +196,7 @@ def spectrum_metrics(values: np.ndarray, shape: tuple[int, int], fit_alpha: bool
     return metrics
 
 
-def above_rounding(values: np.ndarray, longer_side: int) -> np.ndarray:
+def _above_rounding(values: np.ndarray, longer_side: int) -> np.ndarray:
     """Which of the singular `values` (1-D, descending) are more than the rounding of zero: those above σ₁·longer_side·2.2e-16."""
     return values > values[0] * longer_side * np.finfo(np.float64).eps
 

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from kl3m_nb.matrices import Checkpoint, local_checkpoint
+from kl3m_nb.model_folder import SPECTRA_FOLDER
 
-CACHE_FOLDER = ".spectra"
-_FILE = "singular_values-2.safetensors"  # the number changes with how values and keys are computed
+_FILE = "singular_values-3.safetensors"  # the number changes with how values and keys are computed
 
 
 class SpectrumCache:
@@ -26,7 +26,6 @@ class SpectrumCache:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.hits = 0
         self._new = False
         self._values: dict[str, np.ndarray] = _read(path) if path else {}
 
@@ -36,13 +35,11 @@ class SpectrumCache:
         if isinstance(checkpoint, torch.nn.Module):
             return cls(None)
         place = local_checkpoint(checkpoint)
-        return cls((place.parent if place.is_file() else place) / CACHE_FOLDER / _FILE)
+        return cls((place.parent if place.is_file() else place) / SPECTRA_FOLDER / _FILE)
 
     def get(self, key: str) -> np.ndarray | None:
         """The singular values stored for `key`; None when there are none yet."""
-        values = self._values.get(key)
-        self.hits += values is not None
-        return values
+        return self._values.get(key)
 
     def add(self, key: str, values: np.ndarray) -> None:
         """Remembers `values`; `save` writes them."""

@@ -22,7 +22,6 @@ from kl3m_nb.figures import BLACK, BLUE, GREY, ORANGE, ROLE_LINES, SEQUENCE, VER
 from kl3m_nb.history import AT_CEILING, FAR_ABOVE_CEILING
 from kl3m_nb.matrices import HEAD_LAYER, ROLES
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
-from kl3m_nb.spectra import above_rounding
 from kl3m_nb.spectral_summary import condition_text
 
 MOST_COPIES = 24  # that `plot_copies` draws
@@ -177,7 +176,7 @@ def plot_copies(
         color = SEQUENCE[order % len(SEQUENCE)]
         above.plot(index, mean, color=GREY, linewidth=3.5, alpha=0.5, label="mean of the copies")
         above.plot(index, values, color=color, label=f"layer {layer}")
-        number = values[0] / values[-1] if above_rounding(values, len(values)).all() else math.inf
+        number = values[0] / values[-1] if values[-1] > 0 else math.inf
         above.set_title(f"copy {layer // source_layers}: layer {layer}", fontsize=11)
         text = f"condition {condition_text(number)}" if finite[order] else "not finite"
         above.text(0.05, 0.06, text, transform=above.transAxes, fontsize=10)

@@ -6,7 +6,6 @@ beside a checkpoint, the model that is given for comparison decides by its depth
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from kl3m_nb import checkpoints, paths
 from kl3m_nb.history import trajectory
 from kl3m_nb.matrices import (
     ROLES,
-    STACK_RECORD,
     UNKNOWN_STEP,
     Checkpoint,
     check_source_layers,
@@ -26,6 +24,7 @@ from kl3m_nb.matrices import (
     model_name,
     model_step,
 )
+from kl3m_nb.model_folder import read_stack
 from kl3m_nb.profiles import ClampSpec, Profile
 from kl3m_nb.run_folder import RUN_FILE, read_run_init, read_run_profile
 
@@ -140,5 +139,4 @@ def _begun_from(run_dir: Path) -> str:
 
 
 def _record(place: Path) -> dict:
-    path = (place.parent if place.is_file() else place) / STACK_RECORD
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_stack(place.parent if place.is_file() else place)

@@ -14,16 +14,16 @@ import os
 import re
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from kl3m_nb import paths
+from kl3m_nb import model_folder, paths
 from kl3m_nb.display import table_html
-from kl3m_nb.models import check_checkpoint, weight_files
+from kl3m_nb.model_folder import STACK_RECORD, weight_files
+from kl3m_nb.models import check_checkpoint
 
 ORDERS = ("cyclic", "interpolated", "zero_initialised", "random")
 NEW_BLOCK = -1  # the "source" of a block that is drawn at random
@@ -40,7 +40,7 @@ _NOT_COPIED = (
     ".msgpack",
     ".onnx",
     ".gguf",
-    "stack.json",
+    STACK_RECORD,
     "README.md",
 )
 # What writes into the residual stream; with these at zero a block passes its input on unchanged. w2 is Mixtral's down_proj.
@@ -131,7 +131,7 @@ def stack_checkpoint(
     plan = _plan(tensors, blocks, order, noise, seed, scale)
     summary = StackSummary(
         source=_shown(source),
-        source_sha256={path.name: _sha256(path) for path in files},
+        source_sha256={path.name: model_folder.sha256(path) for path in files},
         target=_shown(target),
         factor=factor,
         order=order,
@@ -145,28 +145,25 @@ def stack_checkpoint(
     if target.exists():
         _require_same_stack(target, summary)
         return summary
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".stacking-"))
-    try:
+    with model_folder.written_whole(target) as temporary:
         for path in source.iterdir():
             if path.is_file() and not path.name.endswith(_NOT_COPIED):
                 shutil.copy(path, temporary / path.name)
         (temporary / "config.json").write_text(json.dumps(_target_config(config, blocks), indent=2) + "\n")
         _write_tensors(temporary / "model.safetensors", plan)
-        (temporary / "stack.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / STACK_RECORD).write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
 
 
 def verify_stack(source: str | Path, target: str | Path) -> int:
     """Compares every tensor of a stack, byte by byte, with what its `stack.json` says it is, and returns how many.
 
-    Raises ValueError naming the first tensor that differs.
+    Raises ValueError naming the first tensor that differs, or for a target that is no stack.
     """
     source, target = paths.resolve(source), paths.resolve(target)
-    made = json.loads((target / "stack.json").read_text())
+    made = model_folder.read_stack(target)
+    if not made:
+        raise ValueError(f"{target} holds no {STACK_RECORD}, so it is no stack; name the folder that stacking wrote.")
     tensors, found = _read_headers(weight_files(source)), _read_headers(weight_files(target))
     scale = json.loads((source / "config.json").read_text()).get("initializer_range", 0.02)
     plan = _plan(tensors, tuple(made["block_sources"]), made["order"], made["noise"], made["seed"], scale)
@@ -333,16 +330,10 @@ def _target_config(config: dict, blocks: tuple[int, ...]) -> dict:
 
 
 def _require_same_stack(target: Path, summary: StackSummary) -> None:
-    record = target / "stack.json"
-    made = json.loads(record.read_text()) if record.is_file() else {}
+    made = model_folder.read_stack(target)
     for key in ("source_sha256", "factor", "order", "noise", "seed"):
         if made.get(key) != getattr(summary, key):
             raise ValueError(f"{target} already holds something else than this stack; remove it or choose another target.")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shown(path: Path) -> str:

@@ -11,16 +11,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from kl3m_nb import corpus, custom_tokens, paths
+from kl3m_nb import corpus, custom_tokens, model_folder, paths
 
 SPECIAL_TOKENS = (
     "<|start|>", "<|end|>", "<|pad|>", "<|unk|>", "<|sep|>", "<|cls|>", "<|mask|>",
@@ -162,13 +159,11 @@ def _corpus_tokenizer(name: str, source: str, vocabulary: int) -> PreTrainedToke
         digest.update(Path(module).read_bytes())
     folder = paths.cache_dir() / "tokenizers" / f"{name}-{vocabulary}-{digest.hexdigest()[:12]}"
     if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(dir=folder.parent, prefix=".training-")
-        train_tokenizer(texts, vocabulary, CORPUS_NAMES[name]).save_pretrained(temporary)
+        trained = train_tokenizer(texts, vocabulary, CORPUS_NAMES[name])
         try:
-            os.rename(temporary, folder)
+            with model_folder.written_whole(folder) as temporary:
+                trained.save_pretrained(temporary)
         except OSError:  # another process was first; its tokenizer is the same
-            shutil.rmtree(temporary)
             if not folder.is_dir():
                 raise
     return _read_folder(folder)

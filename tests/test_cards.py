@@ -7,10 +7,12 @@ import shutil
 import pytest
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl3m_nb import cards
 from kl3m_nb.profiles import PROFILES, get_profile
+from kl3m_nb.spectral_cache import SpectrumCache
 
 SECTIONS = [
     "Model Details", "Training Progress", "Model Architecture", "G_stack", "Training Configuration", "Training Details",
@@ -98,6 +100,16 @@ def test_its_metadata_is_yaml_and_its_code_is_python(name):
     assert "not measured yet" in text and "nan" not in text and "No matrix has been measured" in text
 
 
+def test_conditions_are_told_by_group_with_their_median_and_maximum():
+    measured = [
+        ("q_proj", 10.0, 1.0), ("k_proj", 20.0, 1.0), ("o_proj", 900.0, 1.0), ("up_proj", 6.0, 2.0), ("down_proj", 7.0, 1.0),
+        ("lm_head", 8.0, 0.5), ("v_proj", 5.0, 0.0),
+    ]  # fmt: skip
+    role, sigma_max, sigma_min = zip(*measured, strict=True)
+    found = cards.conditions_by_group({"role": role, "sigma_max": sigma_max, "sigma_min": sigma_min})
+    assert found == {"attention": (20.0, 900.0), "MLP": (5.0, 7.0), "LM head": (16.0, 16.0)}
+
+
 def test_what_a_card_says_is_what_continuing_from_it_counts_on(tmp_path):
     folder = tmp_path / cards.published_name(get_profile("kl3m-007-500m"), 37_000)
     folder.mkdir()
@@ -165,7 +177,31 @@ def test_an_exported_model_is_whole_and_has_no_training_state(trained_run, tmp_p
         cards.export_model(bare, tmp_path)
 
 
-def test_pushing_uploads_the_model_privately_and_without_its_state(trained_run, monkeypatch):
+def test_what_is_exported_or_pushed_is_the_model_without_state_and_spectra(trained_run, tmp_path, monkeypatch):
+    checkpoint = shutil.copytree(trained_run[1].checkpoint, tmp_path / "checkpoint")
+    whole = _files(checkpoint)
+    SpectrumCache.beside(checkpoint).path.parent.mkdir()
+    SpectrumCache.beside(checkpoint).path.write_bytes(b"spectra")
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **settings):
+            pass
+
+        def upload_folder(self, folder_path, ignore_patterns, **settings):
+            pushed.extend(filter_repo_objects(_files(folder_path), ignore_patterns=ignore_patterns))
+
+    monkeypatch.setattr(cards, "HfApi", Hub)
+    cards.push_to_hub(checkpoint, "someone")
+    model = {name for name in whole if not name.startswith("training_state/")}
+    assert set(pushed) == model == _files(cards.export_model(checkpoint, tmp_path)) and len(model) < len(whole)
+
+
+def _files(folder) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pushing_uploads_the_model_privately(trained_run, monkeypatch):
     calls = []
 
     class Hub:
@@ -179,4 +215,4 @@ def test_pushing_uploads_the_model_privately_and_without_its_state(trained_run, 
     assert cards.push_to_hub(trained_run[1].checkpoint, "someone") == "someone/tiny-step6"
     (_, name, created), (_, uploaded) = calls
     assert name == uploaded["repo_id"] == "someone/tiny-step6" and created["private"] is True
-    assert uploaded["folder_path"] == trained_run[1].checkpoint and uploaded["ignore_patterns"] == ["training_state/*"]
+    assert uploaded["folder_path"] == trained_run[1].checkpoint

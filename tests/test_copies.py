@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kl3m_nb import copies
 from kl3m_nb.matrices import BLOCK_ROLES
+from kl3m_nb.spectra import model_spectra
 
 HIDDEN, MLP, KV = 16, 24, 8
 SHAPE = dict(
@@ -218,8 +219,24 @@ class TestInheritance:
         before, after = {(0, "q_proj"): np.array([4.0, 2.0, 0.0])}, {(0, "q_proj"): np.array([4.0, 1.0, 0.5])}
         [rmse] = copies.inheritance(after, before).rmse
         assert rmse == pytest.approx(math.log(2) / math.sqrt(2))
-        rounded = {(0, "q_proj"): np.array([4.0, 2.0, 1e-16])}  # what is computed of a zero
-        assert copies.inheritance(after, rounded).rmse.item() == rmse
+
+    def test_zeros_are_those_that_lower_the_rank(self, tmp_path):
+        """What is rounding on a matrix's longer side (24), and would not be on its shorter (16), is zero here and there."""
+        rng = np.random.default_rng(5)
+        values = np.geomspace(1, 0.1, HIDDEN)
+        left, right = orthonormal(MLP, HIDDEN, rng), orthonormal(HIDDEN, HIDDEN, rng)
+
+        def weight_of(smallest):
+            values[-1] = smallest
+            up = left * values @ right.T
+            return lambda layer, role, shape: up if role == "up_proj" else random_weight(seed_of(role))(shape)
+
+        eps = np.finfo(np.float64).eps
+        before = save_blocks(tmp_path / "before.safetensors", weight_of(20 * eps), layers=1)
+        after = save_blocks(tmp_path / "after.safetensors", weight_of(0.1), layers=1)
+        table = model_spectra(before).set_index("role")
+        assert table.matrix_rank["up_proj"] == HIDDEN - 1
+        assert copies.inheritance(after, before).set_index("role").rmse["up_proj"] == pytest.approx(0, abs=1e-9)
 
     def test_what_is_not_finite_has_no_rmse_and_leaves_the_depth_as_it_is(self):
         sigma, unknown = np.geomspace(5, 1, 4), np.full(4, np.nan)

@@ -37,12 +37,13 @@ def _spec(source, **changes):
 def test_a_mixture_keeps_its_shares_of_tokens(tmp_path):
     write_family_parquet(tmp_path / "long.parquet", _rows("long", 50, 90))
     write_rows(tmp_path / "short.jsonl", _rows("short", 50, 7))
-    stream = DocumentStream(_spec(f"3*files:{tmp_path}/*.parquet + 1*files:{tmp_path}/*.jsonl"), Letters())
-    for _ in range(600):
-        stream.next()
-    long, short = (part["tokens"] for part in stream.state_dict()["parts"])
-    assert long / (long + short) == pytest.approx(0.75, abs=91 / (long + short))
-    assert stream.epoch >= 1
+    spec = _spec(f"3*files:{tmp_path}/*.parquet + 1*files:{tmp_path}/*.jsonl")
+    stream = DocumentStream(spec, Letters())
+    lengths = [stream.next().size for _ in range(2000)]
+    assert set(lengths) == {90, 7} and stream.epoch >= 1
+    laid_out = sum(lengths) + len(lengths)  # in a window each document is followed by the token that ends it
+    late = (1 + spec.shuffle_buffer) * 91  # a document of surplus, and what waits in the buffer
+    assert 91 * lengths.count(90) / laid_out == pytest.approx(0.75, abs=late / laid_out)
 
 
 def test_what_the_options_leave_out_is_counted(tmp_path):
@@ -162,13 +163,19 @@ def test_training_documents_like_a_held_out_one_are_left_out(tmp_path):
     copies = [name for name in (f"copy{i}" for i in range(99)) if not corpus.is_held_out(corpus.Document(name, "", ""))][:2]
     rows.append({"identifier": copies[0], "text": "Preface. " + held_out["text"].upper() + " Some more words."})
     rows.append({"identifier": copies[1], "text": " ".join(held_out["text"].split()[:10]) + " and then" + " other words" * 30})
+    quotes = [name for name in (f"quote{i}" for i in range(99)) if not corpus.is_held_out(corpus.Document(name, "", ""))][:4]
+    for name, shared in zip(quotes, (9, 11, 17, 25), strict=True):  # of the held-out text's 33 runs of eight words
+        words = held_out["text"].split()[: shared + 7]
+        rows.append({"identifier": name, "text": " ".join(words) + f" shares {shared} runs" + " of its own" * 20})
     write_rows(tmp_path / "a.jsonl", rows)
     spec, letters = _spec(f"files:{tmp_path}/*.jsonl", held_out_windows=100), Letters()
     assert held_out["text"] in {document.text for document, _ in held_out_documents(spec, letters)}
     stream = DocumentStream(spec, letters)
+    texts = set()
     while stream.epoch < 2:
-        text = "".join(map(chr, stream.next()))
-        assert "Preface" not in text
+        texts.add("".join(map(chr, stream.next())))
+    assert not any("Preface" in text for text in texts)
+    assert [shared for shared in (9, 11, 17, 25) if any(f" shares {shared} runs" in text for text in texts)] == [9]
     assert stream.report.near_held_out >= 2
     leak = corpus.measure_leak(spec.source)
     assert 0 < leak < 1

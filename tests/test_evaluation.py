@@ -143,6 +143,14 @@ def test_scores_of_sequences_are_those_of_each_alone(build):
         assert torch.equal(scores.correct, (logits.argmax(dim=-1) == ids[0, 1:]).double())
 
 
+@pytest.mark.parametrize(("batch_tokens", "batches"), [(20, [(1, 12), (2, 7), (2, 3)]), (21, [(1, 12), (3, 7), (1, 2)])])
+def test_no_batch_is_larger_than_asked_for_and_none_has_room_for_the_next(batch_tokens, batches):
+    model, seen = llama(), []
+    model.model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True)
+    score_sequences(model, SEQUENCES, batch_tokens=batch_tokens)
+    assert seen == [(rows, width - 1) for rows, width in batches]  # the last token of a sequence is only predicted
+
+
 def test_only_the_predicted_end_of_a_sequence_is_scored():
     model = llama()
     whole = score_sequences(model, SEQUENCES)

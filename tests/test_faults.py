@@ -266,18 +266,17 @@ def test_a_second_process_on_the_same_folder_is_refused(warm_processes, tmp_path
     codes, folder = [], tmp_path / "run"
 
     def second():
-        assert run_folder.running_process(folder) == f"process {os.getpid()} on {os.uname().nodename}"
         codes.extend(warm_processes.train(1, folder, {}))
 
     training.train(small_profile(), folder, callbacks=[_at_step(2, second)])
     assert codes == [1] and f"in use by process {os.getpid()} on" in (tmp_path / "run.log").read_text()
     assert len(read_metrics(folder, "train")) == 6
-    assert run_folder.running_process(folder) is None and not (folder / run_folder.LOCK_FILE).exists()
+    assert not (folder / run_folder.LOCK_FILE).exists()
 
 
 def test_the_lock_of_a_killed_process_is_recognised(warm_processes, tmp_path, trained_run):
     assert warm_processes.train(1, tmp_path / "run", {}, {"rank": 0, "call": 5, "kind": "kill"}) == [-signal.SIGKILL]
-    assert (tmp_path / "run" / run_folder.LOCK_FILE).exists() and run_folder.running_process(tmp_path / "run") is None
+    assert (tmp_path / "run" / run_folder.LOCK_FILE).exists()
     with pytest.warns(UserWarning, match=r"process \d+ on .* was killed; its lock is taken over"):
         training.train(small_profile(), tmp_path / "run")
     _assert_same_run(tmp_path / "run", trained_run[0])

@@ -75,5 +75,11 @@ def test_clamp_events_become_conditions_of_copies(tmp_path):
     assert history.clamp_history(tmp_path, 4, last_step=19).empty
 
 
+def test_at_the_ceiling_is_what_comes_within_a_hundredth_of_it(tmp_path):
+    shares = (0.8, 0.985, 0.995, 1.1)
+    write_clamps(tmp_path, {20: [matrix(layer, 6.0 / (share * 3000.0), "tested") for layer, share in enumerate(shares)]})
+    assert list(history.clamp_history(tmp_path, source_layers=4).at_ceiling) == [False, False, True, True]
+
+
 def test_a_run_without_clamps_has_an_empty_history(tmp_path):
     assert history.clamp_history(tmp_path, source_layers=2).empty

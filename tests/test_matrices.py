@@ -10,7 +10,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from kl3m_nb import matrices
+from kl3m_nb import matrices, stacking
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER, find_matrices, layer_count
 
 SHAPE = dict(
@@ -59,6 +59,21 @@ def test_folder_shards_and_single_file_hold_what_the_module_holds(folder, tmp_pa
     expected = contents(model)
     for place in (folder, folder / "model.safetensors", tmp_path):
         assert_same_contents(contents(place), expected)
+
+
+def test_beside_a_single_file_shards_are_passed_over_as_transformers_does(tmp_path):
+    """Analysis and stacking see the model that transformers loads."""
+    new, old = llama(), llama()
+    with torch.no_grad():
+        for parameter in old.parameters():
+            parameter.mul_(2)
+    old.save_pretrained(tmp_path / "both", max_shard_size="10KB")
+    new.save_pretrained(tmp_path / "single")
+    shutil.copy(tmp_path / "single" / "model.safetensors", tmp_path / "both")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "both")
+    assert_same_contents(contents(loaded), contents(new))
+    assert_same_contents(contents(tmp_path / "both"), contents(loaded))
+    assert stacking.stack_checkpoint(tmp_path / "both", tmp_path / "stack").source_sha256.keys() == {"model.safetensors"}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -190,6 +205,8 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 )
 def test_a_broken_description_is_named(folder, tmp_path, file, content, message):
     whole = shutil.copytree(folder, tmp_path / "whole")
+    if file != "config.json":
+        (whole / "model.safetensors").unlink()  # beside it an index is not read
     (whole / file).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=message):
         find_matrices(whole)
@@ -219,5 +236,5 @@ def test_what_is_not_there_or_cut_off_is_told(folder, tmp_path):
     llama().save_pretrained(tmp_path / "shards", max_shard_size="10KB")
     lost = sorted((tmp_path / "shards").glob("*.safetensors"))[1]
     shutil.move(lost, tmp_path)
-    with pytest.raises(ValueError, match=rf"There is no .*{lost.name}"):
+    with pytest.raises(ValueError, match=rf"lacks the .safetensors shard {lost.name}"):
         find_matrices(tmp_path / "shards")

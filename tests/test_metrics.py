@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -41,6 +42,17 @@ def test_a_clamp_event_becomes_a_row_per_matrix(tmp_path):
     assert frame.raised.sum() == 3 and frame.sigma_max.dtype == float
 
 
+def test_what_is_not_finite_is_null_in_lists_too_and_comes_back_as_nan(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.append({"kind": "clamp", "step": 5, "name": ["a", "b", "c"], "sigma_max": [math.nan, 2.0, math.inf], "tau": math.nan})
+    log.close()
+    line = (tmp_path / "metrics.jsonl").read_bytes()
+    json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    frame = read_metrics(tmp_path, "clamp")
+    assert list(frame.sigma_max.isna()) == [True, False, True] and frame.sigma_max.dtype == float and frame.tau.isna().all()
+    assert list(map(math.isnan, parse_row(line)["sigma_max"])) == [True, False, True]
+
+
 def test_a_line_cut_before_the_position_is_dropped_with_a_warning(tmp_path):
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
@@ -64,3 +76,5 @@ def test_lines_that_are_not_the_logs_are_passed_over(tmp_path):
 
 def test_null_is_not_a_number_again():
     assert math.isnan(parse_row(b'{"kind": "train", "loss": null}')["loss"])
+    with pytest.raises(ValueError, match="is no row"):
+        parse_row(b"[1]")

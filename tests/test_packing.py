@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -68,6 +69,18 @@ def test_held_out_windows_are_fixed_and_hold_no_training_text(spec):
     windows = packing.held_out_windows(spec, Letters())
     assert (windows == packing.held_out_windows(spec, Letters())).all()
     assert not letters & set(map(chr, windows.flatten().tolist()))
+
+
+def test_held_out_windows_are_spread_evenly_over_the_whole_held_out_text(tmp_path):
+    rows = [{"identifier": f"d{i}", "text": "".join(map(chr, range(5000 + 19 * i, 5019 + 19 * i)))} for i in range(400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = DataSpec(source=f"files:{tmp_path}/*.jsonl", seq_len=9, held_out_windows=7)
+    text = "\x00".join(document.text for document in corpus.iterate_documents(spec.source, held_out=True))
+    windows = packing.held_out_windows(spec, Letters()).tolist()
+    places = [text.index("".join(map(chr, window)).rstrip("\x00")) // 10 for window in windows]
+    steps = {after - before for before, after in itertools.pairwise(places)}
+    assert places[0] == 0 and places[-1] == 13, "the held-out documents in use fill twice the windows"
+    assert steps == {2, 3}
 
 
 def test_held_out_windows_are_those_of_the_files_as_they_are_now(tmp_path):

@@ -199,6 +199,7 @@ def test_calibration_error_by_hand():
         (dict(stride=0), "between 1 and the window"),
         (dict(stride=9), "between 1 and the window"),
         (dict(documents=[Document("empty", "x", "")]), "'empty' has no text"),
+        (dict(documents=[]), "was given no documents; it takes one or more"),
     ],
 )
 def test_impossible_evaluations_are_refused(model, changes, message):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -11,15 +12,19 @@ from kl3m_nb import run_folder
 def test_a_lock_keeps_others_out_and_leaves_nothing_behind(tmp_path):
     folder = tmp_path / "a" / "run"
     with run_folder.RunLock(folder) as first:
-        assert not folder.exists() and run_folder.running_process(folder) is None
+        assert not folder.exists() and not first.held
         first.acquire()
-        assert first.held and run_folder.running_process(folder) == f"process {os.getpid()} on {os.uname().nodename}"
-        with run_folder.RunLock(folder) as second, pytest.raises(run_folder.RunIsBusy, match="in use by process"):
-            second.acquire()
-        assert run_folder.running_process(folder) is not None, "whoever was refused leaves the lock alone"
-    assert run_folder.running_process(folder) is None and list(folder.iterdir()) == []
+        for _ in range(2):  # whoever was refused leaves the lock alone
+            with run_folder.RunLock(folder) as other, pytest.raises(run_folder.RunIsBusy, match=f"in use by {_this_process()}"):
+                other.acquire()
+        assert first.held
+    assert list(folder.iterdir()) == []
     with run_folder.RunLock(folder) as third:
         third.acquire()
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {os.uname().nodename}"
 
 
 def test_a_request_is_taken_once(tmp_path):
@@ -47,6 +52,39 @@ def test_the_run_file_keeps_its_identity_and_says_what_was_begun(tmp_path):
         run_folder.check_run_folder(tmp_path, small_profile(), "hub/model")
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "message"),
+    [
+        ("data", "temperature", "temperature = 0.5, now it is not set"),
+        (None, "temperature", "temperature = 0.5, now it is not set"),
+        ("data", "-seed", "seed = not set, now it is 0"),
+        (None, "-clamp", "= not set, now it is"),
+    ],
+)
+def test_settings_of_another_version_are_named(tmp_path, section, key, message):
+    """run.json may hold a setting that a profile has no more, or lack one that it had not yet."""
+    run_folder.write_run_file(tmp_path, small_profile(seed=0), None, "cpu")
+    record = json.loads((tmp_path / run_folder.RUN_FILE).read_text())
+    settings = record["profile"][section] if section else record["profile"]
+    if key.startswith("-"):
+        del settings[key[1:]]
+    else:
+        settings[key] = 0.5
+    (tmp_path / run_folder.RUN_FILE).write_text(json.dumps(record))
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=message):
+        run_folder.check_run_folder(tmp_path, small_profile(seed=0), None)
+
+
+def test_a_run_of_another_version_cannot_be_read_and_says_so(tmp_path):
+    run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
+    record = json.loads((tmp_path / run_folder.RUN_FILE).read_text())
+    record["profile"]["data"]["temperature"] = 0.5
+    (tmp_path / run_folder.RUN_FILE).write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"settings of another version .*'temperature'"):
+        run_folder.read_run_profile(tmp_path)
+
+
 def test_a_disk_without_room_for_a_name_still_has_the_lock(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -54,8 +92,10 @@ def test_a_disk_without_room_for_a_name_still_has_the_lock(tmp_path, monkeypatch
     monkeypatch.setattr(os, "pwrite", full)
     with run_folder.RunLock(tmp_path) as lock:
         lock.acquire()
-        assert lock.held and run_folder.running_process(tmp_path) == "a process"
-    assert run_folder.running_process(tmp_path) is None
+        with run_folder.RunLock(tmp_path) as other, pytest.raises(run_folder.RunIsBusy, match="in use by another process"):
+            other.acquire()
+        assert lock.held
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_file_that_is_cut_off_is_named(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 
 from kl3m_nb import run_folder, runs
@@ -28,3 +31,15 @@ def test_a_checkpoint_is_known_by_the_run_it_lies_in(trained_run, tmp_path):
     assert runs.trained_on(tmp_path / "checkpoint") is None
     assert runs.trained_on(run_dir / "export" / "kl3m-tiny-step6") is None  # lies in the run, and is no checkpoint of it
     assert runs.trained_on("alea-institute/kl3m-006-170m") is None
+    lost = shutil.copytree(run_dir, tmp_path / "lost")
+    (lost / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has no evaluation that tells at which step the run began"):
+        runs.trained_on(lost / "checkpoints" / result.checkpoint.name)
+
+
+def test_the_table_of_runs_has_the_columns_that_are_named(trained_run):
+    run_dir, result = trained_run
+    table = runs.load_runs(run_dir.parent)
+    named = runs.load_runs.__doc__.partition("A row per run folder: ")[2].partition(".")[0]
+    assert list(table.columns) == re.sub(r"\(.*?\)", "", named).replace(",", " ").split()
+    assert table.loc[0, ["layers", "step", "checkpoint"]].tolist() == [2, 6, str(result.checkpoint)]

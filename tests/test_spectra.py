@@ -157,6 +157,16 @@ class TestMetrics:
             }
         )  # fmt: skip
 
+    @pytest.mark.parametrize("shape", [(5, 7), (7, 5)])
+    def test_of_less_than_full_rank_entropy_is_relative_to_the_rank(self, shape):
+        values = np.array([3.0, 1.0, 1.0, 0.0, 0.0])
+        metrics = spectra.spectrum_of(with_spectrum(values, *shape, np.random.default_rng(3)))
+        p = np.array([9, 1, 1]) / 11
+        assert metrics["matrix_rank"] == 3 and metrics["condition"] == math.inf and metrics["sigma_min"] == 0
+        assert metrics["entropy"] == pytest.approx(-(p * np.log(p)).sum() / math.log(3))
+        even = spectra.spectrum_of(with_spectrum([2, 2, 2, 0, 0], *shape, np.random.default_rng(4)))
+        assert even["entropy"] == pytest.approx(1)
+
     def test_of_rank_one_and_of_zero(self):
         one = spectra.spectrum_of(np.outer(np.arange(1.0, 6), np.ones(4)))
         assert one["stable_rank"] == pytest.approx(1) and one["effective_rank"] == pytest.approx(1) and one["condition"] > 1e14

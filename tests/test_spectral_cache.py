@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from kl3m_nb import known_spectra, spectra, spectral_cache
 from kl3m_nb.matrices import content_hash, find_matrices
+from kl3m_nb.model_folder import SPECTRA_FOLDER
 from kl3m_nb.profiles import ModelSpec
-from kl3m_nb.spectral_cache import CACHE_FOLDER, SpectrumCache
+from kl3m_nb.spectral_cache import SpectrumCache
 
 SPEC = ModelSpec(layers=4, hidden=32, mlp=48, heads=2, kv_heads=1, head_size=16, vocabulary=80, context=32)
 
@@ -72,7 +73,7 @@ def test_an_interrupted_analysis_keeps_what_it_has_done(known, monkeypatch):
 
 def test_a_damaged_cache_is_computed_anew(known):
     before = spectra.model_spectra(known.trained)
-    [kept] = (known.trained / CACHE_FOLDER).iterdir()
+    [kept] = (known.trained / SPECTRA_FOLDER).iterdir()
     kept.write_bytes(kept.read_bytes()[:-50])
     assert spectra.model_spectra(known.trained).equals(before)
     assert len(SpectrumCache(kept)._values) == len(before)
@@ -89,20 +90,20 @@ def test_a_disk_that_is_full_is_a_warning(known, monkeypatch, error):
 
 
 def test_a_file_in_the_place_of_the_folder_is_a_warning(known):
-    (known.trained / CACHE_FOLDER).write_text("")
+    (known.trained / SPECTRA_FOLDER).write_text("")
     with pytest.warns(UserWarning, match="cannot be written"):
         assert len(spectra.model_spectra(known.trained)) == 4 * 7 + 1
 
 
 def test_two_writers_lose_nothing(tmp_path):
-    path = tmp_path / CACHE_FOLDER / "values"
+    path = tmp_path / SPECTRA_FOLDER / "values"
     first, second = SpectrumCache(path), SpectrumCache(path)
     first.add("a", np.ones(2))
     second.add("b", np.zeros(3))
     first.save()
     second.save()
     both = SpectrumCache(path)
-    assert both.get("a").tolist() == [1, 1] and both.get("b").tolist() == [0, 0, 0] and both.hits == 2
+    assert both.get("a").tolist() == [1, 1] and both.get("b").tolist() == [0, 0, 0]
 
 
 def test_the_hash_knows_bytes_shape_and_dtype():

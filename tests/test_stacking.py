@@ -201,6 +201,11 @@ def test_verify_finds_a_changed_byte(source, tmp_path):
         stacking.verify_stack(source, target)
 
 
+def test_what_is_no_stack_is_not_verified(source):
+    with pytest.raises(ValueError, match=r"holds no stack\.json, so it is no stack"):
+        stacking.verify_stack(source, source)
+
+
 def test_a_stacked_model_runs_at_the_profiles_shape(source, tmp_path):
     stacking.stack_checkpoint(source, tmp_path / "stack", factor=2)
     config = json.loads((tmp_path / "stack" / "config.json").read_text())
