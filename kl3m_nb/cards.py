@@ -7,14 +7,13 @@ tokens from any card of the family, so training goes on counting where the check
 from __future__ import annotations
 
 import re
-import shutil
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from kl3m_nb import model_folder, paths
@@ -24,7 +23,6 @@ from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, Profile
 CARD_FILE = "README.md"
 _STEP_IN_NAME = re.compile(r"-(?:step|checkpoint-)(\d+)$")
 _COUNT = r"{}\W*:\W*([\d,]+)"  # "**Valid Tokens**: 3,914,825,728", with or without Markdown around it
-_NOT_PUBLISHED = (model_folder.STATE_FOLDER, model_folder.SPECTRA_FOLDER)
 _CITATION = """```bibtex
 @inproceedings{gstack2024,
   title={Stacking Your Transformers: A Closer Look at Model Growth for Efficient LLM Pre-Training},
@@ -90,7 +88,7 @@ def carried_counts(init: str | Path | None) -> Counts:
     if steps == 0:
         return Counts()
     folder = paths.resolve(init)
-    text = _read_card(folder) if folder.is_dir() else _fetch_card(str(init))
+    text = read_card(folder) if folder.is_dir() else _fetch_card(str(init))
     found = {name: re.search(_COUNT.format(name), text, re.IGNORECASE) for name in ("Tokens Processed", "Valid Tokens")}
     if found["Tokens Processed"] is None:
         raise ValueError(
@@ -110,7 +108,8 @@ def _number(match: re.Match) -> int:
     return int(match[1].replace(",", ""))
 
 
-def _read_card(folder: Path) -> str:
+def read_card(folder: Path) -> str:
+    """The text of a folder's card; empty when it has none."""
     path = folder / CARD_FILE
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
@@ -122,42 +121,6 @@ def _fetch_card(hub_id: str) -> str:
         raise ValueError(f"The card of {hub_id} cannot be reached; go online, or name a local folder.") from error
     except EntryNotFoundError:
         return ""
-
-
-def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Copies `checkpoint` to `folder`/NAME, NAME as the family names it, and returns that folder.
-
-    Training state and kept spectra stay here. What is copied has the layout of a published model: it loads with transformers
-    alone, and `init` continues from it. Raises ValueError when the checkpoint has no card, or the target exists.
-    """
-    checkpoint = paths.resolve(checkpoint)
-    target = paths.resolve(folder) / card_name(checkpoint)
-    if target.exists():
-        raise ValueError(f"{target} exists; remove it or choose another folder.")
-    shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(*_NOT_PUBLISHED))
-    return target
-
-
-def push_to_hub(checkpoint: str | Path, owner: str, private: bool = True) -> str:
-    """Uploads `checkpoint`, without training state and kept spectra, to OWNER/NAME on the hub and returns that id.
-
-    Nothing else in the project uploads anything. The login is huggingface_hub's own. Raises ValueError when the checkpoint has
-    no card.
-    """
-    checkpoint = paths.resolve(checkpoint)
-    repository = f"{owner}/{card_name(checkpoint)}"
-    api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=checkpoint, ignore_patterns=[f"{name}/*" for name in _NOT_PUBLISHED])
-    return repository
-
-
-def card_name(checkpoint: Path) -> str:
-    """The name that a checkpoint's card gives it. Raises ValueError when it has none."""
-    match = re.search(r"^model_name: (\S+)$", _read_card(checkpoint), re.MULTILINE)
-    if match is None:
-        raise ValueError(f"{checkpoint} holds no {CARD_FILE} with a model_name; name a checkpoint folder of a run.")
-    return match[1]
 
 
 def model_card(profile: Profile, facts: CardFacts) -> str:

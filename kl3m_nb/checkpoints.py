@@ -191,6 +191,12 @@ def flaw_of(checkpoint: Path, identity: str | None = None) -> str | None:
     return f"{checkpoint} belongs to another run" if identity not in (None, run) else None
 
 
+def check_sound(folder: Path) -> None:
+    """Raises ValueError when `folder` is a checkpoint of a run and a file of it is not as it was written; others pass."""
+    if (folder / _MANIFEST).is_file() and (flaw := flaw_of(folder)):
+        raise ValueError(f"{flaw}; name another checkpoint of its run.")
+
+
 def set_aside(checkpoint: Path) -> Path:
     """Renames a damaged checkpoint, so that it neither counts as one of those to keep nor is in the way of a new one."""
     number = 0

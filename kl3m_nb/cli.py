@@ -18,8 +18,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 import yaml
 
-from kl3m_nb import cards, distributed, paths, profiles, run_folder, runs
-from kl3m_nb.checkpoints import CheckpointFailed
+from kl3m_nb import distributed, paths, profiles, publishing, run_folder, runs
+from kl3m_nb.checkpoints import CheckpointFailed, check_sound
 from kl3m_nb.estimate import GPUS, estimate
 from kl3m_nb.progress import clock
 from kl3m_nb.runtime import device_memory
@@ -245,6 +245,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _stack(options: argparse.Namespace) -> int:
     source, target = Path.cwd() / options.source, Path.cwd() / options.target
+    check_sound(source)
     summary = stack_checkpoint(source, target, options.factor, options.order, options.noise, options.seed)
     compared = verify_stack(source, target)
     for key, value in summary.table().items():
@@ -263,9 +264,9 @@ def _estimate(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     checkpoint = Path.cwd() / options.checkpoint
-    print(f"the model is in {cards.export_model(checkpoint, Path.cwd() / options.folder)}")
+    print(f"the model is in {publishing.export_model(checkpoint, Path.cwd() / options.folder)}")
     if options.push_to_hub:
-        print(f"uploaded to {cards.push_to_hub(checkpoint, options.push_to_hub)}")
+        print(f"uploaded to {publishing.push_to_hub(checkpoint, options.push_to_hub)}")
     return 0
 
 

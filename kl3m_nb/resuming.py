@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kl3m_nb import checkpoints, models, run_folder
+from kl3m_nb import checkpoints, models, paths, run_folder
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import Profile
 from kl3m_nb.run_folder import RunLock
@@ -30,6 +30,8 @@ def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, re
     """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set aside."""
     run_folder.check_run_folder(run_dir, profile, init)
     newest, identity = checkpoints.latest_checkpoint(run_dir), run_folder.run_identity(run_dir)
+    if newest is None and init is not None:
+        checkpoints.check_sound(paths.resolve(init))
     if newest and resume == "never":
         raise ValueError(f"The run folder {run_dir} already holds {newest.name}; use resume='auto' or another folder.")
     is_complete = newest is not None and checkpoints.checkpoint_step(newest) >= profile.schedule.max_steps

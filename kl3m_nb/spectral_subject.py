@@ -86,6 +86,8 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     run_dir, start_step = _run_folder(place), 0
     if run_dir == place:
         place = checkpoints.require_checkpoint(run_dir)
+    else:
+        checkpoints.check_sound(place)
     layers = layer_count(find_matrices(place))
     profile = read_run_profile(run_dir) if run_dir else None
     start = _begun_from(run_dir) if run_dir else ""

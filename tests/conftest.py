@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import signal
 import tempfile
 
 import nbformat
@@ -53,3 +56,16 @@ def warm_processes():
     processes = WarmProcesses()
     yield processes
     processes.close()
+
+
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """The operating system refuses to let any file of this process grow beyond `size` bytes, as it does on a full disk."""
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, previous[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+        signal.signal(signal.SIGXFSZ, ignored)

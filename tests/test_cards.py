@@ -2,17 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shutil
 
 import pytest
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl3m_nb import cards
 from kl3m_nb.profiles import PROFILES, get_profile
-from kl3m_nb.spectral_cache import SpectrumCache
 
 SECTIONS = [
     "Model Details", "Training Progress", "Model Architecture", "G_stack", "Training Configuration", "Training Details",
@@ -161,58 +157,3 @@ def test_a_card_that_cannot_be_reached_is_not_taken_for_one_without_tokens(monke
     monkeypatch.setattr(cards, "hf_hub_download", offline)
     with pytest.raises(ValueError, match="The card of alea-institute/kl3m-007-500m-step37000 cannot be reached"):
         cards.carried_counts("alea-institute/kl3m-007-500m-step37000")
-
-
-def test_an_exported_model_is_whole_and_has_no_training_state(trained_run, tmp_path):
-    checkpoint = trained_run[1].checkpoint
-    folder = cards.export_model(checkpoint, tmp_path)
-    assert folder == tmp_path / "tiny-step6" and not (folder / "training_state").exists()
-    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 2
-    assert len(AutoTokenizer.from_pretrained(folder)) == 512
-    with pytest.raises(ValueError, match="exists"):
-        cards.export_model(checkpoint, tmp_path)
-    bare = tmp_path / "bare"
-    shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("README.md"))
-    with pytest.raises(ValueError, match=r"no README\.md"):
-        cards.export_model(bare, tmp_path)
-
-
-def test_what_is_exported_or_pushed_is_the_model_without_state_and_spectra(trained_run, tmp_path, monkeypatch):
-    checkpoint = shutil.copytree(trained_run[1].checkpoint, tmp_path / "checkpoint")
-    whole = _files(checkpoint)
-    SpectrumCache.beside(checkpoint).path.parent.mkdir()
-    SpectrumCache.beside(checkpoint).path.write_bytes(b"spectra")
-    pushed = []
-
-    class Hub:
-        def create_repo(self, name, **settings):
-            pass
-
-        def upload_folder(self, folder_path, ignore_patterns, **settings):
-            pushed.extend(filter_repo_objects(_files(folder_path), ignore_patterns=ignore_patterns))
-
-    monkeypatch.setattr(cards, "HfApi", Hub)
-    cards.push_to_hub(checkpoint, "someone")
-    model = {name for name in whole if not name.startswith("training_state/")}
-    assert set(pushed) == model == _files(cards.export_model(checkpoint, tmp_path)) and len(model) < len(whole)
-
-
-def _files(folder) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_pushing_uploads_the_model_privately(trained_run, monkeypatch):
-    calls = []
-
-    class Hub:
-        def create_repo(self, name, **settings):
-            calls.append(("create", name, settings))
-
-        def upload_folder(self, **settings):
-            calls.append(("upload", settings))
-
-    monkeypatch.setattr(cards, "HfApi", Hub)
-    assert cards.push_to_hub(trained_run[1].checkpoint, "someone") == "someone/tiny-step6"
-    (_, name, created), (_, uploaded) = calls
-    assert name == uploaded["repo_id"] == "someone/tiny-step6" and created["private"] is True
-    assert uploaded["folder_path"] == trained_run[1].checkpoint

@@ -8,7 +8,6 @@ import gc
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import threading
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import small_profile
+from conftest import files_up_to, small_profile
 from safetensors.torch import load_file
 
 from kl3m_nb import checkpoints, corpus, run_folder, training, training_loss
@@ -134,19 +133,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run_dir):
     assert sorted((run_dir / "checkpoints").rglob("*")) == before
 
 
-@contextlib.contextmanager
-def _files_up_to(size: int):
-    """The operating system refuses to let any file of this process grow beyond `size` bytes, as it does on a full disk."""
-    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, previous[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
-        signal.signal(signal.SIGXFSZ, ignored)
-
-
 def _bytes(checkpoint: Path, name: str) -> int:
     return next(checkpoint.rglob(name)).stat().st_size
 
@@ -171,7 +157,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, trained_run, fi
         limits.close()
 
     monkeypatch.setattr(checkpoints, "write_checkpoint", noting)
-    full = [_at_step(1, lambda: limits.enter_context(_files_up_to(largest))), _at_step(4, make_room)]
+    full = [_at_step(1, lambda: limits.enter_context(files_up_to(largest))), _at_step(4, make_room)]
     with limits, pytest.warns(UserWarning, match=r"step-000003 could not be written.*next try is at step"):
         training.train(small_profile(), tmp_path / "run", callbacks=full)
     _assert_same_run(tmp_path / "run", trained_run[0])
@@ -186,7 +172,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_whole_checkpoints(t
         while not (tmp_path / "run" / "checkpoints" / "step-000003").exists():  # it is written in the background
             assert time.monotonic() < deadline, "the checkpoint of step 3 was not written"
             time.sleep(0.01)
-        limits.enter_context(_files_up_to(60_000))
+        limits.enter_context(files_up_to(60_000))
 
     with limits, pytest.raises(checkpoints.CheckpointFailed, match="step-000006 could not be written"):
         training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(4, fill)])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import small_profile
 from safetensors.torch import load_file
 
-from kl3m_nb import cards, checkpoints, models, packing, run_folder, schedule, tokenizer, training, training_loss
+from kl3m_nb import cards, checkpoints, models, packing, publishing, run_folder, schedule, tokenizer, training, training_loss
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import get_profile
 
@@ -363,7 +363,7 @@ def test_a_checkpoint_of_the_family_is_continued(trained_run, tmp_path):
     assert list(train.lr_muon / profile.muon_lr) == pytest.approx([1 / 3, 2 / 3, *[cosine] * 3], abs=1e-4)
     checkpoint = checkpoints.latest_checkpoint(tmp_path / "run")
     assert checkpoints.checkpoint_step(checkpoint) == 37_005
-    assert cards.carried_counts(cards.export_model(checkpoint, tmp_path)).tokens == train.tokens.iloc[-1]
+    assert cards.carried_counts(publishing.export_model(checkpoint, tmp_path)).tokens == train.tokens.iloc[-1]
     with pytest.raises(KeyboardInterrupt):
         training.train(profile, tmp_path / "run", init=folder, callbacks=[_interrupt_at(37_006)])
     assert list(read_metrics(tmp_path / "run", "train").step) == list(range(37_001, 37_007))
