@@ -100,6 +100,19 @@ def answer_bits(answers: pd.DataFrame) -> float:
     return float(-answers["right_log_likelihood"].sum() / math.log(2) / answers["right_characters"].sum())
 
 
+def task_summary(answers: pd.DataFrame) -> dict[str, float]:
+    """The figures of one row of a table: `accuracy` with its 95% interval `low` to `high`, the accuracy `per_character` (of
+    the choice that is likeliest by character), and `answer_bits`."""
+    share = accuracy(answers)
+    return {
+        "accuracy": share.mean,
+        "low": share.low,
+        "high": share.high,
+        "per_character": float(answers["correct_per_character"].mean()),
+        "answer_bits": answer_bits(answers),
+    }
+
+
 def run_lm_eval(
     checkpoint: str | Path, window: int, tasks: Sequence[str] = TASKS, documents: Sequence[Document] = (), batch_size: int = 16
 ) -> dict[str, dict[str, float]]:

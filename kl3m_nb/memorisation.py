@@ -134,3 +134,26 @@ def recital_gap(training: pd.DataFrame, held_out: pd.DataFrame) -> pd.DataFrame:
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def copying(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataSpec,
+    windows: int,
+    documents: Sequence[Document],
+    seed: int,
+    prefix_lengths: Sequence[int] = PREFIX_LENGTHS,
+    continuation: int = 24,
+    count: int = 40,
+) -> pd.DataFrame:
+    """The `recital_gap` between up to `count` passages that a run was trained on and as many of held-out `documents`.
+
+    `data` are the run's, `windows` how many it had seen. Raises ValueError when no passage is long enough.
+    """
+    cut = {"length": max(prefix_lengths) + continuation, "count": count, "seed": seed}
+    trained = trained_passages(data, tokenizer, windows, **cut)
+    held_out = held_out_passages(documents, tokenizer, **cut)
+    table = recital(model, trained + held_out, prefix_lengths, continuation)
+    is_held_out = table["passage"] >= len(trained)
+    return recital_gap(table[~is_held_out], table[is_held_out])

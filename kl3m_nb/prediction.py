@@ -8,6 +8,7 @@ anything, too narrow.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,12 @@ def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int
         end = min(length, window + 1 if done == 1 else done + stride)
         yield max(0, end - window - 1), end, end - done
         done = end
+
+
+def beginning(document: Document, tokenizer: PreTrainedTokenizerBase, most: int) -> Document:
+    """The first `most` tokens of a document, or all of a shorter one, as a document that stores them with their text."""
+    tokens = token_ids(document, tokenizer)[:most]
+    return dataclasses.replace(document, text=tokenizer.decode(tokens), tokens=np.array(tokens, dtype=np.int32))
 
 
 def evaluate_documents(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +22,8 @@ NOTEBOOK_STAGES = {
     "04_generation_evaluation": "generation",
     "05_growth_comparison": "growth",
 }
+# What the checkpoints that can be judged are called, and the stage each belongs to.
+CHECKPOINT_STAGES = {"source": "source", "stack, step 0": "stack", "trained": "grown", "scratch": "scratch"}
 
 
 def run_path(profile_name: str, stage: str, run: str = "") -> Path:
@@ -43,6 +46,16 @@ def stage_checkpoint(profile_name: str, stage: str) -> Path | None:
     if stage == "stack":
         return folder / "checkpoint" if (folder / "checkpoint").is_dir() else None
     return checkpoints.require_checkpoint(folder) if checkpoints.latest_checkpoint(folder) else None
+
+
+def named_checkpoints(profile_name: str, given: Mapping[str, str], others: str = "") -> dict[str, str | Path]:
+    """{name: checkpoint}: that of every stage of a profile that has one, then `others`, separated by commas, named as given.
+
+    A checkpoint in `given`, by a name of `CHECKPOINT_STAGES`, is taken in place of its stage's; an empty string names none.
+    """
+    found = {name: given.get(name) or stage_checkpoint(profile_name, stage) for name, stage in CHECKPOINT_STAGES.items()}
+    named = {name: checkpoint for name, checkpoint in found.items() if checkpoint}
+    return named | {name: name for name in others.replace(",", " ").split()}
 
 
 def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:

@@ -7,12 +7,13 @@ import importlib.util
 import json
 import math
 
+import pandas as pd
 import pytest
 import torch
 
 from kl3m_nb import harness, paths, prediction
 from kl3m_nb.corpus import Document
-from kl3m_nb.harness import ChoiceItem, accuracy, answer_bits, answer_items, load_items
+from kl3m_nb.harness import ChoiceItem, accuracy, answer_bits, answer_items, load_items, task_summary
 
 
 @pytest.mark.parametrize("task", harness.TASKS)
@@ -98,6 +99,16 @@ def test_accuracy_is_a_share_with_its_interval(loaded):
     interval = accuracy(table)
     assert interval.mean == table.correct.sum() / len(table)
     assert interval.low < interval.mean < interval.high
+
+
+def test_the_summary_of_a_task_by_hand():
+    right, character = [True, True, True, False], [False, False, True, False]
+    table = pd.DataFrame({"correct": right, "correct_per_character": character})
+    table = table.assign(right_log_likelihood=-math.log(2) * 6, right_characters=3)
+    summary = task_summary(table)
+    assert list(summary) == ["accuracy", "low", "high", "per_character", "answer_bits"]
+    assert (summary["accuracy"], summary["per_character"]) == (0.75, 0.25)
+    assert summary["low"] < 0.75 < summary["high"] and summary["answer_bits"] == pytest.approx(2)
 
 
 DOCUMENTS = [

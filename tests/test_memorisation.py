@@ -8,8 +8,8 @@ import torch
 from test_readers import write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kl3m_nb.corpus import Document
-from kl3m_nb.memorisation import held_out_passages, recital, recital_gap, trained_passages
+from kl3m_nb.corpus import Document, is_held_out
+from kl3m_nb.memorisation import copying, held_out_passages, recital, recital_gap, trained_passages
 from kl3m_nb.profiles import DataSpec
 from kl3m_nb.streams import open_stream
 
@@ -99,6 +99,22 @@ def test_what_was_learned_by_heart_is_recited_and_what_was_not_is_not(overfitted
     gap = recital_gap(of_seen, of_unseen).set_index("prefix").loc[8]
     assert gap.gap_low > 0.5
     assert gap.longest_training == 16 and gap.longest_held_out < 6
+
+
+def test_copying_is_the_gap_between_what_the_stream_gave_and_what_was_held_out(overfitted, tmp_path):
+    """The stream gives the six passages again and again; the held-out documents are letters in a row."""
+    model, seen = overfitted
+    names = [f"d{number}" for number in range(100)]
+    held_out = [name for name in names if is_held_out(Document(name, "x", ""))]
+    known = [{"identifier": name, "tokens": passage} for name, passage in zip(sorted({*names} - {*held_out}), seen, strict=False)]
+    other = [{"identifier": name, "tokens": [*range(1 + number, 60)]} for number, name in enumerate(held_out)]
+    write_rows(tmp_path / "a.jsonl", known + other)
+    data = DataSpec(source=f"files:{tmp_path}/a.jsonl", seq_len=79, shuffle_buffer=4, held_out_windows=1)
+    asked = dict(seed=3, prefix_lengths=(2, 4), continuation=12, count=12)
+    gap = copying(model, Ended(), data, 20, documents([40] * 9), **asked)
+    assert list(gap.prefix) == [2, 4]
+    assert gap.gap_low.iloc[1] > 0.4 and gap.training.iloc[1] > 0.6
+    assert copying(model, Ended(), data, 20, documents([40] * 9), **asked).equals(gap)
 
 
 def test_every_prefix_is_judged_on_the_same_tokens_against_a_greedy_loop(overfitted):

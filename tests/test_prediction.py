@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kl3m_nb.corpus import Document
 from kl3m_nb.evaluation import bootstrap_interval
-from kl3m_nb.prediction import Prediction, evaluate_documents, sliding_windows
+from kl3m_nb.prediction import Prediction, beginning, evaluate_documents, sliding_windows
 
 CONTEXT = 16
 
@@ -70,6 +70,15 @@ def test_a_document_within_the_window_has_transformers_own_loss(model):
         assert row.loss == pytest.approx(own, abs=1e-5)
         assert (row.tokens, row.bytes) == (len(text), len(text))
         assert row.bits_per_byte == pytest.approx(own / math.log(2), abs=1e-5)
+
+
+def test_the_beginning_of_a_document_is_one_of_its_own(model):
+    for document in (DOCUMENTS[1], DOCUMENTS[2]):  # with its text, and with its tokens
+        part = beginning(document, ByteTokenizer(), 5)
+        assert part.identifier == document.identifier and part.text == document.text[:5]
+        assert part.tokens.tolist() == list(document.text.encode()[:5])
+        assert evaluate_documents(model, ByteTokenizer(), [part], CONTEXT, 4).documents.tokens.item() == 5
+    assert beginning(DOCUMENTS[0], ByteTokenizer(), 99).text == "Permit"
 
 
 @pytest.mark.parametrize("stride", [1, 5, CONTEXT])

@@ -1,4 +1,4 @@
-"""The registry: which profile a stage was trained with."""
+"""The registry: which profile a stage was trained with, and which checkpoints there are to judge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from kl3m_nb import run_folder, runs
+from kl3m_nb import checkpoints, run_folder, runs
 from kl3m_nb.profiles import get_profile
 
 
@@ -20,6 +20,20 @@ def test_a_stage_has_the_profile_it_was_trained_with_or_the_named_one(tmp_path, 
     assert runs.stage_profile("tiny", "grown") == trained
     with pytest.raises(ValueError, match="no profile"):
         runs.stage_profile("huge", "grown")
+
+
+def test_checkpoints_are_named_by_their_stage_by_hand_or_as_they_are_given(trained_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
+    assert runs.named_checkpoints("tiny", {"source": ""}) == {}
+    shutil.copytree(trained_run[0], runs.run_path("tiny", "grown"))
+    newest = checkpoints.latest_checkpoint(runs.run_path("tiny", "grown"))
+    (runs.run_path("tiny", "stack") / "checkpoint").mkdir(parents=True)
+    stack = runs.run_path("tiny", "stack") / "checkpoint"
+    assert runs.named_checkpoints("tiny", {}) == {"stack, step 0": stack, "trained": newest}
+    named = runs.named_checkpoints("tiny", {"source": "a", "trained": "b"}, "owner/name, folder")
+    assert list(named.items()) == [
+        ("source", "a"), ("stack, step 0", stack), ("trained", "b"), ("owner/name", "owner/name"), ("folder", "folder"),
+    ]  # fmt: skip
 
 
 def test_a_checkpoint_is_known_by_the_run_it_lies_in(trained_run, tmp_path):

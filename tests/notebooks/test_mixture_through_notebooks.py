@@ -31,7 +31,7 @@ def test_a_mixture_is_grown_trained_and_looked_into(quiet):
     assert list(history.step) == [1, 2, 3, 4] and (history.router_loss > 0).all()
     experts = read_metrics(trained["run_dir"], "experts")
     assert len(experts) % (4 * layers) == 0 and (experts.groupby(["step", "layer"]).share.sum() - 1).abs().max() < 1e-3
-    spectra = execute_notebook("03_spectral_analysis", {"profile": "tiny-moe", "windows": 0})
+    spectra = execute_notebook("03_spectral_analysis", {"profile": "tiny-moe", "role": "gate_proj[0]", "windows": 0})
     assert spectra["tables"]["trained"].expert.max() == 3 and (spectra["divergence"].distance > 0).all()
     judged = execute_notebook(
         "04_generation_evaluation", {"profile": "tiny-moe", "document_count": 2, "prompt_count": 2, "max_new_tokens": 4}

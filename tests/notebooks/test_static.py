@@ -70,9 +70,10 @@ class TestNotebook:
 
     def test_cells_are_short_and_prose_leads(self, path):
         cells = _cells(path)
-        for cell in cells:
+        for number, cell in enumerate(cells):
             if cell.cell_type == "code":
-                assert len(cell.source.splitlines()) <= 14, cell.source
+                most = 14 if number in (2, 3) else 10  # parameters and imports are lists
+                assert len(cell.source.splitlines()) <= most, cell.source
                 assert max(map(len, cell.source.splitlines())) <= 100, cell.source
         words = {kind: sum(len(c.source.split()) for c in cells if c.cell_type == kind) for kind in ("markdown", "code")}
         assert words["markdown"] > 0.75 * words["code"]
