@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.profiler import record_function
 
@@ -222,8 +221,8 @@ class _Run:
         # One transfer a step, after everything is queued: until here a GPU never waits for the host, nor the host for it.
         *numbers, norm = torch.stack([*terms.values(), norm]).tolist()
         values = dict(zip(terms, distributed.sum_over_ranks(numbers), strict=True))
-        clipped = self.clip.clip_(self.parameters, distributed.whole_norm(norm, self.parameters))
-        usable = clipped.finite and np.isfinite(values["loss"])
+        clipped = self.clip.clip_(self.parameters, distributed.whole_norm(norm, self.parameters), values["loss"])
+        usable = clipped.finite
         if usable:
             with record_function("kl3m_nb optimizer"):
                 self.muon.step()
