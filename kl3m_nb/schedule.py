@@ -40,7 +40,8 @@ def lr_factor(step: int, spec: ScheduleSpec) -> float:
 class ClipOutcome:
     """What clipping saw and did at one step. `threshold` is infinite in the mode "off".
 
-    `finite` is False as well for a norm whose square overflows in float32: an optimizer would turn it into a non-finite weight.
+    `finite` speaks of norm and loss. It is False as well for a norm whose square overflows in float32: an optimizer would turn it
+    into a non-finite weight.
     """
 
     norm: float
@@ -82,16 +83,17 @@ class AdaptiveClip:
         return min(self.spec.clip_max_norm, self.spec.clip_coefficient * self.norm_ema)
 
     @torch.no_grad()
-    def clip_(self, parameters: Iterable[nn.Parameter], norm: float | Tensor | None = None) -> ClipOutcome:
+    def clip_(self, parameters: Iterable[nn.Parameter], norm: float | Tensor | None = None, loss: float = 0.0) -> ClipOutcome:
         """Scale the gradients of `parameters` in place so that their global 2-norm is at most the threshold.
 
         `norm` is the global norm when the caller has it already, for instance summed over ranks; otherwise it is computed here.
-        A non-finite norm changes neither the gradients nor the EMA: the outcome has `finite=False`; skip the step.
+        A non-finite norm, or `loss` of the step, changes neither the gradients nor the EMA: the outcome has `finite=False`; skip
+        the step.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = float(global_norm(gradients) if norm is None else norm)
         threshold = self.threshold
-        if not norm <= _LARGEST_NORM:
+        if not (norm <= _LARGEST_NORM and math.isfinite(loss)):
             return ClipOutcome(norm, threshold, clipped=False, finite=False)
         clipped = norm > threshold
         if clipped and gradients:

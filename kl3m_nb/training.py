@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.profiler import record_function
 
@@ -206,9 +205,8 @@ class _Run:
         # One transfer a step, after everything is queued: until here a GPU never waits for the host, nor the host for it.
         *numbers, norm = torch.stack([*terms.values(), norm]).tolist()
         values = dict(zip(terms, distributed.sum_over_ranks(numbers), strict=True))
-        clipped = self.clip.clip_(self.parameters, distributed.whole_norm(norm, self.parameters))
-        usable = clipped.finite and np.isfinite(values["loss"])
-        if usable:
+        clipped = self.clip.clip_(self.parameters, distributed.whole_norm(norm, self.parameters), values["loss"])
+        if clipped.finite:
             with record_function("kl3m_nb optimizer"):
                 self.muon.step()
                 self.aux.step()
@@ -225,17 +223,17 @@ class _Run:
         counters["tokens"] += self.profile.tokens_per_step
         counters["valid_tokens"] += valid_tokens
         counters["seconds"] += seconds
-        counters["skipped"] += not usable
-        counters["skipped_in_a_row"] = 0 if usable else counters["skipped_in_a_row"] + 1
+        counters["skipped"] += not clipped.finite
+        counters["skipped_in_a_row"] = 0 if clipped.finite else counters["skipped_in_a_row"] + 1
         counters["clipped_since_row"] += clipped.clipped
         is_last = counters["step"] == self.profile.schedule.max_steps
-        if counters["step"] % self.profile.runtime.log_every == 0 or is_last or not usable:
+        if counters["step"] % self.profile.runtime.log_every == 0 or is_last or not clipped.finite:
             self._record(
                 {
                     "kind": "train", **self._progress(), "valid_tokens": counters["valid_tokens"], **values,
                     "lr_muon": self.profile.muon_lr * factor, "lr_aux": self.profile.optimizer.aux_lr * factor,
                     "grad_norm": clipped.norm, "clip_threshold": clipped.threshold, "clipped": counters["clipped_since_row"],
-                    "skipped": int(not usable), "tokens_per_second": self.profile.tokens_per_step / seconds,
+                    "skipped": int(not clipped.finite), "tokens_per_second": self.profile.tokens_per_step / seconds,
                     "epoch": self.stream.epoch,
                 }
             )  # fmt: skip

@@ -1,6 +1,7 @@
 """The clamp of one matrix against U max(S, τ) Vᵀ in float64."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from svd_reference import CONDITION, FLOOR, geometric, orthonormal, reference, relative_error, with_spectrum
 
-from kl3m_nb.clamping import ClampOutcome, clamp_spectrum_
+from kl3m_nb.clamping import ClampOutcome, clamp_exactly_, clamp_spectrum_
+from kl3m_nb.gram import as_wide, gram_matrix
 
 SHAPES = [(80, 80), (48, 130), (130, 48)]
 
@@ -114,6 +116,37 @@ def test_a_zero_matrix_and_one_that_is_not_finite_are_reported_and_left_alone():
         outcome = clamp_spectrum_(weight, CONDITION, FLOOR)
         assert not outcome.finite and math.isnan(outcome.sigma_max) and outcome.raised == 0
         assert torch.equal(weight.nan_to_num(), original.nan_to_num())
+
+
+def interval_of(weight, max_condition, sigma_floor):
+    gram = gram_matrix(as_wide(weight), torch.float64)
+    outcome, interval = clamp_exactly_(weight, gram, max_condition, sigma_floor, suspect=False)
+    return outcome.raised, *interval
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 6, 7, 10])
+def test_the_interval_of_an_irrational_value_holds_it(count):
+    """Of a row of ones √count, which float64 stores too large for some counts and too small for others."""
+    raised, lower, upper = interval_of(torch.ones(1, count, dtype=torch.float64), 10.0, 0.0)
+    assert raised == 0 and Fraction(lower) ** 2 < count < Fraction(upper) ** 2 < count * (1 + Fraction(1, 10**8))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_interval_holds_a_small_value_that_a_gram_matrix_blurs(seed):
+    weight = with_spectrum(geometric(30, 4e4), 30, 50, seed=seed)
+    sigma = torch.linalg.svdvals(weight)
+    raised, lower, upper = interval_of(weight, 1e6, 0.0)
+    assert raised == 0 and sigma[-1] - 1e-8 < lower <= sigma[-1] and sigma[0] <= upper < sigma[0] + 1e-8
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("sigma_floor", [1e-3, 4e3])
+def test_after_a_repair_the_interval_holds_what_is_stored(seed, sigma_floor):
+    """Raised from below a ceiling of 1000 or from far below a floor; the repaired weight is rounded to float32."""
+    weight = with_spectrum(geometric(6, 5000.0), 6, 8, torch.float32, seed)
+    raised, lower, upper = interval_of(weight, 1000.0, sigma_floor)
+    sigma = torch.linalg.svdvals(weight.double())
+    assert raised > 0 and sigma[-1] - 2e-6 * sigma[0] < lower <= sigma[-1] and sigma[0] <= upper < sigma[0] * (1 + 2e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-200, 1e200])

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from conftest import small_profile
 
 import kl3m_nb.estimate
-from kl3m_nb import flops, models, roles
+from kl3m_nb import flops, models, roles, runtime
 from kl3m_nb.estimate import GPUS, data_sheet, estimate, estimate_table
 from kl3m_nb.profiles import get_profile
 from kl3m_nb.runtime import Runtime
@@ -42,6 +45,24 @@ def test_checkpointing_is_switched_on_where_memory_asks_for_it():
     assert not never.recompute and never.memory > GPUS["4090"].memory
 
 
+def test_a_step_that_just_fits_is_not_checkpointed():
+    largest = estimate(get_profile("kl3m-007-500m"), "a100").largest_kept
+    fits, too_large = (estimate(get_profile("kl3m-007-500m", micro_batch=largest + more), "a100") for more in (0, 1))
+    assert largest > 1 and fits.memory <= 0.9 * GPUS["a100"].memory < too_large.kept.total
+    assert not fits.recompute and too_large.recompute
+
+
+def test_the_estimate_and_the_run_agree_on_checkpointing(monkeypatch):
+    """To the byte, with a memory of which nine tenths just hold the step, or just do not."""
+    profile = small_profile()
+    just_enough = math.ceil(estimate(profile).kept.total / 0.9)
+    expected = {just_enough // 2: True, just_enough - 2: True, just_enough + 1: False, 2 * just_enough: False}
+    for memory, recompute in expected.items():
+        monkeypatch.setattr(runtime, "device_memory", lambda device, memory=memory: memory)
+        monkeypatch.setattr(kl3m_nb.estimate, "device_memory", lambda device, memory=memory: memory)
+        assert estimate(profile).recompute == runtime.choose_runtime(profile).recompute == recompute, memory
+
+
 def test_states_are_what_the_optimizers_hold_after_a_step():
     profile = small_profile()
     model = models.build_model(profile)
@@ -64,6 +85,25 @@ def test_time_grows_with_steps_and_tokens():
     short, long = estimate(small_profile(max_steps=10), "h200"), estimate(small_profile(max_steps=1000), "h200")
     assert long.seconds / short.seconds == pytest.approx(100)
     assert "10 steps of 128 tokens" in estimate(small_profile(max_steps=10)).sentence()
+
+
+def orthogonalising(profile) -> float:
+    """Operations of one Newton-Schulz iteration over the model's matrices: X·Xᵀ, its square and their product with X."""
+    model = models.build_model(profile)
+    matrices = [
+        group["params"] for group in roles.build_optimizers(model, roles.role_table(model, profile), profile)[0].param_groups
+    ]
+    sides = [sorted(matrix.shape) for group in matrices for matrix in group]
+    return sum(2 * short * long * short + 2 * short**3 + 2 * short * short * long for short, long in sides)
+
+
+def test_the_time_of_muon_counts(monkeypatch):
+    """Two iterations more, of a batch so small that they are most of the work."""
+    few, many = (small_profile(ns_steps=steps, ns_precision="bfloat16", micro_batch=1) for steps in (3, 5))
+    monkeypatch.setattr(kl3m_nb.estimate, "_matmul_speed", lambda device, precision: 1e9)
+    for gpu, rate in (("h200", 0.4 * 989e12), ("", 0.45 * 1e9)):
+        seconds = [needed.seconds / needed.max_steps for needed in (estimate(few, gpu), estimate(many, gpu))]
+        assert seconds[1] - seconds[0] == pytest.approx(2 * orthogonalising(few) / rate, rel=1e-6)
 
 
 def test_precision_counts_on_a_named_gpu():
@@ -107,6 +147,15 @@ def test_a_sliding_window_saves_time_with_flash_attention_alone():
     assert "window of 256 is a mask" in masked.table()["assumed"] and "mask" not in window.table()["assumed"]
     assert "pads its segments" in window.table()["assumed"]
     assert estimate(get_profile("kl3m-007-500m"), "h200").table()["assumed"] == "full windows"
+
+
+@pytest.mark.parametrize("seq_len", [128, 256])
+def test_a_window_that_is_not_shorter_than_the_sequence_masks_nothing(seq_len):
+    profile = get_profile("kl3m-002-520m", seq_len=seq_len)
+    unlimited = dataclasses.replace(profile, model=dataclasses.replace(profile.model, sliding_window=0))
+    assert profile.model.sliding_window == 256
+    assert estimate(profile, "h200") == estimate(unlimited, "h200")
+    assert "mask" in estimate(get_profile("kl3m-002-520m", seq_len=257), "h200").assumed
 
 
 def test_the_table_names_its_conventions_and_what_is_active():

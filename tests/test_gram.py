@@ -1,10 +1,14 @@
 """Proofs about singular values: what is proven is true, and what is clearly true is proven."""
 
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kl3m_nb import gram
 from kl3m_nb.gram import gram_matrix, prove_healthy, useful_precisions
 
 PRECISIONS = [torch.float32, torch.float64]
@@ -52,6 +56,61 @@ def test_what_is_proven_is_true(exponent, ceiling, short, extra, largest, precis
     if proof.holds:
         assert sigma[-1] >= proof.lower >= proof.tau >= sigma[0] / ceiling
         assert sigma[0] <= proof.upper
+
+
+def row_summed_wrongly(pieces, share, precision):
+    """One row: a piece of ones, then in each further piece one entry whose square is that `share` of a unit of the sum so far.
+
+    Squares of half a unit and more are rounded up when they are added, less than half is lost. Also σ² as a fraction.
+    """
+    size = gram.PIECE[precision]
+    row = torch.zeros(1, (pieces + 1) * size, dtype=precision)
+    row[0, :size] = 1
+    row[0, size::size] = math.sqrt(share * size * torch.finfo(precision).eps)
+    return row, size + pieces * Fraction(row[0, -size].item()) ** 2
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_gram_matrix_that_rounding_has_made_too_large_proves_nothing_false(precision):
+    row, square = row_summed_wrongly(100, 0.51, precision)
+    computed = gram_matrix(row, precision).item()
+    below, above = math.sqrt(0.99 * square), math.sqrt((computed + square) / 2)
+    assert prove(row, 10.0, below, precision)[0].holds
+    assert Fraction(above) ** 2 > square and not prove(row, 10.0, above, precision)[0].holds
+
+
+def test_a_gram_matrix_that_rounding_has_made_too_small_does_not_bound_the_largest_value(monkeypatch):
+    """What is lost has to exceed the two parts in a thousand by which the estimate of σ₁² is raised: pieces of one column."""
+    monkeypatch.setitem(gram.PIECE, torch.float32, 1)
+    row, square = row_summed_wrongly(36_000, 0.49, torch.float32)
+    computed = gram_matrix(row.unsqueeze(0), torch.float32)
+    [proof] = prove_healthy(computed, row.shape[1], 10.0, 0.0)
+    assert computed.item() == 1 and square > 1.0021
+    assert proof.holds and Fraction(proof.lower) ** 2 < square < Fraction(proof.upper) ** 2
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bounds_are_as_wide_as_rounding_may_move_them_at_worst(precision):
+    """Higham, theorem 10.3: a factorisation of n rows is one of a matrix off by (n + 1)u of its trace; n products add n·u to it.
+
+    Of the identity, whose trace is n and whose σ² are all 1.
+    """
+    size = 300
+    worst = (2 * size + 1) * size * torch.finfo(precision).eps / 2
+    too_high, low_enough = (math.sqrt(1 - share * worst) for share in (0.99, 1.1))
+    weight = torch.eye(size, dtype=precision)
+    assert not prove(weight, 10.0, too_high, precision)[0].holds
+    [proof] = prove(weight, 10.0, low_enough, precision)
+    assert proof.holds and proof.lower**2 <= 1 - worst and proof.upper**2 >= 1 + worst
+
+
+def test_squares_that_are_lost_below_the_smallest_number_are_allowed_for():
+    row = torch.full((1, 2**18), 2.0**-75.5)  # each square is less than half of the smallest float32
+    row[0, 0] = 2.0**-63
+    square = sum(count * Fraction(value) ** 2 for value, count in ((row[0, 0].item(), 1), (row[0, 1].item(), 2**18 - 1)))
+    [proof] = prove(row, 10.0, 0.0, torch.float32)
+    assert gram_matrix(row, torch.float32).item() == 2.0**-126 and square > Fraction(1.007 * 2.0**-126)
+    assert not proof.holds or square < Fraction(proof.upper) ** 2
 
 
 @pytest.mark.parametrize(

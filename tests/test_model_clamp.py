@@ -179,6 +179,25 @@ def test_a_certificate_never_covers_a_matrix_that_needs_a_repair(condition, size
         assert sigma[-1] >= sigma[0] / 100.0
 
 
+HADAMARD = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(8)] for i in range(8)])  # rows of ±1, orthogonal
+
+
+@pytest.mark.parametrize(("growth", "decay"), [(0.55, 0.0), (-0.55, 0.0), (0.0, 0.5)])
+def test_a_certificate_allows_for_the_rounding_of_a_step(growth, decay):
+    """All entries are to move by some half of the unit in their last place, and are rounded to move by a whole one."""
+    eps = torch.finfo(torch.float32).eps
+    weight = 1.5 * HADAMARD
+    clamp = SpectralClamp([ClampTarget("w", weight, 100.0, FLOOR)])
+    clamp.clamp()
+    for _ in range(3):
+        weight.mul_(1 - decay * eps).add_(growth * eps * HADAMARD)
+        clamp.note_movement({"w": (abs(growth) * eps * math.sqrt(8), decay * eps)})
+    sigma = torch.linalg.svdvals(weight.double())
+    [event] = clamp.clamp()
+    assert abs(weight.abs() - 1.5).min() == abs(weight.abs() - 1.5).max() == 3 * eps
+    assert event.route == "certified" and event.sigma_min <= sigma[-1] and sigma[0] <= event.sigma_max
+
+
 def test_a_certificate_covers_small_steps_and_ends_with_large_ones(route):
     weight, clamp = moving_clamp()
     original = weight.clone()

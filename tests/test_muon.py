@@ -210,6 +210,37 @@ def test_the_bound_is_tight_and_holds_for_every_bfloat16_value(coefficients, ste
     assert 0.98 * bound < largest <= bound
 
 
+@pytest.mark.parametrize(("coefficients", "polynomials"), [("keller_jordan", KELLER_JORDAN), ("polar_express", POLAR_EXPRESS)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_the_bound_has_room_for_the_rounding_of_the_largest_value(coefficients, polynomials, dtype, steps):
+    """Rows of equal entries, their norms about the one that the exact polynomials make largest: some end beyond that."""
+
+    def exact(values: np.ndarray) -> np.ndarray:
+        for a, b, c in polynomials[:steps]:
+            values = a * values + b * values**3 + c * values**5
+        return values
+
+    grid = np.linspace(0.0, 1.0, 1_000_001)
+    peak = grid[exact(grid).argmax()]
+    grid = np.linspace(peak - 1e-6, peak + 1e-6, 20_001)
+    peak, largest = grid[exact(grid).argmax()], exact(grid).max()
+    eps, cols = torch.finfo(dtype).eps, 1000
+    norms = torch.from_numpy(peak * (1.0 + np.linspace(-0.1, 0.1, 1000) * math.sqrt(eps)))  # the exact result is flat there
+    rows = (norms / math.sqrt(cols)).to(dtype).view(-1, 1, 1).repeat(1, 1, cols)
+    result = muon._newton_schulz(rows, muon.polynomials(steps, coefficients))
+    rounded = math.sqrt(cols) * result.double().amin(-1).max().item()  # at most the norm of one of them
+    assert largest * (1.0 + eps / 2) < rounded <= singular_value_bound(steps, coefficients, dtype) < 1.02 * largest
+
+
+@pytest.mark.parametrize("norm", [1e-5, 1e-7, 1e-9])
+def test_a_gradient_that_all_but_vanishes_is_not_blown_up(norm):
+    """To the norm 1e-7 is added, as in Keller Jordan's code."""
+    matrices = conditioned(12, 30, generator=torch.Generator().manual_seed(0))
+    matrices *= norm / torch.linalg.matrix_norm(matrices)
+    assert relative_error(orthogonalize(matrices.float(), precision="float32"), reference_update(matrices.numpy())) < 1e-4
+
+
 @pytest.mark.parametrize("coefficients", ["keller_jordan", "polar_express"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_movement_bounds_hold_for_every_matrix(coefficients, precision):
@@ -217,7 +248,7 @@ def test_movement_bounds_hold_for_every_matrix(coefficients, precision):
     groups = [
         {"params": [nn.Parameter(torch.randn(20, 20)), nn.Parameter(torch.randn(30, 10))], "weight_decay": 2.0},
         {"params": [nn.Parameter(torch.randn(3, 16, 24))], "fused": 2, "lr": 0.01, "adjust_lr": "match_rms_adamw"},
-        {"params": [nn.Parameter(1e6 * torch.randn(8, 8))], "lr": 1e-9},  # rounding moves it further than the update
+        {"params": [nn.Parameter(1e6 * torch.randn(8, 8))], "lr": 0.1},  # a few units in the last place
     ]
     optimizer = Muon(groups, lr=0.05, ns_steps=4, coefficients=coefficients, precision=precision)
     for _ in range(5):
@@ -234,6 +265,26 @@ def test_movement_bounds_hold_for_every_matrix(coefficients, precision):
     square = groups[0]["params"][0]
     assert bounds[square][0] == pytest.approx(0.05 * singular_value_bound(4, coefficients, getattr(torch, precision)), rel=1e-4)
     assert bounds[square][1] == pytest.approx(0.05 * 2.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_a_movement_bound_holds_where_rounding_moves_a_weight_further_than_its_update(dtype, direction):
+    """Every entry is to move by 0.55 of the unit in its last place, and so moves by a whole one."""
+    pattern = torch.tensor([[1.0]])
+    for _ in range(3):
+        pattern = torch.cat([torch.cat([pattern, pattern], 1), torch.cat([pattern, -pattern], 1)])  # Hadamard's, 8 × 8
+    update = orthogonalize(direction * pattern, precision="float32")
+    unit = 2.0**19 * torch.finfo(dtype).eps
+    parameter = nn.Parameter((1.5 * 2.0**19 * pattern).to(dtype))
+    optimizer = Muon([parameter], lr=0.55 * unit / update.abs().mean().item(), momentum=0.0, precision="float32")
+    before = parameter.detach().double().clone()
+    parameter.grad = (direction * pattern).to(dtype)
+    optimizer.step()
+    moved = torch.linalg.matrix_norm(parameter.detach().double() - before, 2).item()
+    additive, relative = optimizer.movement_bounds()[parameter]
+    assert moved == pytest.approx(unit * math.sqrt(8)) and moved > 1.2 * optimizer.param_groups[0]["lr"]
+    assert moved <= additive + relative * torch.linalg.matrix_norm(before, 2).item()
 
 
 def test_parameters_without_a_gradient_stay_and_have_not_moved():

@@ -344,6 +344,15 @@ def test_activation_penalty_of_micro_batches_adds_up():
     torch.testing.assert_close(sum(pieces), whole)
 
 
+@pytest.mark.parametrize("num_valid", [None, 0, torch.tensor(0)], ids=["counted", "a number", "a tensor"])
+@pytest.mark.parametrize("tokens", [5, 0])
+def test_activation_penalty_without_valid_labels_is_zero(tokens, num_valid):
+    residual = torch.randn(3, tokens, 8, requires_grad=True)
+    penalty = activation_penalty(residual, torch.full((3, tokens), -100), 0.1, num_valid)
+    penalty.backward()
+    assert penalty == 0 and not residual.grad.any()
+
+
 def test_activation_penalty_checks_shapes():
     with pytest.raises(ValueError, match="labels"):
         activation_penalty(torch.zeros(2, 3, 4), torch.zeros(2, 4, dtype=torch.int64), 0.1)

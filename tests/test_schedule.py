@@ -137,6 +137,18 @@ def test_a_non_finite_norm_changes_nothing(mode, bad):
     assert clip.state_dict() == state
 
 
+@pytest.mark.parametrize("mode", ["adaptive", "fixed", "off"])
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_loss_changes_nothing_however_large_the_norm(mode, loss):
+    clip = AdaptiveClip(ScheduleSpec(clip_mode=mode))
+    clip.clip_(parameters_with_norm(3.0), loss=2.5)
+    parameters = parameters_with_norm(1000.0)
+    before, state = flat_gradient(parameters).clone(), clip.state_dict()
+    outcome = clip.clip_(parameters, loss=loss)
+    assert outcome == ClipOutcome(pytest.approx(1000.0), clip.threshold, clipped=False, finite=False)
+    assert torch.equal(flat_gradient(parameters), before) and clip.state_dict() == state
+
+
 def test_a_norm_whose_square_overflows_is_not_finite():
     parameters = parameters_with_norm(1e22)
     optimizer = torch.optim.AdamW(parameters, lr=1.0)

@@ -167,13 +167,17 @@ def _same(left, right) -> bool:
     return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
 
 
-def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("gradients_too", [True, False])
+def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch, gradients_too):
     profile = small_profile(max_steps=3, clamp_every=0, checkpoint_every=1, keep_checkpoints=3)
     original, calls = training_loss.activation_penalty, []
 
     def poisoned(residual, *rest):
         calls.append(1)
-        return original(residual, *rest) * (math.nan if len(calls) == 2 else 1.0)
+        penalty = original(residual, *rest)
+        if len(calls) == 2:
+            return penalty * math.nan if gradients_too else penalty + math.nan
+        return penalty
 
     monkeypatch.setattr(training_loss, "activation_penalty", poisoned)
     seen = {}
@@ -181,6 +185,7 @@ def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch)
     def watch(row):
         if row["kind"] == "train":
             seen[row["step"]] = row["skipped"]
+            assert math.isfinite(row["grad_norm"]) == (row["step"] != 2 or not gradients_too)
             if row["skipped"]:  # by itself such a step is not saved
                 run_folder.request_checkpoint(tmp_path / "run")
 
