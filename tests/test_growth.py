@@ -182,6 +182,26 @@ def test_the_interval_of_a_forecast_holds_the_truth_about_as_often_as_it_says():
     assert sum(forecast.low <= 2500 <= forecast.high for forecast in known) >= 0.85 * len(known)
 
 
+@pytest.mark.parametrize("evaluations", [6, 8])
+def test_the_band_is_as_wide_as_least_squares_with_three_parameters_says(evaluations):
+    """Fitted values vary, summed over the evaluations, by 3·RSS / (n - 3).
+
+    The scatter is at right angles to all that the three parameters can do to the law, so that RSS is its own sum of squares.
+    """
+    steps = np.geomspace(500, 2000, evaluations).round()
+    power = (steps / 2000) ** -0.5
+    parameters, _ = np.linalg.qr(np.column_stack([np.ones_like(power), power, power * np.log(steps)]))
+    variances = []
+    for seed in range(8):
+        scatter = np.random.default_rng(seed).normal(size=evaluations)
+        scatter -= parameters @ (parameters.T @ scatter)
+        scatter *= 0.02 / np.linalg.norm(scatter)
+        band = forecast_match(curve(2 + power + scatter, steps=steps), 1.0, 10**6, resamples=300).curve
+        deviation = np.interp(np.log(steps), np.log(band["step"]), (band["high"] - band["low"]) / (2 * 1.96))
+        variances.append(np.sum(deviation**2))
+    assert np.mean(variances) == pytest.approx(3 * 0.02**2 / (evaluations - 3), rel=0.2)
+
+
 def test_noise_widens_the_interval():
     quiet, loud = (forecast_match(power_law(2000, noise, 1), 2.4, 10**6) for noise in (0.0005, 0.004))
     assert quiet.high - quiet.low < 0.5 * (loud.high - loud.low)
