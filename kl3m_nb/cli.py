@@ -257,8 +257,9 @@ def _stack(options: argparse.Namespace) -> int:
 def _estimate(options: argparse.Namespace) -> int:
     if options.micro_batch is not None:
         options.set.append(("micro_batch", str(options.micro_batch)))
-    for key, value in estimate(_set_fields(options), options.gpu).table().items():
-        print(f"{key:30} {value}")
+    table = estimate(_set_fields(options), options.gpu).table()
+    for key, value in table.items():
+        print(f"{key:{max(map(len, table))}}  {value}")
     return 0
 
 
@@ -295,11 +296,10 @@ def _existing(name: str) -> str:
 
 def _runs(options: argparse.Namespace) -> int:
     table = runs.load_runs()
-    print(
-        "There are no runs yet; `make demo` makes some."
-        if table.empty
-        else table.drop(columns="checkpoint").to_string(index=False)
-    )
-    if not table.empty:
-        print(f"in {paths.runs_dir()}")
+    if table.empty:
+        print("There are no runs yet; `make demo` makes some.")
+        return 0
+    shown = {"held_out_loss": "{:.3f}".format, "tokens": "{:,.0f}".format, "seconds": "{:,.0f}".format}
+    print(table.drop(columns="checkpoint").to_string(index=False, formatters=shown, na_rep="–"))
+    print(f"in {paths.runs_dir()}")
     return 0

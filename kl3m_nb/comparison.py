@@ -22,6 +22,16 @@ def summary_table(predictions: Mapping[str, Prediction]) -> pd.DataFrame:
     return table.rename_axis("model").sort_values("bits_per_byte").astype({"documents": int, "tokens": int})
 
 
+def side_by_side(table: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
+    """`table` turned to read: a column per row of it, as text. Columns of whole numbers stay whole, NaN is a dash."""
+
+    def told(column: pd.Series) -> pd.Series:
+        form = "{:,}" if pd.api.types.is_integer_dtype(column) else f"{{:,.{decimals}f}}"
+        return column.map(lambda value: "–" if pd.isna(value) else form.format(value))
+
+    return table.apply(told).T
+
+
 def steps_table(predictions: Mapping[int, Prediction]) -> pd.DataFrame:
     """A row per step: `bits_per_byte` with its 95% interval, `_low` to `_high`, on the documents that all `predictions` have."""
     shared = set.intersection(*(set(prediction.documents["identifier"]) for prediction in predictions.values()))

@@ -69,9 +69,13 @@ def run_demo(fresh: bool = False) -> int:
     write_index(
         index,
         "Growing a small legal language model",
-        f"<p>A trained 3-layer model, stacked to 12 layers and trained on, beside 12 layers from scratch.</p><p>{conditions}</p>",
+        "<p>A trained 3-layer model (source), stacked to 12 layers and trained on (grown), beside 12 layers trained from random "
+        f"weights (scratch).</p><p>{conditions}</p>",
         entries,
-        tables=[("Losses, nats per token", comparison.losses), ("Cost to reach scratch's best loss", comparison.speedup_table())],
+        tables=[
+            ("Loss on the same held-out text, nats per token", comparison.loss_table()),
+            (f"Cost to reach a held-out loss of {comparison.target_loss:.3f}, the best of scratch", comparison.speedup_table()),
+        ],
         figures=[(text, runs.run_path(PROFILE, stage) / "figures" / name) for text, stage, name in _FIGURES],
     )
     _print_summary(comparison, conditions, index, time.monotonic() - began)
@@ -79,7 +83,7 @@ def run_demo(fresh: bool = False) -> int:
 
 
 def _print_summary(comparison: report.GrowthComparison, conditions: str, index: Path, seconds: float) -> None:
-    print(f"\n{comparison.losses.round(3).to_string(index=False)}\n")
+    print(f"\n{comparison.loss_table().to_string(index=False)}\n")
     print(f"To reach a held-out loss of {comparison.target_loss:.3f} (the best of the model from scratch):")
     print(comparison.speedup_table().to_string(index=False))
     print(f"\n{conditions}\nThis call took {clock(seconds)}. The pages: {index}", flush=True)

@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from kl3m_nb.figures import BLACK, BLUE, GREY, ORANGE, SEQUENCE, VERMILLION, plain_log_axis, step_axis, styled
+from kl3m_nb.figures import BLACK, BLUE, GREY, ORANGE, SEQUENCE, VERMILLION, percent_axis, plain_log_axis, step_axis, styled
 from kl3m_nb.growth import MatchForecast
 from kl3m_nb.prediction import ENTROPY_TARGET_BITS, Prediction
 
@@ -61,7 +60,7 @@ def plot_prediction(predictions: Mapping[str, Prediction]) -> Figure:
     calibration.set(title="Calibration", xlabel="confidence in the likeliest token", ylabel="how often it is right")
     calibration.set(xlim=(0, limit), ylim=(0, limit))
     for axis in (calibration.xaxis, calibration.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        percent_axis(axis)
     calibration.legend(handles=[calibration.lines[0]], loc="upper left")
     figure.legend(*positions.get_legend_handles_labels(), loc="outside lower center", ncols=len(predictions))
     return figure
@@ -142,7 +141,7 @@ def plot_generation_measures(frame: pd.DataFrame) -> Figure:
         )
         axes.set_ylim(0, 1.15 if is_share else 1.2 * max(np.nanmax(values, initial=0), 1e-9))
         if is_share:
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            percent_axis(axes.yaxis)
         if np.isnan(values).all():
             axes.text(0.5, 0.5, "nothing to judge", color=GREY, ha="center", va="center", transform=axes.transAxes)
         axes.set(title=title, ylabel=unit)
@@ -171,13 +170,15 @@ def plot_sampling_sweep(sweep: pd.DataFrame) -> Figure:
         for number, ((top_p, penalty), line) in enumerate(sweep.groupby(["top_p", "repetition_penalty"])):
             line = line.sort_values("temperature")
             label = f"top-p {top_p:g}" + (f", penalty {penalty:g}" if sweep["repetition_penalty"].nunique() > 1 else "")
-            axes.plot(line["temperature"], line[measure], DASHES[number % 4], markersize=5, label=label, **_look(number))
+            look = {"markersize": 5, "clip_on": False, **_look(number)}
+            axes.plot(line["temperature"], line[measure], DASHES[number % 4], label=label, **look)
+        star = {"color": BLACK, "markersize": 14, "zorder": 5, "clip_on": False}
         advised = sweep[sweep["advised"]]
-        axes.plot(advised["temperature"], advised[measure], "*", color=BLACK, markersize=14, label="the card's advice", zorder=5)
+        axes.plot(advised["temperature"], advised[measure], "*", label="the card's advice", **star)
         if unit.startswith("share"):
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            percent_axis(axes.yaxis)
         axes.set(title=title, ylabel=unit)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * np.nanmax(sweep[measure].to_numpy(dtype=float), initial=0.0) or None)
     for axes in panels[-1]:
         axes.set_xlabel("temperature")
     handles, labels = panels[0, 0].get_legend_handles_labels()
@@ -226,7 +227,7 @@ def plot_recital(gaps: Mapping[str, pd.DataFrame]) -> Figure:
         axes.set_xticks(gap["prefix"], [f"{prefix}" for prefix in gap["prefix"]])
         axes.minorticks_off()
         axes.set(title=name, xlabel="tokens of the prefix")
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        percent_axis(axes.yaxis)
     panels[0, 0].set_ylabel("identical tokens, position by position")
     panels[0, 0].set_ylim(bottom=0)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

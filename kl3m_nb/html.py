@@ -36,7 +36,10 @@ _LOADING_STYLE = re.compile(r"@import[^;]*;?|url\(\s*(?!['\"]?(?:data:|#))[^)]*\
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """One linked page of an index: `link` is relative to it, `state` shown as it is, `seconds` unless there are none."""
+    """One linked page of an index: `link` is relative to it, `state` shown as it is, `seconds` unless there are none.
+
+    `title` and `description` are text in which backticks enclose code.
+    """
 
     title: str
     description: str
@@ -107,11 +110,16 @@ def figure_tag(image: Path, caption: str) -> str:
 def _entry(entry: IndexEntry) -> str:
     thumbnail = _image(entry.thumbnail, "") if entry.thumbnail else ""
     return (
-        f'<li><a href="{escape(entry.link)}">{thumbnail}<span class="title">{escape(entry.title)}</span></a>'
-        f"<p>{escape(entry.description)}</p>"
+        f'<li><a href="{escape(entry.link)}">{thumbnail}<span class="title">{_inline_code(escape(entry.title))}</span></a>'
+        f"<p>{_inline_code(escape(entry.description))}</p>"
         f'<p class="facts"><span class="state {escape(entry.state.replace(" ", "-"))}">{escape(entry.state)}</span> '
         f"{clock(entry.seconds) if entry.seconds else ''}</p></li>"
     )
+
+
+def _inline_code(text: str) -> str:
+    """Escaped text, as code where markdown's backticks enclose it."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
 
 
 def _image(path: Path, alternative: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from kl3m_nb import growth
 from kl3m_nb.figures import (
@@ -26,6 +26,7 @@ from kl3m_nb.figures import (
     ROLE_LINES,
     SKY,
     VERMILLION,
+    percent_axis,
     plain_log_axis,
     save_figure,
     step_axis,
@@ -174,8 +175,8 @@ def plot_clamp_events(clamp: pd.DataFrame) -> Figure:
         of_group = clamp[clamp["role"].isin(roles)]
         ceiling = of_group["max_condition"].max()
         condition.axhline(ceiling, color=BLACK, linewidth=1)
-        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        condition.annotate(f"ceiling {ceiling:,.0f}", (1, ceiling), fontsize=9, **place)
+        beside = {"xycoords": ("axes fraction", "data"), "va": "center"}  # inside, the curves would run through it
+        condition.annotate(f"ceiling\n{ceiling:,.0f}", (1.01, ceiling), fontsize=9, **beside)
         bottom = np.zeros(len(events))
         for role in [role for role in roles if role in set(of_group["role"])]:
             by_step = of_group[of_group["role"] == role].groupby("step")
@@ -222,7 +223,7 @@ def plot_expert_use(experts: pd.DataFrame) -> Figure:
     now.set_xticks(range(last.shape[1]))
     now.yaxis.set_major_locator(MaxNLocator(9, integer=True))
     now.grid(visible=False)
-    figure.colorbar(image, ax=now, label="share of the layer's choices", format=PercentFormatter(1.0, decimals=0))
+    percent_axis(figure.colorbar(image, ax=now, label="share of the layer's choices").ax.yaxis)
     for extreme, color, label in (("max", VERMILLION, "busiest"), ("min", BLUE, "idlest")):
         shares = by_layer[extreme]
         over_time.fill_between(shares.index, shares.min(axis=1), shares.max(axis=1), color=color, alpha=0.2, linewidth=0)
@@ -231,7 +232,7 @@ def plot_expert_use(experts: pd.DataFrame) -> Figure:
     over_time.axhline(even, color=BLACK, linewidth=0.9, linestyle="--")
     over_time.annotate("even", (1, even), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
     over_time.set(ylim=(0, None), ylabel="share (line: median layer, band: all layers)", title="over the run")
-    over_time.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    percent_axis(over_time.yaxis)
     step_axis(over_time)
     over_time.legend()
     return figure

@@ -28,6 +28,13 @@ class GrowthComparison:
         self.losses.to_csv(folder / "losses.csv", index=False)
         self.costs.to_csv(folder / "speedups.csv")
 
+    def loss_table(self) -> pd.DataFrame:
+        """The held-out losses in words, one row per run."""
+        counts = {name: self.losses[name].map("{:,}".format) for name in ("steps", "tokens")}
+        names = {"loss at step 0": "held-out loss at step 0", "final loss": "final held-out loss"}
+        losses = {told: self.losses[name].map("{:.3f}".format) for name, told in names.items()}
+        return self.losses[["run"]].assign(**counts, **losses)
+
     def speedup_table(self) -> pd.DataFrame:
         """The speedups in words, one row per kind of cost."""
         rows = []
@@ -45,8 +52,8 @@ class GrowthComparison:
         return pd.DataFrame(rows)
 
     def _repr_html_(self) -> str:
-        tables = "".join(table.to_html(index=False, border=0) for table in (self.losses.round(3), self.speedup_table()))
-        return f"<p>Target: held-out loss {self.target_loss:.3f} nats per token.</p>{tables}"
+        tables = "".join(table.to_html(index=False, border=0) for table in (self.loss_table(), self.speedup_table()))
+        return f"<p>Target: held-out loss {self.target_loss:.3f} nats per token, the best of scratch.</p>{tables}"
 
 
 def compare_growth(source: pd.DataFrame, grown: pd.DataFrame, scratch: pd.DataFrame) -> GrowthComparison:

@@ -47,9 +47,7 @@ class Runtime:
 
     def describe(self) -> str:
         """One line for a log or a notebook."""
-        place = (
-            torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
+        place = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {_threads()}"
         attention = "flash_attention_4" if self.attention == flash_attention.IMPLEMENTATION else self.attention
         return " · ".join(
             (
@@ -175,7 +173,12 @@ def versions() -> str:
     """One line that names what a notebook ran on: Python, the libraries that decide results, and the machine."""
     names = ("torch", "transformers", "datasets", "papermill")
     libraries = " · ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return f"Python {platform.python_version()} · {libraries} · {platform.machine()}, {torch.get_num_threads()} threads"
+    return f"Python {platform.python_version()} · {libraries} · {platform.machine()}, {_threads()}"
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def prepare_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:

@@ -66,9 +66,11 @@ def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float],
             axes.plot(layers, rows, marker, label=label if share.notna().any(axis=None) and roles is groups[0] else "", **style)
         for ceiling in sorted(set(limits[roles]) - {0.0}):
             named = ", ".join(_short(role) for role in roles if limits[role] == ceiling)
-            bar.ax.axhline(ceiling, color=VERMILLION, linewidth=2)
+            on_scale = low <= ceiling <= high
+            if on_scale:  # across the bar and its frame, which at the scale's end would hide it
+                bar.ax.axhline(ceiling, -0.7, 1.4, color=VERMILLION, linewidth=2, clip_on=False, in_layout=False, zorder=5)
             text = f"ceiling {ceiling:,.0f}{'' if enforced else ' (for reference)'}: {named}"
-            axes.plot([], [], color=VERMILLION, linewidth=2, label=text if ceiling <= high else f"{text} (beyond the scale)")
+            axes.plot([], [], color=VERMILLION, linewidth=2, label=text if on_scale else f"{text} (beyond the scale)")
         if roles is not groups[-1]:
             axes.set_xlabel("")
     panels[0, 0].set_title(_remarks(spectra, ceilings if enforced else {}), fontsize=10.5, fontweight="normal")
@@ -243,7 +245,8 @@ def _mark_chance(axes: Axes, divergence: pd.DataFrame) -> None:
     for chance, roles in levels.items():
         named = f" ({', '.join(_short(role) for role in ROLES if role in roles)})" if len(levels) > 1 else ""
         axes.axhline(chance, color=BLACK, linestyle=(0, (6, 4)), linewidth=0.9)
-        axes.annotate(f"chance{named}", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+        axes.annotate(f"chance{named}", (1, chance), (0, 2), fontsize=8, **place)
 
 
 @styled

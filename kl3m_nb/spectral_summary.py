@@ -107,10 +107,11 @@ def _describe_group(group: str, rows: pd.DataFrame, ceilings: Mapping[str, float
     sentences = []
     if limits.any():
         at = known[share >= AT_CEILING]
-        roles = ", ".join(f"{role} {count}" for role, count in at["role"].value_counts().items())
+        counts = at["role"].value_counts().items()
+        roles = ", ".join(f"{count} {role} matri{'x' if count == 1 else 'ces'}" for role, count in counts)
         where = f"in {at['layer'].nunique()} of {layers} layers ({roles})" if roles else "in no layer"
         far = known[share > FAR_ABOVE_CEILING]["layer"].nunique()
-        above = f", more than {FAR_ABOVE_CEILING - 1:.0%} above it in {far}" if far else ""
+        above = f", more than {FAR_ABOVE_CEILING - 1:.0%} above it in {far} of these layers" if far else ""
         sentences.append(f"{group[0].upper()}{group[1:]} sits at or above the ceiling {where}{above}.")
     if not known.empty:
         worst = known.loc[known["condition"].idxmax()]
@@ -125,7 +126,7 @@ def _describe_group(group: str, rows: pd.DataFrame, ceilings: Mapping[str, float
 
 
 def describe_divergence(divergence: pd.DataFrame) -> list[str]:
-    """Sentences on a table of `copies.copy_divergence` at one checkpoint."""
+    """Sentences on a table of `copies.copy_divergence` at one checkpoint: means, as `spectral_plots.plot_divergence` draws."""
     known = divergence.dropna(subset=["distance"])
     sentences = []
     if len(known) < len(divergence):
@@ -136,30 +137,30 @@ def describe_divergence(divergence: pd.DataFrame) -> list[str]:
     distance = known["distance"]
     if (distance == 0).all():
         return [*sentences, "All copies of every source block are still equal."]
-    by_role = known.groupby("role")["distance"].median().sort_values()
+    by_role = known.groupby("role")["distance"].mean().sort_values()
     extremes = (
         f"; those of {by_role.index[-1]} lie furthest apart ({by_role.iloc[-1]:.1%}), those of {by_role.index[0]} least "
         f"({by_role.iloc[0]:.1%})"
     )
     sentences.append(
-        f"Two copies of a block lie {distance.median():.1%} of their norm apart in the median (independent matrices: 141%)"
+        f"Two copies of a block lie {distance.mean():.1%} of their norm apart on average (independent matrices: 141%)"
         f"{extremes if by_role.iloc[-1] > by_role.iloc[0] else ''}."
     )
     if "movement_cosine" in known and known["movement_cosine"].notna().any():
-        cosine, chance = known["movement_cosine"].median(), 3 * known["chance_cosine"].median()
+        cosine, chance = known["movement_cosine"].mean(), 3 * known["chance_cosine"].mean()
         kind = "much the same way" if cosine > 0.5 else "partly the same way" if cosine > chance else "independent ways"
         if cosine < -chance:
             kind = "opposite ways" if cosine < -0.5 else "partly opposite ways"
         sentences.append(
-            f"They moved {kind}: the cosine between their movements is {cosine:.2g} in the median (independent ones: within "
+            f"They moved {kind}: the cosine between their movements is {cosine:.2g} on average (independent ones: within "
             f"±{chance:.1g})."
         )
     sides = {"leading": known["top_overlap"].dropna(), "trailing": known["bottom_overlap"].dropna()}
-    told = [f"their {side} directions overlap by {overlap.median():.2f}" for side, overlap in sides.items() if len(overlap)]
+    told = [f"their {side} directions overlap by {overlap.mean():.2f}" for side, overlap in sides.items() if len(overlap)]
     if told:
         low, high = known["chance_overlap"].min(), known["chance_overlap"].max()
         chance = f"{low:.2f}" + (f" to {high:.2f}" if high > low else "")
-        text = f"{' and '.join(told)} in the median (1 is the same subspace, chance is {chance})."
+        text = f"{' and '.join(told)} on average (1 is the same subspace, chance is {chance})."
         sentences.append(text[0].upper() + text[1:])
     for side, overlap in sides.items():
         if len(overlap) < len(known):
@@ -210,7 +211,7 @@ def describe_clamp(history: pd.DataFrame) -> list[str]:
     share = history["route"].value_counts(normalize=True).get("certified", 0.0)
     return [
         f"{steps} it raised {int(raised['raised'].sum()):,} singular values in {raised['name'].nunique()} of "
-        f"{history['name'].nunique()} matrices, most in {by_role.index[0]} ({int(by_role.iloc[0]):,}); a certificate spared "
+        f"{history['name'].nunique()} matrices, most in {by_role.index[0]} ({int(by_role.iloc[0]):,} of them); a certificate spared "
         f"{share:.0%} of the matrices from being looked at."
     ]
 

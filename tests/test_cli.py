@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from conftest import small_profile
 
@@ -101,6 +102,30 @@ def test_train_stack_and_runs_work_from_the_shell(tmp_path):
     assert "tiny" in call("runs")
     table = runs.load_runs(tmp_path / "runs")
     assert table.loc[0, ["run", "layers", "step", "max_steps", "tokens"]].tolist() == ["a", 2, 2, 2, 512]
+
+
+def test_runs_are_listed_in_whole_seconds(monkeypatch, capsys):
+    row = {
+        "run": "a",
+        "init": "random weights",
+        "held_out_loss": 5.504636,
+        "tokens": 491_520,
+        "seconds": 656.96456,
+        "checkpoint": "",
+    }
+    begun = row | {"run": "b", "held_out_loss": float("nan"), "tokens": 0, "seconds": 0.0}
+    monkeypatch.setattr(runs, "load_runs", lambda: pd.DataFrame([row, begun]))
+    assert cli.main(["runs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-3:] == ["5.505", "491,520", "657"] and lines[2].split()[-3:] == ["–", "0", "0"]
+
+
+def test_the_figures_of_an_estimate_stand_below_each_other(capsys):
+    assert cli.main(["estimate", "tiny", "--gpu", "h200"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = ("profile", "weights + gradients + optimizer", "largest micro_batch that fits")
+    [column] = {len(line) - len(line.removeprefix(name).lstrip()) for name in names for line in lines if line.startswith(name)}
+    assert all(line[column - 1] == " " != line[column] for line in lines)
 
 
 def test_an_estimate_names_the_gpu_and_follows_the_micro_batch(capsys):

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kl3m_nb.comparison import differences_table, paired_difference, rank_agreement, steps_table, summary_table
+from kl3m_nb.comparison import differences_table, paired_difference, rank_agreement, side_by_side, steps_table, summary_table
 from kl3m_nb.evaluation import bootstrap_interval
 from kl3m_nb.prediction import Prediction
 
@@ -32,6 +32,16 @@ MODELS = {
     "stack": prediction(HARD + 0.2),
     "twin": prediction(HARD),
 }
+
+
+def test_side_by_side_counts_are_whole_and_the_rest_has_its_decimals():
+    table = pd.DataFrame({"tokens": [24502, 7], "loss": [5.0386, 1.0], "rate": [0.5, math.nan]}, index=["trained", "source"])
+    shown = side_by_side(table)
+    assert shown.to_dict() == {
+        "trained": {"tokens": "24,502", "loss": "5.039", "rate": "0.500"},
+        "source": {"tokens": "7", "loss": "1.000", "rate": "–"},
+    }
+    assert side_by_side(summary_table(MODELS)).loc["documents"].tolist() == ["40"] * 4
 
 
 def test_the_best_comes_first():

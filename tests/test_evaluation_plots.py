@@ -135,6 +135,9 @@ def test_the_advised_setting_of_a_sweep_carries_the_star():
     [star] = [line for line in first.lines if line.get_marker() == "*"]
     assert star.get_xydata().tolist() == [[0.8, 0.4]]
     assert {"top-p 0.8", "top-p 0.95", "the card's advice"} <= set(texts(figure).split(" | "))
+    for axes in figure.axes:  # markers at 0 or 100% stand whole, below the title
+        assert not any(line.get_clip_on() for line in axes.lines) and axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > 1.05 * max(line.get_ydata().max() for line in axes.lines)
     with pytest.raises(ValueError, match="no sampled settings"):
         plots.plot_sampling_sweep(pd.DataFrame(rows).head(0))
 

@@ -80,6 +80,17 @@ def test_roles_of_one_group_differ_in_colour_and_in_dash():
         assert len({line["color"] for line in lines}) == len({line["linestyle"] for line in lines}) == len(roles)
 
 
+@pytest.mark.parametrize("highest", [0.004, 0.02, 0.11, 0.175, 0.9, 1.0])
+def test_ticks_of_shares_say_exactly_where_they_stand(highest):
+    figure, axes = plt.subplots()
+    plt.close(figure)
+    axes.plot([0, highest])
+    figures.percent_axis(axes.yaxis)
+    figure.canvas.draw()
+    shown = [(label.get_text(), label.get_position()[1]) for label in axes.get_yticklabels()]
+    assert len(shown) > 3 and all(text.endswith("%") and abs(float(text[:-1]) / 100 - at) < 1e-9 for text, at in shown)
+
+
 @pytest.mark.parametrize("values", [[], [np.nan], [0.0, -1.0]])
 def test_an_axis_without_a_positive_value_stays_linear(values):
     figure, axes = plt.subplots()

@@ -137,7 +137,7 @@ def test_the_index_holds_entries_tables_and_figures(tmp_path):
         '<p>Two <b>runs</b>, see <a href="https://example.org">the paper</a>.</p>',
         [
             IndexEntry("00 Source", "Trains 3 layers.", "notebooks/00.html", "completed", 125.0, image),
-            IndexEntry("02 <Training>", "Goes on.", "notebooks/02.html", "not run", 0.0),
+            IndexEntry("02 <Training>", "Goes on `a < b` times.", "notebooks/02.html", "not run", 0.0),
         ],
         tables=[("Losses", frame)],
         figures=[("Loss over tokens", image)],
@@ -148,6 +148,7 @@ def test_the_index_holds_entries_tables_and_figures(tmp_path):
     assert [figure["alt"] for figure in page.all("img")] == ["", "Loss over tokens"]
     for text in ("Growth & <training>", "02 <Training>", "completed 2:05", "not run", "1,024,000", "4.443", "–", "a<b"):
         assert text in page.text, text
+    assert "Goes on <code>a &lt; b</code> times." in (tmp_path / "index.html").read_text()
     assert "0:00" not in page.text
     assert list(tmp_path.glob(".*")) == [], "no temporary file stays"
 

@@ -123,7 +123,12 @@ class TestClampEvents:
         assert [axes.get_title(loc="left") for axes in panels[:3]] == ["Attention", "MLP", "LM head"]
         np.testing.assert_allclose(line(panels[0], "q_proj").get_ydata(), 12_000)
         assert any(np.allclose(other.get_ydata(), 100 * 60.5) for other in panels[0].lines)
-        assert "ceiling 3,000" in texts(figure) and "ceiling 2,000" in texts(figure)
+        assert "ceiling\n3,000" in texts(figure) and "ceiling\n2,000" in texts(figure)
+        figure.draw_without_rendering()  # places the panels
+        for axes, other in zip(panels[:3], [*panels[1:3], None], strict=True):  # beside the panel, where no line runs
+            label = axes.texts[0].get_window_extent()
+            assert label.x0 > axes.get_window_extent().x1 and label.x1 < figure.bbox.x1
+            assert other is None or label.x1 < other.get_tightbbox().x0
         assert "condition" in panels[0].get_ylabel() and panels[3].get_ylabel() == "singular values raised"
 
     def test_bars_add_up_to_the_values_raised(self):

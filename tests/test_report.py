@@ -31,6 +31,12 @@ def test_the_target_is_scratchs_best_and_costs_are_those_to_reach_it():
     assert "+200%" in comparison._repr_html_() and "+140%" in comparison._repr_html_()
 
 
+def test_losses_are_told_as_held_out_and_to_one_precision():
+    table = compare_growth(_curve([8, 5]), _curve([6, 5.16]), _curve([8.3521, 5.7076])).loss_table()
+    assert list(table["held-out loss at step 0"]) == ["8.000", "6.000", "8.352"]
+    assert list(table["final held-out loss"]) == ["5.000", "5.160", "5.708"] and list(table["tokens"]) == ["1,000"] * 3
+
+
 def test_what_was_never_reached_is_said(tmp_path):
     comparison = compare_growth(_curve([8, 5]), _curve([6, 5, 4.5]), _curve([8, 6, 4]))
     assert math.isnan(comparison.grown_step)

@@ -207,3 +207,10 @@ def test_projections_are_fused_where_blocks_are_compiled(compiled):
     assert {name for name, _ in model.named_parameters()} == {
         name for name, _ in models.build_model(small_profile()).named_parameters()
     }
+
+
+@pytest.mark.parametrize(("count", "told"), [(1, "1 thread"), (2, "2 threads")])
+def test_threads_are_told_in_their_number(monkeypatch, count, told):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    described = runtime.Runtime(torch.device("cpu"), "float32", "sdpa", False, False, False).describe()
+    assert described.startswith(f"CPU, {told} · ") and runtime.versions().endswith(f", {told}")

@@ -102,6 +102,17 @@ class TestConditionHeatmap:
         assert "at the ceiling: 2 of 84" in shown and "more than 15% above the ceiling: 2 of 84" in shown
         assert "ceiling 3,000: q, k, v, o" in shown and "ceiling 2,000: gate, up, down" in shown
 
+    def test_a_ceiling_at_the_end_of_a_scale_lies_across_the_frame_of_its_bar(self):
+        frame = spectra_frame(12, 3)
+        frame.loc[frame.role == "q_proj", "condition"] = 3000.0
+        figure = spectral_plots.plot_condition_heatmap(frame, CEILINGS)
+        figure.draw_without_rendering()
+        attention, mlp = figure.axes[2:]
+        [ceiling] = [line for line in attention.lines if not line.get_clip_on()]
+        drawn, bar = ceiling.get_window_extent(), attention.get_window_extent()
+        assert drawn.x0 < bar.x0 and drawn.x1 > bar.x1 and abs(drawn.y0 - bar.y1) < 1
+        assert ceiling.zorder > attention.spines["outline"].zorder and not mlp.lines  # 2,000 is beyond the scale of the MLP
+
     def test_without_a_clamp_nothing_is_marked(self):
         figure = spectral_plots.plot_condition_heatmap(spectra_frame(3, 3), {})
         assert marked(figure, "o") == marked(figure, "X") == set() and "ceiling" not in texts(figure)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kl3m_nb import spectral_summary
+from kl3m_nb import spectral_plots, spectral_summary
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER
 from kl3m_nb.profiles import ATTENTION_ROLES
 
@@ -38,7 +38,7 @@ def test_layers_at_the_ceiling_are_counted_not_matrices():
     table.loc[(table.layer < 96) & table.role.isin(["q_proj", "k_proj"]), "condition"] = 2990.0
     text = " ".join(spectral_summary.describe_model(table, CEILINGS))
     assert "120 layers, 4 copies of 30 source blocks: 841 matrices in float32." in text
-    assert "Attention sits at or above the ceiling in 96 of 120 layers (q_proj 96, k_proj 96)." in text
+    assert "Attention sits at or above the ceiling in 96 of 120 layers (96 q_proj matrices, 96 k_proj matrices)." in text
     assert "MLP sits at or above the ceiling in no layer." in text and "No matrix is ill." in text
     assert text.count("is 75% of a matrix's shorter side in the median") == 2 and "an effective rank of 75% of its" in text
 
@@ -48,7 +48,8 @@ def test_a_little_above_the_ceiling_is_at_it_and_no_illness():
     table.loc[(table.layer < 8) & (table.role == "q_proj"), "condition"] = 1.104 * 3000  # as the family reports 2208 at 2000
     table.loc[at(table, 9, "o_proj"), "condition"] = 1.2 * 3000
     text = " ".join(spectral_summary.describe_model(table, CEILINGS))
-    assert "sits at or above the ceiling in 9 of 120 layers (q_proj 8, o_proj 1), more than 15% above it in 1." in text
+    counted = "in 9 of 120 layers (8 q_proj matrices, 1 o_proj matrix), more than 15% above it in 1 of these layers."
+    assert f"Attention sits at or above the ceiling {counted}" in text
     assert list(spectral_summary.ill_matrices(table, CEILINGS).layer) == [9]
     assert spectral_summary.ill_matrices(table, {}).empty
 
@@ -120,7 +121,7 @@ def test_divergence_is_told_in_percent_of_the_norm():
     text = " ".join(spectral_summary.describe_divergence(divergence([0.2, 0.1] * 3, 0.005)))
     assert "15.0% of their norm apart" in text
     assert "those of q_proj lie furthest apart (20.0%), those of up_proj least (10.0%)" in text
-    assert "independent ways: the cosine between their movements is 0.005 in the median (independent ones: within ±0.006)" in text
+    assert "independent ways: the cosine between their movements is 0.005 on average (independent ones: within ±0.006)" in text
     assert "Their leading directions overlap by 0.75 and their trailing directions overlap by 0.25" in text
     assert "chance is 0.03 to 0.08" in text
 
@@ -134,6 +135,22 @@ def test_the_direction_of_movement_in_words(cosine, words):
     assert words in " ".join(spectral_summary.describe_divergence(divergence([0.2] * 6, cosine)))
 
 
+@pytest.mark.parametrize("along", ["source_layer", "step"])
+def test_the_furthest_and_the_nearest_copies_are_those_of_the_figure(along):
+    distances = {"q_proj": (0.1, 0.1, 0.9), "k_proj": (0.3, 0.3, 0.3), "o_proj": (0.2, 0.2, 0.5)}  # medians would say k and q
+    frame = pd.DataFrame(
+        {"step": step, "role": role, "source_layer": block, "distance": distance * step, "top_overlap": 0.5,
+         "bottom_overlap": 0.5, "chance_overlap": 0.1}
+        for step in (1, 2) for role, by_block in distances.items() for block, distance in enumerate(by_block)
+    )  # fmt: skip
+    last = frame[frame.step == 2]
+    panel = spectral_plots.plot_divergence(frame if along == "step" else last).axes[0]
+    ends = {line.get_label(): line.get_ydata()[-1] if along == "step" else line.get_ydata().mean() for line in panel.lines}
+    nearest, *_, furthest = sorted(ends, key=ends.get)
+    extremes = f"those of {furthest} lie furthest apart ({ends[furthest]:.1%}), those of {nearest} least ({ends[nearest]:.1%})"
+    assert extremes in " ".join(spectral_summary.describe_divergence(last)) and furthest == "q_proj"
+
+
 def test_roles_that_are_equally_far_apart_are_not_ranked():
     assert "furthest" not in " ".join(spectral_summary.describe_divergence(divergence([0.2] * 6, 0.1)))
 
@@ -142,7 +159,7 @@ def test_what_is_not_known_of_the_copies_is_counted():
     frame = divergence([0.2, np.nan, 0.1, 0.1, 0.2, np.nan], 0.1, (0.75, [0.2, np.nan, np.nan, 0.4, np.nan, np.nan]))
     text = " ".join(spectral_summary.describe_divergence(frame))
     assert "2 of 6 pairs of copies hold NaN" in text and "In 2 of 4 pairs the trailing directions are not distinct" in text
-    assert "q_proj lie furthest apart (20.0%)" in text and "trailing directions overlap by 0.30" in text
+    assert "q_proj lie furthest apart (16.7%)" in text and "trailing directions overlap by 0.30" in text
     [sentence] = spectral_summary.describe_divergence(divergence([np.nan] * 6, np.nan))
     assert sentence.startswith("6 of 6 pairs")
 
@@ -180,6 +197,6 @@ def test_clamps_are_counted():
          "route": ["repaired", "certified", "repaired", "repaired"]}
     )  # fmt: skip
     [sentence] = spectral_summary.describe_clamp(history)
-    assert "In 2 clamps up to step 40 it raised 6 singular values in 2 of 2 matrices, most in q_proj (5)" in sentence
+    assert "In 2 clamps up to step 40 it raised 6 singular values in 2 of 2 matrices, most in q_proj (5 of them)" in sentence
     assert "raised nothing" in spectral_summary.describe_clamp(history.assign(raised=0))[0]
     assert spectral_summary.describe_clamp(pd.DataFrame()) == []
