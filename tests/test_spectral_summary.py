@@ -197,6 +197,6 @@ def test_clamps_are_counted():
          "route": ["repaired", "certified", "repaired", "repaired"]}
     )  # fmt: skip
     [sentence] = spectral_summary.describe_clamp(history)
-    assert "In 2 clamps up to step 40 it raised 6 singular values in 2 of 2 matrices, most in q_proj (5)" in sentence
+    assert "In 2 clamps up to step 40 it raised 6 singular values in 2 of 2 matrices, most in q_proj (5 of them)" in sentence
     assert "raised nothing" in spectral_summary.describe_clamp(history.assign(raised=0))[0]
     assert spectral_summary.describe_clamp(pd.DataFrame()) == []
