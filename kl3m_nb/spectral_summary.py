@@ -211,8 +211,8 @@ def describe_clamp(history: pd.DataFrame) -> list[str]:
     share = history["route"].value_counts(normalize=True).get("certified", 0.0)
     return [
         f"{steps} it raised {int(raised['raised'].sum()):,} singular values in {raised['name'].nunique()} of "
-        f"{history['name'].nunique()} matrices, most in {by_role.index[0]} ({int(by_role.iloc[0]):,} of them); a certificate spared "
-        f"{share:.0%} of the matrices from being looked at."
+        f"{history['name'].nunique()} matrices, most in {by_role.index[0]} ({int(by_role.iloc[0]):,} of them); a certificate "
+        f"spared {share:.0%} of the matrices from being looked at."
     ]
 
 
