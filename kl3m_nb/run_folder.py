@@ -177,13 +177,21 @@ def write_run_file(run_dir: Path, profile: Profile, init: str | Path | None, run
 
 
 def _record(run_dir: str | Path) -> dict:
+    """run.json with a whole profile; ValueError naming the file when it holds anything else."""
     path = paths.resolve(run_dir) / RUN_FILE
     if not path.is_file():
         raise ValueError(f"{path.parent} is no run folder, it holds no {RUN_FILE}; train it first, or name another run.")
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict):
+            raise ValueError("it is no mapping")
+        for key in ("init", "runtime", "identity"):
+            if not isinstance(record.get(key), str):
+                raise ValueError(f"it has no text for {key!r}")
+        return record | {"profile": profiles.profile_from_dict(record.get("profile")).to_dict()}
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); put back the run.json that the run was begun with.") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{path} cannot be read ({reason}); put back the run.json that the run was begun with.") from error
 
 
 def lock_exclusively(descriptor: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -58,8 +59,34 @@ def test_a_disk_without_room_for_a_name_still_has_the_lock(tmp_path, monkeypatch
     assert run_folder.running_process(tmp_path) is None
 
 
-def test_a_run_file_that_is_cut_off_is_named(tmp_path):
-    run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
-    (tmp_path / run_folder.RUN_FILE).write_text("")
-    with pytest.raises(ValueError, match=r"run.json cannot be read"):
-        run_folder.read_run_profile(tmp_path)
+def _without(section):
+    record = {"profile": small_profile().to_dict(), "init": "random weights", "runtime": "cpu", "identity": "a"}
+    del record["profile"][section]
+    return record
+
+
+def _with(**fields):
+    record = {"profile": small_profile().to_dict(), "init": "random weights", "runtime": "cpu", "identity": "a"}
+    record["profile"]["model"] |= fields
+    return record
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "Expecting value"),
+        ("[]", "it is no mapping"),
+        ("{}", "no text for 'init'"),
+        (json.dumps({"init": "random weights", "runtime": "", "identity": "a"}), "mapping of fields; None is not"),
+        (json.dumps(_without("name")), "a profile needs the field 'name'"),
+        (json.dumps(_without("clamp")), "a profile needs the field 'clamp'"),
+        (json.dumps(_with(colour=1)), "a profile's model has no field 'colour'"),
+        (json.dumps(_with(layers="2")), "field 'layers' is of type int; '2' is not"),
+    ],
+)
+def test_a_run_file_that_is_cut_off_or_foreign_is_named_and_says_what_is_wrong(tmp_path, content, words):
+    (tmp_path / run_folder.RUN_FILE).write_text(content)
+    for read in (run_folder.read_run_profile, run_folder.read_run_init, run_folder.run_identity):
+        with pytest.raises(ValueError, match=rf"run\.json cannot be read \(.*{words}.*\); put back") as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)

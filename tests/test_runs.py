@@ -19,6 +19,19 @@ def test_a_stage_has_the_profile_it_was_trained_with_or_the_named_one(tmp_path, 
         runs.stage_profile("huge", "grown")
 
 
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_shown(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+        run_folder.write_run_file(tmp_path / name, get_profile("tiny"), None, "cpu")
+    (tmp_path / "a" / "run.json").write_text("")
+    (tmp_path / "c" / "run.json").write_text("[]")
+    with pytest.warns(UserWarning) as warned:
+        table = runs.load_runs(tmp_path)
+    assert table["run"].tolist() == ["b", "d"] and set(table["init"]) == {"random weights"}
+    for warning, name in zip(warned, ("a", "c"), strict=True):
+        assert str(warning.message).startswith(f"The run {name} is left out of the table: {tmp_path / name / 'run.json'}")
+
+
 def test_a_checkpoint_is_known_by_the_run_it_lies_in(trained_run, tmp_path):
     run_dir, result = trained_run
     profile, windows = runs.trained_on(result.checkpoint)
