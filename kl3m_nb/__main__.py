@@ -2,7 +2,12 @@
 
 import sys
 
-from kl3m_nb.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from kl3m_nb.cli import main
+
+        exit_code = main()
+    except KeyboardInterrupt:  # the imports take seconds; what comes after them answers for itself
+        print("Interrupted.", file=sys.stderr)
+        exit_code = 130
+    sys.exit(exit_code)

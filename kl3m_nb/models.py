@@ -7,6 +7,7 @@ is ours is one forward pass that stops before the LM head, because the objective
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,19 +85,32 @@ def build_model(profile: Profile, device: str | torch.device | None = None, atte
 def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     """A float32 model from a checkpoint folder or the hub.
 
-    Raises ValueError with one sentence when a folder is missing, incomplete or cut off.
+    Raises ValueError with one sentence when a folder is missing, incomplete or cut off, or the hub has no such model.
     """
     name = str(path_or_hub_id)
     folder = paths.resolve(name)
     if folder.is_dir():
         check_checkpoint(folder)
         name = str(folder)
-    elif name.count("/") != 1 or name.startswith((".", "/", "runs/")):
-        raise ValueError(f"There is no checkpoint folder {name}; train one first, or name a folder or a hub id OWNER/NAME.")
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-    )
+    elif not is_hub_id(name):
+        raise ValueError(f"There is no checkpoint folder {folder}; train one first, or name a folder or a hub id OWNER/NAME.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        if folder.is_dir():
+            raise ValueError(f"The checkpoint {folder} cannot be loaded ({reason}); name another.") from error
+        raise ValueError(
+            f"There is no checkpoint folder {folder}, and the hub gave no model {name} ({reason}); name a folder or a hub id."
+        ) from error
     return keep_router_logits(model)
+
+
+def is_hub_id(name: str) -> bool:
+    """True for what can be meant as OWNER/NAME on the hub, and not as a folder."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not name.startswith("runs/")
 
 
 def check_checkpoint(folder: str | Path) -> dict:
@@ -115,7 +129,7 @@ def check_checkpoint(folder: str | Path) -> dict:
                 tensors.keys()
         except SafetensorError as error:
             raise ValueError(f"The checkpoint file {path} is cut off or damaged ({error}); use an earlier checkpoint.") from error
-    return json.loads((folder / "config.json").read_text())
+    return _read_json(folder / "config.json")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -132,10 +146,23 @@ def weight_files(folder: Path) -> list[Path]:
             f"The checkpoint {folder} holds {others[0]} and neither model.safetensors nor an index of .safetensors shards; "
             "it was not written to its end or is in another format, name another."
         )
-    shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map, which names the shards; fetch the checkpoint whole.")
+    shards = [folder / name for name in sorted(set(weight_map.values()))]
     if missing := [path.name for path in shards if not path.is_file()]:
         raise ValueError(f"The checkpoint {folder} lacks the .safetensors shard {missing[0]}; fetch it whole.")
     return shards
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no mapping")
+    except ValueError as error:
+        raise ValueError(f"{path} is cut off or damaged ({error}); put back the checkpoint's own.") from error
+    return values
 
 
 def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -26,8 +27,11 @@ NOTEBOOK_STAGES = {
 def run_path(profile_name: str, stage: str, run: str = "") -> Path:
     """The folder `run` below runs/, or when it is empty the one a stage of a profile writes by itself.
 
-    run_path("tiny", "grown") is runs/demo-grown, run_path("kl3m-007-500m", "grown") runs/kl3m-007-500m-grown.
+    run_path("tiny", "grown") is runs/demo-grown, run_path("kl3m-007-500m", "grown") runs/kl3m-007-500m-grown. Raises ValueError
+    for a `run` that lies elsewhere: `load_runs` would not find it.
     """
+    if os.sep in run or run in (".", ".."):
+        raise ValueError(f"The run {run!r} is no name of a folder right below {paths.runs_dir()}; give one such as my-run.")
     return paths.runs_dir() / (run or f"{'demo' if profile_name == 'tiny' else profile_name}-{stage}")
 
 

@@ -19,6 +19,13 @@ def test_a_stage_has_the_profile_it_was_trained_with_or_the_named_one(tmp_path, 
         runs.stage_profile("huge", "grown")
 
 
+@pytest.mark.parametrize("name", [".", "..", "a/b", "/tmp/a", "../a"])
+def test_a_run_lies_right_below_the_folder_of_runs(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
+    with pytest.raises(ValueError, match=f"The run '{name}' is no name of a folder right below {tmp_path}"):
+        runs.run_path("tiny", "train", name)
+
+
 def test_a_run_that_cannot_be_read_is_named_and_the_others_are_shown(tmp_path):
     for name in ("a", "b", "c", "d"):
         (tmp_path / name).mkdir()
