@@ -1,13 +1,22 @@
 """`python -m kl3m_nb …`: see `cli`."""
 
+import os
+import signal
 import sys
 
-if __name__ == "__main__":
-    try:
-        from kl3m_nb.cli import main
+from kl3m_nb.stopping import EXIT_INTERRUPTED
 
-        exit_code = main()
-    except KeyboardInterrupt:  # the imports take seconds; what comes after them answers for itself
-        print("Interrupted.", file=sys.stderr)
-        exit_code = 130
-    sys.exit(exit_code)
+
+def _end_at_once(*_) -> None:
+    os.write(2, b"Interrupted.\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # the imports take seconds, and some libraries swallow a KeyboardInterrupt
+        signal.signal(signal.SIGINT, _end_at_once)
+    from kl3m_nb.cli import main
+
+    signal.signal(signal.SIGINT, handler)
+    sys.exit(main())

@@ -148,12 +148,25 @@ def _run(options: argparse.Namespace) -> int:
         profiles.get_profile(values["profile"])  # the kernel would take seconds, and leave a folder, before it says so
         for key in ("scratch_run", "run"):
             folder = runs.run_path(values["profile"], stage, values.get(key, ""))
+        _require_checkpoints(stage, values)
     if stage == "source":
         source = profiles.source_profile(_notebook_profile({**values, "source_steps": values["max_steps"]}))
         _require_gpu_or_consent(source, options.without_gpu)
     elif stage == "grown":
         _require_gpu_or_consent(_notebook_profile(values), options.without_gpu)
     return run_notebook(notebook, options.output or folder / "notebooks" / notebook.name, checked)
+
+
+def _require_checkpoints(stage: str, values: dict) -> None:
+    """Refuses a checkpoint that a notebook would look for in vain. A run that has begun does not need its `init` any more."""
+    for key in runs.CHECKPOINT_PARAMETERS.get(stage, ()):
+        for name in values[key].replace(",", " ").split() if key == "others" else [values[key]]:
+            known = not name or Path(name).exists() or paths.resolve(name).exists()
+            if not known and (stage == "stack" or not models.is_hub_id(name)):
+                raise Refused(
+                    f"The parameter {key} names no checkpoint {name} below {paths.project_root()}; give a checkpoint folder"
+                    f"{'' if stage == 'stack' else ' or a hub id OWNER/NAME'}."
+                )
 
 
 def _parameters_file(path: Path) -> dict:

@@ -22,6 +22,12 @@ NOTEBOOK_STAGES = {
     "04_generation_evaluation": "generation",
     "05_growth_comparison": "growth",
 }
+# Which of their parameters name a checkpoint that has to be there.
+CHECKPOINT_PARAMETERS = {
+    "stack": ("source",),
+    "spectra": ("source", "stack", "trained"),
+    "generation": ("source", "stack", "trained", "others"),
+}
 
 
 def run_path(profile_name: str, stage: str, run: str = "") -> Path:

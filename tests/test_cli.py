@@ -40,6 +40,11 @@ def _notebook(path: Path, code: str) -> Path:
         (["run", "02_training", "-p", "seq_len", "4096"], "context of 256"),
         (["run", "02_training", "-p", "profile", "kl3m-007-500m"], "--without-gpu"),
         *((["run", name, "-p", "profile", "nope"], "no profile 'nope'") for name in runs.NOTEBOOK_STAGES),
+        (["run", "01_stacking", "-p", "source", "nowhere"], "The parameter source names no checkpoint"),
+        (["run", "01_stacking", "-p", "source", "a/nowhere"], "The parameter source names no checkpoint"),
+        (["run", "03_spectral_analysis", "-p", "stack", "./nowhere"], "The parameter stack names no checkpoint"),
+        (["run", "04_generation_evaluation", "-p", "trained", "runs/nowhere"], "The parameter trained names no checkpoint"),
+        (["run", "04_generation_evaluation", "-p", "others", "OWNER/NAME, no/where/x"], "no checkpoint no/where/x"),
         *((["run", name, "-p", "run", "a/b"], "no name of a folder right below") for name in runs.NOTEBOOK_STAGES),
         (["run", "05_growth_comparison", "-p", "scratch_run", ".."], "no name of a folder right below"),
         (["run", "06_unknown"], "02_training"),
@@ -110,7 +115,9 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
 
 
 def test_an_interrupt_during_the_imports_is_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass"
+    )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     ended = subprocess.run(
         [sys.executable, "-m", "kl3m_nb", "runs"], env=environment, capture_output=True, text=True, check=False
