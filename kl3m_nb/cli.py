@@ -7,8 +7,10 @@ and pages is imported by the commands that need it: it takes seconds, which ever
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 import yaml
 
-from kl3m_nb import distributed, paths, profiles, publishing, run_folder, runs
+from kl3m_nb import distributed, models, paths, profiles, publishing, run_folder, runs
 from kl3m_nb.checkpoints import CheckpointFailed, check_sound
 from kl3m_nb.estimate import GPUS, estimate
 from kl3m_nb.progress import clock
@@ -38,6 +40,8 @@ class Refused(ValueError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the process's exit code."""
     options = _parser().parse_args(arguments)
+    show = warnings.showwarning
+    warnings.showwarning = _show_warning
     try:
         return options.command(options)
     except (ValueError, FileNotFoundError, ConnectionError) as error:
@@ -49,6 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; the same command continues where it stopped.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        warnings.showwarning = show
+
+
+def _show_warning(message: Warning | str, *_) -> None:
+    """A warning in one line, without the line of source that Python shows."""
+    print(f"kl3m_nb: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
                          "as a path such as runs/x")  # fmt: skip
     command.add_argument("--run", "--run-dir", default="", help="folder below runs/, or a path (default: named after the "
                          "profile); behind torchrun write --run-dir, as Python 3.11 takes --run for torchrun's")  # fmt: skip
-    command.add_argument("--init", help="checkpoint folder or hub id to start from (default: random weights)")
+    command.add_argument(
+        "--init",
+        help="checkpoint folder, seen from here or from the project's root, or hub id to start from (default: random weights)",
+    )
     command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
     command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")
     command.set_defaults(command=_train)
@@ -133,23 +147,39 @@ def _run(options: argparse.Namespace) -> int:
     checked = check_parameters(notebook, given)
     values = {parameter.name: parameter.default for parameter in read_parameters(notebook).values()} | checked
     stage = runs.NOTEBOOK_STAGES.get(notebook.stem)
+    folder = Path.cwd()
+    if stage:
+        profiles.get_profile(values["profile"])  # the kernel would take seconds, and leave a folder, before it says so
+        for key in ("scratch_run", "run"):
+            folder = runs.run_path(values["profile"], stage, values.get(key, ""))
+        _require_checkpoints(stage, values)
     if stage == "source":
         source = profiles.source_profile(_notebook_profile({**values, "source_steps": values["max_steps"]}))
         _require_gpu_or_consent(source, options.without_gpu)
     elif stage == "grown":
         _require_gpu_or_consent(_notebook_profile(values), options.without_gpu)
-    output = options.output
-    if output is None:
-        folder = runs.run_path(values.get("profile", "tiny"), stage, values.get("run", "")) if stage else Path.cwd()
-        output = folder / "notebooks" / notebook.name
-    return run_notebook(notebook, output, checked)
+    return run_notebook(notebook, options.output or folder / "notebooks" / notebook.name, checked)
+
+
+def _require_checkpoints(stage: str, values: dict) -> None:
+    """Refuses a checkpoint that a notebook would look for in vain. A run that has begun does not need its `init` any more."""
+    for key in runs.CHECKPOINT_PARAMETERS.get(stage, ()):
+        for name in values[key].replace(",", " ").split() if key == "others" else [values[key]]:
+            known = not name or Path(name).exists() or paths.resolve(name).exists()
+            if not known and (stage == "stack" or not models.is_hub_id(name)):
+                raise Refused(
+                    f"The parameter {key} names no checkpoint {name} below {paths.project_root()}; give a checkpoint folder"
+                    f"{'' if stage == 'stack' else ' or a hub id OWNER/NAME'}."
+                )
 
 
 def _parameters_file(path: Path) -> dict:
     if not path.is_file():
         raise Refused(f"There is no parameter file {path}; give a YAML file of name: value lines.")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path} is not UTF-8 text; save it as UTF-8, with name: value lines.") from error
     except yaml.YAMLError as error:
         raise Refused(f"{path} is not valid YAML ({str(error).splitlines()[0]}); give name: value lines.") from error
     if not isinstance(values, dict):
@@ -165,19 +195,18 @@ def _notebook_profile(values: dict) -> profiles.Profile:
 
 
 def _set_fields(options: argparse.Namespace) -> profiles.Profile:
-    return profiles.get_profile(options.profile, **_changes(options))
+    return profiles.override_profile(profiles.get_profile(options.profile), **_changes(options))
 
 
 def _changes(options: argparse.Namespace) -> dict:
     changes = {}
     for key, text in options.set:
         kind = profiles.FIELD_TYPES.get(key, str)
-        changes[key] = text if kind is str else yaml.safe_load(text)
-        if kind is float and isinstance(changes[key], str):  # YAML reads 1e-4 as text
-            try:
+        changes[key] = text
+        with contextlib.suppress(yaml.YAMLError, ValueError):  # where it stays text, the profile says what is wrong with it
+            changes[key] = text if kind is str else yaml.safe_load(text)
+            if kind is float and isinstance(changes[key], str):  # YAML reads 1e-4 as text
                 changes[key] = float(text)
-            except ValueError:
-                pass  # get_profile says what is wrong with it
     return changes
 
 
@@ -204,7 +233,8 @@ def _run_folder(name: str, profile: str = "") -> Path:
 def _what_to_train(options: argparse.Namespace) -> tuple[profiles.Profile, Path, str | None]:
     """Profile, folder and start: of a new run, or of one that was begun before or prepared by a notebook."""
     if options.profile and os.sep not in options.profile:
-        return _set_fields(options), _run_folder(options.run, options.profile), options.init
+        profile, folder = _set_fields(options), _run_folder(options.run, options.profile)
+        return profile, folder, _start(options.init, folder)
     name = options.profile or options.run
     if not name:
         raise Refused("train was given neither a profile nor a run; name a profile, or the folder of a run to go on with.")
@@ -215,6 +245,22 @@ def _what_to_train(options: argparse.Namespace) -> tuple[profiles.Profile, Path,
         if profiles.FIELD_SECTIONS.get(key, "runtime") != "runtime":
             raise Refused(f"train goes on with the run {name}, whose {key} stays as it is; --set takes runtime settings here.")
     return profiles.override_profile(run_folder.read_run_profile(folder), **changes), folder, run_folder.read_run_init(folder)
+
+
+def _start(name: str | None, run_dir: Path) -> str | None:
+    """A checkpoint folder as seen from the shell's folder or, failing that, from the project's root, or a hub id.
+
+    A run that has begun goes on without what it was started from; only a new one needs it.
+    """
+    if not name or (not Path(name).exists() and (paths.resolve(name).exists() or models.is_hub_id(name))):
+        return name or None
+    here = os.path.abspath(name)
+    if not os.path.exists(here) and not (run_dir / run_folder.RUN_FILE).exists():
+        places = dict.fromkeys((here, str(paths.resolve(name))))  # one where the shell stands in the project's root
+        raise Refused(
+            f"There is no checkpoint folder {' or '.join(places)}; train one first, or name a folder or a hub id OWNER/NAME."
+        )
+    return here
 
 
 @distributed.reports_errors

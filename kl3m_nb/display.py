@@ -1,9 +1,10 @@
-"""How our objects show themselves in a notebook: a plain two-column table that reads well in light and dark pages."""
+"""How our objects show themselves: in a notebook as a plain two-column table that reads well in light and dark pages."""
 
 from __future__ import annotations
 
+import difflib
 import html
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 def table_html(rows: Mapping[str, object]) -> str:
@@ -13,3 +14,9 @@ def table_html(rows: Mapping[str, object]) -> str:
         f"<tr><th {cell}>{html.escape(name)}</th><td {cell}>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
     )
     return f"<table style='max-width:70em'>{body}</table>"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """ " (did you mean a or b?)" with what of `known` is spelled like `name`; empty when nothing is."""
+    close = difflib.get_close_matches(str(name), list(known), n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

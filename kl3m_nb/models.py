@@ -6,6 +6,7 @@ is ours is one forward pass that stops before the LM head, because the objective
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,19 +84,32 @@ def build_model(profile: Profile, device: str | torch.device | None = None, atte
 def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     """A float32 model from a checkpoint folder or the hub.
 
-    Raises ValueError with one sentence when a folder is missing, incomplete or cut off.
+    Raises ValueError with one sentence when a folder is missing, incomplete or cut off, or the hub has no such model.
     """
     name = str(path_or_hub_id)
     folder = paths.resolve(name)
     if folder.is_dir():
         check_checkpoint(folder)
         name = str(folder)
-    elif name.count("/") != 1 or name.startswith((".", "/", "runs/")):
-        raise ValueError(f"There is no checkpoint folder {name}; train one first, or name a folder or a hub id OWNER/NAME.")
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-    )
+    elif not is_hub_id(name):
+        raise ValueError(f"There is no checkpoint folder {folder}; train one first, or name a folder or a hub id OWNER/NAME.")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        if folder.is_dir():
+            raise ValueError(f"The checkpoint {folder} cannot be loaded ({reason}); name another.") from error
+        raise ValueError(
+            f"There is no checkpoint folder {folder}, and the hub gave no model {name} ({reason}); name a folder or a hub id."
+        ) from error
     return keep_router_logits(model)
+
+
+def is_hub_id(name: str) -> bool:
+    """True for what can be meant as OWNER/NAME on the hub, and not as a folder."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not name.startswith("runs/")
 
 
 def check_checkpoint(folder: str | Path) -> dict:

@@ -7,7 +7,6 @@ the default. So every value is checked before a kernel starts.
 from __future__ import annotations
 
 import ast
-import difflib
 import io
 import math
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 
+from kl3m_nb.display import did_you_mean
 from kl3m_nb.paths import notebooks_dir
 
 KINDS = ("int", "float", "str", "bool")
@@ -84,8 +84,7 @@ def check_parameters(notebook: Path, given: dict[str, object]) -> dict[str, int 
     checked = {}
     for name, value in given.items():
         if name not in accepted:
-            close = difflib.get_close_matches(name, accepted, n=3)
-            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+            hint = did_you_mean(name, accepted)
             raise ValueError(f"{notebook} has no parameter {name!r}{hint}; it accepts {', '.join(accepted) or 'none'}.")
         try:
             checked[name] = _cast(accepted[name].kind, value)

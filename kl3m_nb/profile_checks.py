@@ -58,6 +58,9 @@ def check_values(values: Mapping[str, object]) -> None:
         for key in keys.split():
             if not accepts(values[key]):
                 raise ValueError(f"The profile field {key!r} is {values[key]}; it must be {words}.")
+    for key, value in values.items():
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError(f"The profile field {key!r} is {value}; a whole number must be below 2**63.")
     _check_experts(values)
     _check_data(values)
     _check_shape(values)
@@ -101,3 +104,7 @@ def _check_shape(values: Mapping) -> None:
         )
     if values["heads"] % values["kv_heads"]:
         raise ValueError(f"{values['heads']} heads cannot share {values['kv_heads']} kv_heads evenly; choose a divisor.")
+    if values["head_size"] % 2:
+        raise ValueError(f"head_size is {values['head_size']}; rotary positions turn pairs of numbers, choose an even one.")
+    if not values["experts"] and values["hidden"] % values["heads"]:  # transformers asks it of a Llama, not of a Mixtral
+        raise ValueError(f"hidden {values['hidden']} is not a multiple of {values['heads']} heads; a dense Llama needs that.")

@@ -7,12 +7,13 @@ where a card is silent, the docstring of the field's class says what was inferre
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import typing
 from dataclasses import dataclass, field
 
-from kl3m_nb.display import table_html
+from kl3m_nb.display import did_you_mean, table_html
 from kl3m_nb.profile_checks import check_values
 
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -282,7 +283,7 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-def get_profile(name: str, **overrides) -> Profile:
+def get_profile(name: str, /, **overrides) -> Profile:
     """The profile called `name`, with any of its fields changed: `get_profile("tiny", layers=3, max_steps=500)`.
 
     Raises ValueError for an unknown profile or field, a value of the wrong type, or numbers that contradict each other.
@@ -292,12 +293,12 @@ def get_profile(name: str, **overrides) -> Profile:
     return override_profile(PROFILES[name], **overrides)
 
 
-def profile_with(name: str, **overrides) -> Profile:
+def profile_with(name: str, /, **overrides) -> Profile:
     """`get_profile` for a notebook's parameters, where 0 and "" mean the profile's own value."""
     return get_profile(name, **{key: value for key, value in overrides.items() if value != 0 and value != ""})
 
 
-def source_profile(profile: Profile, **overrides) -> Profile:
+def source_profile(profile: Profile, /, **overrides) -> Profile:
     """The profile of the model that `profile` is grown from: `growth_factor` times shallower, trained for `source_steps`.
 
     It has a seed of its own: drawn in the same order, the grown model's first data would be what the source has just seen.
@@ -313,14 +314,15 @@ def source_profile(profile: Profile, **overrides) -> Profile:
     return override_profile(profile, **{**own, **overrides})
 
 
-def override_profile(profile: Profile, **overrides) -> Profile:
+def override_profile(profile: Profile, /, **overrides) -> Profile:
     """A copy of `profile` with the given fields changed, checked like `get_profile`."""
     sections = {section: {} for section in _SECTIONS}
     top = {}
     for key, value in overrides.items():
         section = FIELD_SECTIONS.get(key)
         if section is None:
-            raise ValueError(f"A profile has no field {key!r}; it has {', '.join(sorted(FIELD_SECTIONS))}.")
+            hint = did_you_mean(key, FIELD_SECTIONS) or f"; it has {', '.join(sorted(FIELD_SECTIONS))}"
+            raise ValueError(f"A profile has no field {key!r}{hint}.")
         target = top if section == "profile" else sections[section]
         target[key] = _checked_type(key, value)
     for section, changes in sections.items():
@@ -331,10 +333,32 @@ def override_profile(profile: Profile, **overrides) -> Profile:
     return changed
 
 
-def profile_from_dict(values: dict) -> Profile:
-    """Inverse of `Profile.to_dict`, for configurations read back from disk."""
+def profile_from_dict(values: object) -> Profile:
+    """Inverse of `Profile.to_dict`, for configurations read back from disk; a number that is missing is at its default.
+
+    Raises ValueError for fields that no profile has, sections that are missing and values of the wrong type.
+    """
     classes = typing.get_type_hints(Profile)
-    return Profile(**{key: classes[key](**value) if key in _SECTIONS else value for key, value in values.items()})
+    top = _known_fields(Profile, values, "a profile")
+    for section in _SECTIONS:
+        fields = _known_fields(classes[section], top[section], f"a profile's {section}")
+        top[section] = classes[section](**{key: _checked_type(key, value) for key, value in fields.items()})
+    if not isinstance(top["name"], str):
+        raise ValueError(f"the name of a profile is text; {top['name']!r} is not")
+    return Profile(**{key: _checked_type(key, value) if key in FIELD_TYPES else value for key, value in top.items()})
+
+
+def _known_fields(kind: type, values: object, what: str) -> dict:
+    """A copy of `values` when it is a mapping with all that a dataclass needs and nothing else."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{what} is a mapping of fields; {values!r:.60} is not")
+    known = {entry.name: entry for entry in dataclasses.fields(kind)}
+    if unknown := values.keys() - known.keys():
+        raise ValueError(f"{what} has no field {min(unknown)!r}")
+    for key, entry in known.items():
+        if entry.default is dataclasses.MISSING and key not in values:
+            raise ValueError(f"{what} needs the field {key!r}, which is missing")
+    return dict(values)
 
 
 def _field_types() -> tuple[dict[str, str], dict[str, type]]:
@@ -361,7 +385,8 @@ def _flat(profile: Profile) -> dict[str, object]:
 def _checked_type(key: str, value):
     kind = FIELD_TYPES[key]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):  # of hundreds of digits
+            return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"The profile field {key!r} is of type {kind.__name__}; {value!r} is not.")
     return value

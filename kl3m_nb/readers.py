@@ -52,6 +52,7 @@ class _RowReader:
         self._name, self._wanted, self._report = name, wanted, report
         self._bad_rows = self._bad_in_a_row = 0
         self._last_columns: list[str] = []
+        self._not_utf8: Path | None = None  # the file of the last row that could not be used, when that was why
 
     def _document(self, row: dict, default_identifier: str) -> Document | None:
         """The document of `row`; None when it is not wanted or not usable, which is then counted.
@@ -75,6 +76,7 @@ class _RowReader:
             if not text.isascii():
                 text.encode()  # half a surrogate pair is no text that a tokenizer takes
         except (ValueError, TypeError, OverflowError) as error:
+            self._not_utf8 = None
             self._bad_row(f"row {default_identifier} cannot be used: {error}")
             return None
         self._bad_in_a_row = 0
@@ -89,6 +91,8 @@ class _RowReader:
             self._refuse()
 
     def _refuse(self) -> None:
+        if self._not_utf8:
+            raise ValueError(f"No row of {self._name} can be used: {self._not_utf8} is not UTF-8 text; convert it to UTF-8.")
         columns = ", ".join(self._last_columns) or "none that could be read"
         raise ValueError(f"No row of {self._name} can be used: {columns} are its columns, `tokens` or `text` is needed.")
 
@@ -171,6 +175,7 @@ class FilesReader(_RowReader):
                         raise ValueError("it is no JSON object")
                 except ValueError as error:
                     values = None
+                    self._not_utf8 = path if isinstance(error, UnicodeDecodeError) else None
                     self._report.rows += 1
                     self._bad_row(f"row {path.name}#{row - 1} cannot be used: {error}")
                 yield offset, row, values
@@ -243,7 +248,10 @@ def matching_files(pattern: str) -> list[Path]:
     """The files of a glob below the project's root, sorted. Raises FileNotFoundError when there is none."""
     files = sorted(path for path in map(Path, glob.glob(str(paths.resolve(pattern)), recursive=True)) if path.is_file())
     if not files:
-        raise FileNotFoundError(f"No file matches {pattern!r} below {paths.project_root()}; check the glob.")
+        raise FileNotFoundError(
+            f"No file matches {str(paths.resolve(pattern))!r}; check the glob, which is taken from the project's root "
+            f"{paths.project_root()} and not from the shell's folder."
+        )
     for path in files:
         _suffix(path)
     if not any(path.stat().st_size for path in files):

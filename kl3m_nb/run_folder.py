@@ -102,13 +102,7 @@ def take_save_request(run_dir: Path) -> bool:
 
 def read_run_profile(run_dir: str | Path) -> Profile:
     """The profile a run folder was trained with. Raises ValueError when it is no run folder, or one of another version."""
-    try:
-        return profiles.profile_from_dict(_record(run_dir)["profile"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{paths.resolve(run_dir) / RUN_FILE} holds settings of another version of this project ({error}); "
-            "use the version it was begun with, or name another run."
-        ) from error
+    return profiles.profile_from_dict(_record(run_dir)["profile"])
 
 
 def read_run_init(run_dir: str | Path) -> str | None:
@@ -145,11 +139,10 @@ def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -
         return
     record = _record(run_dir)
     was, now = _settings(record["profile"]), _settings(profile.to_dict())
-    for key in {**now, **was}:
-        before, after = (repr(settings[key]) if key in settings else "not set" for settings in (was, now))
-        if before != after:
+    for key, value in now.items():
+        if was[key] != value:
             raise ValueError(
-                f"The run folder {run_dir} belongs to the profile {was['name']} with {key} = {before}, now it is {after}; "
+                f"The run folder {run_dir} belongs to the profile {was['name']} with {key} = {was[key]!r}, now it is {value!r}; "
                 "use the same settings or another run folder."
             )
     if record["init"] != init_name(init):
@@ -173,13 +166,24 @@ def write_run_file(run_dir: Path, profile: Profile, init: str | Path | None, run
 
 
 def _record(run_dir: str | Path) -> dict:
+    """run.json, in its profile a default for every number that an earlier version did not have.
+
+    Raises ValueError naming the file when it holds anything else.
+    """
     path = paths.resolve(run_dir) / RUN_FILE
     if not path.is_file():
         raise ValueError(f"{path.parent} is no run folder, it holds no {RUN_FILE}; train it first, or name another run.")
     try:
-        return json.loads(path.read_text())
+        record = json.loads(path.read_text())
+        if not isinstance(record, dict):
+            raise ValueError("it is no mapping")
+        for key in ("init", "runtime", "identity"):
+            if not isinstance(record.get(key), str):
+                raise ValueError(f"it has no text for {key!r}")
+        return record | {"profile": profiles.profile_from_dict(record.get("profile")).to_dict()}
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); put back the run.json that the run was begun with.") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(f"{path} cannot be read ({reason}); put back the run.json that the run was begun with.") from error
 
 
 def lock_exclusively(descriptor: int) -> None:

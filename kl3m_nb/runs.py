@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pandas as pd
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.metrics import FILE_NAME, read_metrics
 from kl3m_nb.profiles import Profile, get_profile
-from kl3m_nb.run_folder import RUN_FILE, read_run_profile
+from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
 
 # What each notebook writes; the laptop profile's runs are the demonstration.
 NOTEBOOK_STAGES = {
@@ -24,13 +25,22 @@ NOTEBOOK_STAGES = {
 }
 # What the checkpoints that can be judged are called, and the stage each belongs to.
 CHECKPOINT_STAGES = {"source": "source", "stack, step 0": "stack", "trained": "grown", "scratch": "scratch"}
+# Which of their parameters name a checkpoint that has to be there.
+CHECKPOINT_PARAMETERS = {
+    "stack": ("source",),
+    "spectra": ("source", "stack", "trained"),
+    "generation": ("source", "stack", "trained", "others"),
+}
 
 
 def run_path(profile_name: str, stage: str, run: str = "") -> Path:
     """The folder `run` below runs/, or when it is empty the one a stage of a profile writes by itself.
 
-    run_path("tiny", "grown") is runs/demo-grown, run_path("kl3m-007-500m", "grown") runs/kl3m-007-500m-grown.
+    run_path("tiny", "grown") is runs/demo-grown, run_path("kl3m-007-500m", "grown") runs/kl3m-007-500m-grown. Raises ValueError
+    for a `run` that lies elsewhere: `load_runs` would not find it.
     """
+    if os.sep in run or run in (".", ".."):
+        raise ValueError(f"The run {run!r} is no name of a folder right below {paths.runs_dir()}; give one such as my-run.")
     return paths.runs_dir() / (run or f"{'demo' if profile_name == 'tiny' else profile_name}-{stage}")
 
 
@@ -82,27 +92,33 @@ def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:
     """A row per run folder: run, profile, layers, init, step, max_steps, held_out_loss (nats per token), tokens, seconds,
     checkpoint.
 
-    Without `runs_dir` the project's own folder is read. A run without evaluations yet has NaN as its loss.
+    Without `runs_dir` the project's own folder is read. A run without evaluations yet has NaN as its loss. Warns of a folder that
+    cannot be read and leaves it out.
     """
     folder = paths.runs_dir() if runs_dir is None else paths.resolve(runs_dir)
     rows = []
     for path in sorted(folder.glob(f"*/{RUN_FILE}")):
-        record = json.loads(path.read_text())
-        held_out = read_metrics(path.parent, "held_out")
-        last = held_out.iloc[-1] if len(held_out) else {}
-        checkpoint = checkpoints.latest_checkpoint(path.parent)
-        rows.append(
-            {
-                "run": path.parent.name,
-                "profile": record["profile"]["name"],
-                "layers": record["profile"]["model"]["layers"],
-                "init": record["init"],
-                "step": checkpoints.checkpoint_step(checkpoint) if checkpoint else 0,
-                "max_steps": record["profile"]["schedule"]["max_steps"],
-                "held_out_loss": last.get("held_out_loss", float("nan")),
-                "tokens": last.get("tokens", 0),
-                "seconds": last.get("seconds", 0.0),
-                "checkpoint": str(checkpoint) if checkpoint else "",
-            }
-        )
+        try:
+            rows.append(_row(path.parent))
+        except (ValueError, OSError) as error:
+            warnings.warn(f"The run {path.parent.name} is left out of the table: {error}", stacklevel=2)
     return pd.DataFrame(rows)
+
+
+def _row(run_dir: Path) -> dict:
+    profile = read_run_profile(run_dir)
+    held_out = read_metrics(run_dir, "held_out")
+    last = held_out.iloc[-1] if len(held_out) else {}
+    checkpoint = checkpoints.latest_checkpoint(run_dir)
+    return {
+        "run": run_dir.name,
+        "profile": profile.name,
+        "layers": profile.model.layers,
+        "init": init_name(read_run_init(run_dir)),
+        "step": checkpoints.checkpoint_step(checkpoint) if checkpoint else 0,
+        "max_steps": profile.schedule.max_steps,
+        "held_out_loss": last.get("held_out_loss", float("nan")),
+        "tokens": last.get("tokens", 0),
+        "seconds": last.get("seconds", 0.0),
+        "checkpoint": str(checkpoint) if checkpoint else "",
+    }

@@ -113,8 +113,18 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     folder = paths.resolve(name)
     try:
         return _read_folder(folder) if folder.is_dir() else AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The tokenizer {name!r} is no folder here and could not be loaded from the hub: {error}") from error
+    except (OSError, ValueError, KeyError, AttributeError) as error:  # the last two: from JSON of another kind
+        if folder.is_dir():
+            what = "is damaged or of another kind" if (folder / "tokenizer.json").is_file() else "is not there"
+            raise ValueError(
+                f"The folder {folder} holds no tokenizer that can be loaded, its tokenizer.json {what}; "
+                "name a folder with a whole one, a hub id, or corpus."
+            ) from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"The tokenizer {name!r} is no folder {folder} and could not be loaded from the hub ({reason}); "
+            "name a folder, a hub id, or corpus."
+        ) from error
 
 
 def _read_folder(folder: Path) -> PreTrainedTokenizerBase:

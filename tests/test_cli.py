@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -38,11 +40,27 @@ def _notebook(path: Path, code: str) -> Path:
         (["run", "02_training", "-p", "profile", "kl3m-9"], "kl3m-007-500m"),
         (["run", "02_training", "-p", "seq_len", "4096"], "context of 256"),
         (["run", "02_training", "-p", "profile", "kl3m-007-500m"], "--without-gpu"),
+        *((["run", name, "-p", "profile", "nope"], "no profile 'nope'") for name in runs.NOTEBOOK_STAGES),
+        (["run", "01_stacking", "-p", "source", "nowhere"], "The parameter source names no checkpoint"),
+        (["run", "01_stacking", "-p", "source", "a/nowhere"], "The parameter source names no checkpoint"),
+        (["run", "03_spectral_analysis", "-p", "stack", "./nowhere"], "The parameter stack names no checkpoint"),
+        (["run", "04_generation_evaluation", "-p", "trained", "runs/nowhere"], "The parameter trained names no checkpoint"),
+        (["run", "04_generation_evaluation", "-p", "others", "OWNER/NAME, no/where/x"], "no checkpoint no/where/x"),
+        *((["run", name, "-p", "run", "a/b"], "no name of a folder right below") for name in runs.NOTEBOOK_STAGES),
+        (["run", "05_growth_comparison", "-p", "scratch_run", ".."], "no name of a folder right below"),
         (["run", "06_unknown"], "02_training"),
         (["run", "02_training", "-f", "nowhere.yaml"], "no parameter file"),
         (["train", "kl3m-007-500m"], "--without-gpu"),
         (["train", "tiny", "--set", "base_lr", "high"], "float"),
         (["train", "tiny", "--set", "color", "red"], "no field 'color'"),
+        (["train", "tiny", "--set", "micro_bach", "2"], "did you mean micro_batch"),
+        (["train", "tiny", "--set", "max_steps", "{"], "'max_steps' is of type int; '{' is not"),
+        (["train", "tiny", "--set", "max_steps", "[1"], "'max_steps' is of type int; '[1' is not"),
+        (["train", "tiny", "--set", "name", "x"], "no field 'name'"),
+        (["train", "tiny", "--set", "seed", "9" * 23], "below 2**63"),
+        (["train", "tiny", "--run", "."], "no name of a folder right below"),
+        (["train", "tiny", "--run", ".."], "no name of a folder right below"),
+        (["train", "tiny", "--init", "./nowhere"], f"no checkpoint folder {Path.cwd()}/nowhere; train"),
         (["train", "tiny", "--init", "nowhere"], "no checkpoint folder"),
         (["train"], "neither a profile nor a run"),
         (["train", "--run", "runs/none"], "no run folder"),
@@ -62,6 +80,50 @@ def test_bad_input_is_one_sentence_exit_code_2_and_nothing_on_disk(arguments, wo
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_init_is_looked_for_in_the_shells_folder_and_then_below_the_root(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(cli, "train", lambda profile, folder, init, callbacks: started.append(init) or SimpleNamespace(
+        step=1, held_out_loss=0.0, checkpoint=folder))  # fmt: skip
+    (tmp_path / "st1").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for init in ("st1", "./st1", "data/prompts", "OWNER/NAME"):
+        assert cli.main(["train", "tiny", "--init", init]) == 0
+    assert started == [str(tmp_path / "st1"), str(tmp_path / "st1"), "data/prompts", "OWNER/NAME"]
+    assert cli.main(["train", "tiny", "--init", "./st2"]) == 2
+    assert f"no checkpoint folder {tmp_path}/st2 or {ROOT}/st2; train one first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"5: 5", "no parameter 5;"), ("name: café".encode("latin-1"), "p.yaml is not UTF-8 text")]
+)
+def test_a_parameter_file_of_another_kind_is_refused(content, words, tmp_path, capsys):
+    (tmp_path / "p.yaml").write_bytes(content)
+    assert cli.main(["run", "02_training", "-f", str(tmp_path / "p.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    show = warnings.showwarning
+    monkeypatch.setattr(cli, "train", lambda *_, **__: warnings.warn("the disk\nis full", stacklevel=1) or 1 / 0)
+    with pytest.raises(ZeroDivisionError), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        cli.main(["train", "tiny"])
+    assert capsys.readouterr().err == "kl3m_nb: warning: the disk is full\n"
+    assert warnings.showwarning is show
+
+
+def test_an_interrupt_during_the_imports_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    pass"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "kl3m_nb", "runs"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (130, "Interrupted.\n")
 
 
 def test_parameters_come_from_a_file_and_the_command_line_wins(tmp_path):

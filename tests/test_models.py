@@ -8,7 +8,7 @@ from conftest import small_profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from kl3m_nb import models, roles
+from kl3m_nb import model_folder, models, roles
 from kl3m_nb.experts import use_grouped_experts
 from kl3m_nb.objective import activation_penalty, chunked_objective
 from kl3m_nb.profiles import get_profile
@@ -223,6 +223,9 @@ def test_broken_checkpoints_are_named(tmp_path, trained_run):
     _, result = trained_run
     with pytest.raises(ValueError, match="no checkpoint folder"):
         models.load_model(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"no checkpoint folder /\S+/nobody/nothing, and the hub gave no model") as caught:
+        models.load_model("nobody/nothing")
+    assert "\n" not in str(caught.value)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match=r"config\.json"):
@@ -236,6 +239,19 @@ def test_broken_checkpoints_are_named(tmp_path, trained_run):
     (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cut off or damaged"):
         models.load_model(cut)
+    (cut / "model.safetensors").write_bytes(whole)
+    for text in ("{", "[]", "\xff"):
+        (cut / "config.json").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=r"cut/config\.json (is not JSON|holds no JSON object)"):
+            models.load_model(cut)
+    (cut / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"The checkpoint \S+/cut cannot be loaded \(Unrecognized model"):
+        models.load_model(cut)
+    (cut / "model.safetensors").unlink()
+    for text in ("{", "{}"):
+        (cut / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(ValueError, match=r"cut/model\.safetensors\.index\.json (is|has)"):
+            model_folder.weight_files(cut)
 
 
 def test_a_checkpoint_of_another_shape_is_refused_by_its_first_difference(trained_run):

@@ -32,7 +32,7 @@ def test_one_keyword_changes_one_field_wherever_it_stands():
     for key, section in profiles.FIELD_SECTIONS.items():
         owner = base if section == "profile" else getattr(base, section)
         value = getattr(owner, key)
-        bound = ("heads", "kv_heads", "layers", "growth_factor", "seq_len", "context", "p_sft", "ns_steps")
+        bound = ("heads", "kv_heads", "layers", "growth_factor", "seq_len", "context", "p_sft", "ns_steps", "head_size")
         if key in bound or isinstance(value, (str, bool)):
             continue
         changed = override_profile(base, **{key: value / 2 if isinstance(value, float) else value + 1})
@@ -62,7 +62,15 @@ def test_the_source_of_a_profile_is_shallower_and_nothing_else():
     ("name", "overrides", "words"),
     [
         ("kl3m-500", {}, "kl3m-007-500m"),
-        ("tiny", {"max_step": 5}, "max_steps"),
+        ("tiny", {"max_step": 5}, r"no field 'max_step' \(did you mean max_steps"),
+        ("tiny", {"foo": 1}, "no field 'foo'; it has activation_norm, "),
+        ("tiny", {"name": "x"}, "no field 'name'"),
+        ("tiny", {"profile": "x"}, "no field 'profile'"),
+        ("tiny", {"seed": 10**23}, r"'seed' is 1\d+; a whole number must be below"),
+        ("tiny", {"base_lr": 10**400}, "of type float"),
+        ("tiny", {"hidden": 129}, "hidden 129 is not a multiple of 4 heads"),
+        ("tiny", {"head_size": 31}, "choose an even one"),
+        ("tiny-moe", {"head_size": 31}, "choose an even one"),
         ("tiny", {"max_steps": 1.5}, "int"),
         ("tiny", {"max_steps": True}, "int"),
         ("tiny", {"base_lr": "1e-4"}, "float"),

@@ -282,3 +282,16 @@ def test_an_unreachable_hub_and_an_unknown_data_set_are_named(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", missing)
     with pytest.raises(ValueError, match="There is no data set hub:o/n"):
         list(_open("hub:o/n"))
+
+
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_file_in_another_encoding_is_named(tmp_path, rows):
+    (tmp_path / "old.jsonl").write_text('{"text": "§ 1 Geschäft"}\n' * rows, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"can be used: \S+/old\.jsonl is not UTF-8 text"):
+        list(_open(f"files:{tmp_path}/*.jsonl"))
+
+
+def test_a_glob_says_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"/texts/\*\.jsonl'; .* project's root \S+ and not from the shell's folder"):
+        _open("files:texts/*.jsonl")

@@ -52,37 +52,16 @@ def test_the_run_file_keeps_its_identity_and_says_what_was_begun(tmp_path):
         run_folder.check_run_folder(tmp_path, small_profile(), "hub/model")
 
 
-@pytest.mark.parametrize(
-    ("section", "key", "message"),
-    [
-        ("data", "temperature", "temperature = 0.5, now it is not set"),
-        (None, "temperature", "temperature = 0.5, now it is not set"),
-        ("data", "-seed", "seed = not set, now it is 0"),
-        (None, "-clamp", "= not set, now it is"),
-    ],
-)
-def test_settings_of_another_version_are_named(tmp_path, section, key, message):
-    """run.json may hold a setting that a profile has no more, or lack one that it had not yet."""
-    run_folder.write_run_file(tmp_path, small_profile(seed=0), None, "cpu")
-    record = json.loads((tmp_path / run_folder.RUN_FILE).read_text())
-    settings = record["profile"][section] if section else record["profile"]
-    if key.startswith("-"):
-        del settings[key[1:]]
-    else:
-        settings[key] = 0.5
-    (tmp_path / run_folder.RUN_FILE).write_text(json.dumps(record))
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(ValueError, match=message):
-        run_folder.check_run_folder(tmp_path, small_profile(seed=0), None)
-
-
-def test_a_run_of_another_version_cannot_be_read_and_says_so(tmp_path):
+def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default(tmp_path):
     run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
     record = json.loads((tmp_path / run_folder.RUN_FILE).read_text())
-    record["profile"]["data"]["temperature"] = 0.5
+    del record["profile"]["data"]["seed"]
     (tmp_path / run_folder.RUN_FILE).write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"settings of another version .*'temperature'"):
-        run_folder.read_run_profile(tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    assert run_folder.read_run_profile(tmp_path) == small_profile()
+    run_folder.check_run_folder(tmp_path, small_profile(), None)
+    with pytest.raises(ValueError, match="seed = 7, now it is 0"):
+        run_folder.check_run_folder(tmp_path, small_profile(seed=0), None)
 
 
 def test_a_disk_without_room_for_a_name_still_has_the_lock(tmp_path, monkeypatch):
@@ -98,8 +77,34 @@ def test_a_disk_without_room_for_a_name_still_has_the_lock(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_file_that_is_cut_off_is_named(tmp_path):
-    run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
-    (tmp_path / run_folder.RUN_FILE).write_text("")
-    with pytest.raises(ValueError, match=r"run.json cannot be read"):
-        run_folder.read_run_profile(tmp_path)
+def _without(section):
+    record = {"profile": small_profile().to_dict(), "init": "random weights", "runtime": "cpu", "identity": "a"}
+    del record["profile"][section]
+    return record
+
+
+def _with(**fields):
+    record = {"profile": small_profile().to_dict(), "init": "random weights", "runtime": "cpu", "identity": "a"}
+    record["profile"]["model"] |= fields
+    return record
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "Expecting value"),
+        ("[]", "it is no mapping"),
+        ("{}", "no text for 'init'"),
+        (json.dumps({"init": "random weights", "runtime": "", "identity": "a"}), "mapping of fields; None is not"),
+        (json.dumps(_without("name")), "a profile needs the field 'name'"),
+        (json.dumps(_without("clamp")), "a profile needs the field 'clamp'"),
+        (json.dumps(_with(colour=1)), "a profile's model has no field 'colour'"),
+        (json.dumps(_with(layers="2")), "field 'layers' is of type int; '2' is not"),
+    ],
+)
+def test_a_run_file_that_is_cut_off_or_foreign_is_named_and_says_what_is_wrong(tmp_path, content, words):
+    (tmp_path / run_folder.RUN_FILE).write_text(content)
+    for read in (run_folder.read_run_profile, run_folder.read_run_init, run_folder.run_identity):
+        with pytest.raises(ValueError, match=rf"run\.json cannot be read \(.*{words}.*\); put back") as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)

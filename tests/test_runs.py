@@ -36,6 +36,26 @@ def test_checkpoints_are_named_by_their_stage_by_hand_or_as_they_are_given(train
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", [".", "..", "a/b", "/tmp/a", "../a"])
+def test_a_run_lies_right_below_the_folder_of_runs(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
+    with pytest.raises(ValueError, match=f"The run '{name}' is no name of a folder right below {tmp_path}"):
+        runs.run_path("tiny", "train", name)
+
+
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_shown(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
+        run_folder.write_run_file(tmp_path / name, get_profile("tiny"), None, "cpu")
+    (tmp_path / "a" / "run.json").write_text("")
+    (tmp_path / "c" / "run.json").write_text("[]")
+    with pytest.warns(UserWarning) as warned:
+        table = runs.load_runs(tmp_path)
+    assert table["run"].tolist() == ["b", "d"] and set(table["init"]) == {"random weights"}
+    for warning, name in zip(warned, ("a", "c"), strict=True):
+        assert str(warning.message).startswith(f"The run {name} is left out of the table: {tmp_path / name / 'run.json'}")
+
+
 def test_a_checkpoint_is_known_by_the_run_it_lies_in(trained_run, tmp_path):
     run_dir, result = trained_run
     profile, windows = runs.trained_on(result.checkpoint)

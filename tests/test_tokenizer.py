@@ -134,8 +134,29 @@ def test_impossible_sizes_and_names_are_refused(tmp_path):
         tokenizer.train_tokenizer(["one text"], 2000)
     with pytest.raises(ValueError, match="could not be loaded"):
         tokenizer.load_tokenizer(str(tmp_path / "nowhere"), "package:licensedcode-data", 4096)
+    with pytest.raises(
+        ValueError, match=r"no folder /\S+/nobody/nothing and could not be loaded from the hub \(.*\); name"
+    ) as caught:
+        tokenizer.read_tokenizer("nobody/nothing")
+    assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="ordinary, unorthodox"):
         tokenizer.train_tokenizer(TEXTS, 600, "none")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("README.md", "", "is not there"),
+        ("config.json", '{"model_type": "llama"}', "is not there"),
+        ("tokenizer.json", "{", "is damaged or of another kind"),
+        ("tokenizer.json", "{}", "is damaged or of another kind"),
+    ],
+)
+def test_a_folder_without_a_tokenizer_is_named_in_one_sentence(tmp_path, file, text, words):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"The folder \S+ holds no tokenizer that can be loaded, .*{words}; name") as caught:
+        tokenizer.read_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(trained, tmp_path):
