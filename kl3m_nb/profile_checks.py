@@ -106,5 +106,8 @@ def _check_shape(values: Mapping) -> None:
         raise ValueError(f"{values['heads']} heads cannot share {values['kv_heads']} kv_heads evenly; choose a divisor.")
     if values["head_size"] % 2:
         raise ValueError(f"head_size is {values['head_size']}; rotary positions turn pairs of numbers, choose an even one.")
+    for key in ("hidden", "mlp") if values["experts"] else ():
+        if values[key] % 4:
+            raise ValueError(f"{key} is {values[key]}; torch multiplies the matrices of experts in multiples of 4, choose one.")
     if not values["experts"] and values["hidden"] % values["heads"]:  # transformers asks it of a Llama, not of a Mixtral
         raise ValueError(f"hidden {values['hidden']} is not a multiple of {values['heads']} heads; a dense Llama needs that.")

@@ -32,7 +32,19 @@ def test_one_keyword_changes_one_field_wherever_it_stands():
     for key, section in profiles.FIELD_SECTIONS.items():
         owner = base if section == "profile" else getattr(base, section)
         value = getattr(owner, key)
-        bound = ("heads", "kv_heads", "layers", "growth_factor", "seq_len", "context", "p_sft", "ns_steps", "head_size")
+        bound = (
+            "heads",
+            "kv_heads",
+            "layers",
+            "growth_factor",
+            "seq_len",
+            "context",
+            "p_sft",
+            "ns_steps",
+            "head_size",
+            "hidden",
+            "mlp",
+        )
         if key in bound or isinstance(value, (str, bool)):
             continue
         changed = override_profile(base, **{key: value / 2 if isinstance(value, float) else value + 1})
@@ -71,6 +83,8 @@ def test_the_source_of_a_profile_is_shallower_and_nothing_else():
         ("tiny", {"hidden": 129}, "hidden 129 is not a multiple of 4 heads"),
         ("tiny", {"head_size": 31}, "choose an even one"),
         ("tiny-moe", {"head_size": 31}, "choose an even one"),
+        ("tiny-moe", {"hidden": 129}, "hidden is 129; .* multiples of 4"),
+        ("tiny-moe", {"mlp": 178}, "mlp is 178; .* multiples of 4"),
         ("tiny", {"max_steps": 1.5}, "int"),
         ("tiny", {"max_steps": True}, "int"),
         ("tiny", {"base_lr": "1e-4"}, "float"),
