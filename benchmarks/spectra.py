@@ -38,8 +38,8 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from kl3m_nb import copies, history, known_spectra, spectra, spectral_report
 from kl3m_nb.matrices import HEAD_LAYER, find_matrices
+from kl3m_nb.model_folder import SPECTRA_FOLDER
 from kl3m_nb.profiles import get_profile
-from kl3m_nb.spectral_cache import CACHE_FOLDER
 from kl3m_nb.spectral_subject import find_subject
 
 PROFILE = get_profile("kl3m-007-500m")
@@ -80,7 +80,7 @@ def _allocated() -> float:
 
 
 def forget(folder: Path) -> None:
-    shutil.rmtree(folder / CACHE_FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / SPECTRA_FOLDER, ignore_errors=True)
 
 
 def deviations(known: known_spectra.KnownStack, table: pd.DataFrame, divergence: pd.DataFrame, rmse: pd.DataFrame) -> list[dict]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 import re
 import tomllib
+import types
 from pathlib import Path
 
 import nbformat
@@ -115,6 +117,22 @@ def test_no_module_imports_upwards_or_in_a_circle():
         ready = {module for module in graph.keys() - done if graph[module] <= done}
         assert ready, f"these modules import each other: {sorted(graph.keys() - done)}"
         done |= ready
+
+
+def test_what_the_benchmarks_take_from_the_package_is_there():
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        modules = {}  # name in the script -> module of the package
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kl3m_nb":
+                taken_from = importlib.import_module(node.module)
+                for alias in node.names:
+                    value = getattr(taken_from, alias.name, None) or importlib.import_module(f"{node.module}.{alias.name}")
+                    if isinstance(value, types.ModuleType):
+                        modules[alias.asname or alias.name] = value
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+                assert hasattr(modules[node.value.id], node.attr), f"{path.name}: {node.value.id}.{node.attr}"
 
 
 def test_environment_yml_takes_its_versions_from_pyproject():
