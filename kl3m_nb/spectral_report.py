@@ -28,6 +28,7 @@ from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER
 from kl3m_nb.packing import held_out_windows
 from kl3m_nb.progress_bar import ProgressBar
 from kl3m_nb.report_page import ReportPage
+from kl3m_nb.run_folder import read_run_init
 from kl3m_nb.spectra import spectrum_key
 from kl3m_nb.spectral_subject import Subject
 from kl3m_nb.tokenizer import load_tokenizer
@@ -71,6 +72,8 @@ def write_report(
     page.sentences += spectral_summary.describe_model(table, ceilings)
     if subject.order != "cyclic":
         page.sentences.append(f"It was begun from an {subject.order} stack; copies are compared for cyclic stacks only.")
+    if subject.run_dir and not (subject.start or subject.source) and (init := read_run_init(subject.run_dir)):
+        page.sentences.append(f"What it was begun from, {init}, is no folder here; --against names one to compare it with.")
     before = subject.source or subject.start
     compared = bool(before) and Path(before) != subject.checkpoint
     sources = spectra.model_singular_values(before, progress("source")) if compared else {}
@@ -99,7 +102,7 @@ def write_report(
 
 def _add_model(page: ReportPage, table: pd.DataFrame, values: dict, subject: Subject) -> None:
     page.heading("Condition by layer and role")
-    caption = "Condition number of every matrix; borders of copies are blue. "
+    caption = f"Condition number of every matrix{'; borders of copies are blue' if subject.copies > 1 else ''}. "
     caption += (
         "Cells at their clamp ceiling and far above it are marked."
         if subject.ceilings

@@ -233,3 +233,13 @@ def test_of_an_earlier_checkpoint_the_clamps_until_then_are_told(trained_run, tm
     subject = find_subject(trained_run[0] / "checkpoints" / "step-000003")
     text = spectral_report.write_report(subject, tmp_path, fit_alpha=False).read_text()
     assert "In 1 clamp up to step 2" in text
+
+
+def test_a_start_that_is_gone_is_told(trained_run, tmp_path, unsaved):
+    run_dir = shutil.copytree(trained_run[0], tmp_path / "run")
+    record = json.loads((run_dir / "run.json").read_text())
+    for init, told in (("random weights", False), ("runs/moved/checkpoint", True)):
+        (run_dir / "run.json").write_text(json.dumps(record | {"init": init}))
+        text = spectral_report.write_report(find_subject(run_dir), tmp_path / "page", fit_alpha=False).read_text()
+        assert (f"What it was begun from, {init}, is no folder here" in text) is told
+        assert "borders of copies" not in text
