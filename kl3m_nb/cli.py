@@ -343,7 +343,7 @@ def _existing(name: str) -> str:
 def _runs(options: argparse.Namespace) -> int:
     table = runs.load_runs()
     if table.empty:
-        print("There are no runs yet; `make demo` makes some.")
+        print(f"There is no run to show in {paths.runs_dir()}; `make demo` makes some.")
         return 0
     shown = {"held_out_loss": "{:.3f}".format, "tokens": "{:,.0f}".format, "seconds": "{:,.0f}".format}
     print(table.drop(columns="checkpoint").to_string(index=False, formatters=shown, na_rep="–"))

@@ -203,4 +203,4 @@ def test_an_estimate_names_the_gpu_and_follows_the_micro_batch(capsys):
 
 def test_no_runs_is_said(capsys):
     assert cli.main(["runs"]) == 0
-    assert "no runs yet" in capsys.readouterr().out
+    assert "no run to show" in capsys.readouterr().out
