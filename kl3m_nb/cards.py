@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from kl3m_nb import model_folder, paths
+from kl3m_nb import paths
 from kl3m_nb.memory import count_parameters
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, Profile
 
@@ -351,8 +351,3 @@ def _loss(value: float) -> str:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:.1f}M"
-
-
-def read_stack(init: str | Path | None) -> dict:
-    """The `stack.json` of the checkpoint folder that a run started from; empty when there is none."""
-    return model_folder.read_stack(paths.resolve(init)) if init else {}

@@ -41,10 +41,10 @@ class CheckpointSaver:
         self._waited_seconds = 0.0
         self._writer = checkpoints.BackgroundWriter()
 
-    @property
-    def saved_step(self) -> int | None:
-        """On rank 0: the step of the newest checkpoint, written or being written; None when there is none."""
-        return self._saved_step
+    def newest(self, step: int) -> Path | None:
+        """On rank 0, at `step`: the newest checkpoint, once what is being written is on the disk; None when there is none."""
+        self._collect(step, waiting=True)
+        return self._newest
 
     def is_due(self, step: int) -> bool:
         """On rank 0: whether a checkpoint was asked for through the run's folder, or one that failed is to be tried again."""

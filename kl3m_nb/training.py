@@ -19,6 +19,7 @@ from kl3m_nb import cards, checkpoints, distributed, evaluation, experts, finite
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import Callback, MetricsLog, tell
 from kl3m_nb.model_clamp import SpectralClamp
+from kl3m_nb.model_folder import read_stack
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
 from kl3m_nb.random_state import random_state, set_random_state
@@ -101,7 +102,7 @@ class _Run:
         self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
         self.last_held_out = self.last_cross_entropy = float("nan")
         self.conditions: dict = {"step": 0, "by_role": {}}
-        self.stack = {} if checkpoint else cards.read_stack(init)
+        self.stack = read_stack(paths.resolve(init)) if init and not checkpoint else {}
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
             self._load_state(state)
@@ -145,7 +146,7 @@ class _Run:
                     self._evaluate()
                 if self.counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
                     raise self._given_up()
-                if step % runtime.checkpoint_every == 0 and not is_last and not self._learned_nothing():
+                if step % runtime.checkpoint_every == 0 and not is_last and not self._checkpoint_as_good_as_now():
                     self.saver.save(step, self._contents)
             checkpoint = self._save_and_wait()
             if any(self._requests(stop)[:1]):
@@ -257,17 +258,16 @@ class _Run:
             f"{self.counters['skipped_in_a_row']} steps in a row were not finite, first in {self.first_bad}; see their data, or "
             "begin another run from a checkpoint of this one with a lower learning rate"
         )
-        if self._learned_nothing():
-            self.saver.close()
-            newest = distributed.on_first_rank(lambda: checkpoints.latest_checkpoint(self.run_dir))
+        if newest := self._checkpoint_as_good_as_now():
             return TrainingStopped(f"Training has stopped: {reason}. Nothing has been learned since {newest}.")
         self.counters["skipped_in_a_row"] = 0  # training again gets as many tries
         return self._stopped(reason)
 
-    def _learned_nothing(self) -> bool:
-        """Whether every step since the newest checkpoint was skipped: another would only push out an earlier one."""
-        since = self.counters["step"] - self.counters["skipped_in_a_row"]
-        return self.counters["skipped_in_a_row"] > 0 and distributed.on_first_rank(lambda: (self.saver.saved_step or -1) >= since)
+    def _checkpoint_as_good_as_now(self) -> Path | None:
+        """The newest checkpoint, if every step since was skipped: another would only push out an earlier one."""
+        step, skipped = self.counters["step"], self.counters["skipped_in_a_row"]
+        newest = distributed.on_first_rank(lambda: self.saver.newest(step)) if skipped else None
+        return newest if newest and checkpoints.checkpoint_step(newest) >= step - skipped else None
 
     def _forward_backward(self, batch: Batch, valid_tokens: int) -> dict[str, torch.Tensor]:
         """Adds the gradients of one micro-batch, returns its terms of the loss."""

@@ -216,6 +216,18 @@ def test_ten_bad_steps_in_a_row_stop_with_the_last_good_weights(tmp_path, monkey
         assert checkpoints.whole_checkpoints(tmp_path / "run") == [saved]
 
 
+def test_bad_steps_push_out_no_checkpoint_of_step_0_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loss, "activation_penalty", lambda residual, *_: residual.sum() * math.nan)
+
+    def ask(row):
+        if row["kind"] == "start":
+            run_folder.request_checkpoint(tmp_path / "run")
+
+    with pytest.raises(training.TrainingStopped, match="Nothing has been learned since .*step-000000"):
+        training.train(small_profile(max_steps=30, clamp_every=0), tmp_path / "run", callbacks=[ask])
+    assert [path.name for path in checkpoints.whole_checkpoints(tmp_path / "run")] == ["step-000000"]
+
+
 def test_ten_bad_steps_at_the_end_of_a_run_are_evaluated_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(training_loss, "activation_penalty", lambda residual, *_: residual.sum() * math.nan)
     profile = small_profile(max_steps=10, clamp_every=5, eval_every=100)
