@@ -150,8 +150,8 @@ def _run(options: argparse.Namespace) -> int:
     folder = Path.cwd()
     if stage:
         profiles.get_profile(values["profile"])  # the kernel would take seconds, and leave a folder, before it says so
-        for key in ("scratch_run", "run"):
-            folder = runs.run_path(values["profile"], stage, values.get(key, ""))
+        runs.run_path(values["profile"], stage, values.get("scratch_run", ""))
+        folder = runs.run_path(values["profile"], stage, values.get("run", ""))
         _require_checkpoints(stage, values)
     if stage == "source":
         source = profiles.source_profile(_notebook_profile({**values, "source_steps": values["max_steps"]}))
@@ -164,7 +164,7 @@ def _run(options: argparse.Namespace) -> int:
 def _require_checkpoints(stage: str, values: dict) -> None:
     """Refuses a checkpoint that a notebook would look for in vain. A run that has begun does not need its `init` any more."""
     for key in runs.CHECKPOINT_PARAMETERS.get(stage, ()):
-        for name in values[key].replace(",", " ").split() if key == "others" else [values[key]]:
+        for name in runs.listed(values[key]) if key == "others" else [values[key]]:
             known = not name or Path(name).exists() or paths.resolve(name).exists()
             if not known and (stage == "stack" or not models.is_hub_id(name)):
                 raise Refused(

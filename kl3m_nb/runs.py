@@ -25,7 +25,7 @@ NOTEBOOK_STAGES = {
 }
 # What the checkpoints that can be judged are called, and the stage each belongs to.
 CHECKPOINT_STAGES = {"source": "source", "stack, step 0": "stack", "trained": "grown", "scratch": "scratch"}
-# Which of their parameters name a checkpoint that has to be there.
+# Which parameters of a stage's notebook name a checkpoint that has to be there.
 CHECKPOINT_PARAMETERS = {
     "stack": ("source",),
     "spectra": ("source", "stack", "trained"),
@@ -59,13 +59,18 @@ def stage_checkpoint(profile_name: str, stage: str) -> Path | None:
 
 
 def named_checkpoints(profile_name: str, given: Mapping[str, str], others: str = "") -> dict[str, str | Path]:
-    """{name: checkpoint}: that of every stage of a profile that has one, then `others`, separated by commas, named as given.
+    """{name: checkpoint}: that of every stage of a profile that has one, then those listed in `others`, named as given.
 
     A checkpoint in `given`, by a name of `CHECKPOINT_STAGES`, is taken in place of its stage's; an empty string names none.
     """
     found = {name: given.get(name) or stage_checkpoint(profile_name, stage) for name, stage in CHECKPOINT_STAGES.items()}
     named = {name: checkpoint for name, checkpoint in found.items() if checkpoint}
-    return named | {name: name for name in others.replace(",", " ").split()}
+    return named | {name: name for name in listed(others)}
+
+
+def listed(others: str) -> list[str]:
+    """The checkpoints that a notebook's parameter `others` names, between commas or blanks."""
+    return others.replace(",", " ").split()
 
 
 def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
