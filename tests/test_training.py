@@ -223,7 +223,7 @@ def test_bad_steps_push_out_no_checkpoint_of_step_0_either(tmp_path, monkeypatch
         if row["kind"] == "start":
             run_folder.request_checkpoint(tmp_path / "run")
 
-    with pytest.raises(training.TrainingStopped, match="Nothing has been learned since .*step-000000"):
+    with pytest.raises(training.TrainingStopped, match=r"Nothing has been learned since .*step-000000"):
         training.train(small_profile(max_steps=30, clamp_every=0), tmp_path / "run", callbacks=[ask])
     assert [path.name for path in checkpoints.whole_checkpoints(tmp_path / "run")] == ["step-000000"]
 
