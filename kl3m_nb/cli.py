@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ import yaml
 from kl3m_nb import distributed, models, paths, profiles, publishing, run_folder, runs
 from kl3m_nb.checkpoints import CheckpointFailed, check_sound
 from kl3m_nb.estimate import GPUS, estimate
-from kl3m_nb.progress import clock
+from kl3m_nb.progress import time_left
 from kl3m_nb.runtime import device_memory
 from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
 from kl3m_nb.stopping import EXIT_INTERRUPTED
@@ -267,20 +268,22 @@ def _start(name: str | None, run_dir: Path) -> str | None:
 def _train(options: argparse.Namespace) -> int:
     profile, folder, init = _what_to_train(options)
     _require_gpu_or_consent(profile, options.without_gpu)
-    printed = 0.0
+    began = printed = first_step = 0
 
     def report(row) -> None:
-        nonlocal printed
-        if row["kind"] == "held_out":
+        nonlocal began, printed, first_step
+        if row["kind"] == "start":
+            began, first_step = time.monotonic(), row["step"]
+        elif row["kind"] == "held_out":
             print(f"step {row['step']:,}: held-out loss {row['held_out_loss']:.4f}", flush=True)
         elif row["kind"] == "train" and row["skipped"]:
             print(f"step {row['step']:,}: not finite, so it changes nothing", flush=True)
         elif row["kind"] == "train" and row["seconds"] - printed >= 5:
             printed = row["seconds"]
-            left = (profile.schedule.max_steps - row["step"]) * profile.tokens_per_step / row["tokens_per_second"]
+            max_steps = profile.schedule.max_steps
             print(
-                f"step {row['step']:,}/{profile.schedule.max_steps:,}: loss {row['cross_entropy']:.4f}, "
-                f"{row['tokens_per_second']:,.0f} tokens/s, {clock(left)} left", flush=True,
+                f"step {row['step']:,}/{max_steps:,}: loss {row['cross_entropy']:.4f}, {row['tokens_per_second']:,.0f} tokens/s, "
+                f"{time_left(began, first_step, row['step'], max_steps)} left", flush=True,
             )  # fmt: skip
 
     result = train(profile, folder, init, callbacks=[report])
