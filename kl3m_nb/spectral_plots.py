@@ -22,7 +22,7 @@ from kl3m_nb.figures import BLACK, BLUE, GREY, ORANGE, ROLE_LINES, SEQUENCE, VER
 from kl3m_nb.history import AT_CEILING, FAR_ABOVE_CEILING
 from kl3m_nb.matrices import HEAD_LAYER, ROLES
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
-from kl3m_nb.spectral_summary import condition_text
+from kl3m_nb.spectral_summary import size_text
 
 MOST_COPIES = 24  # that `plot_copies` draws
 _RIDGES = 30  # in one panel
@@ -95,7 +95,7 @@ def _condition_limits(conditions: np.ndarray, ceiling: float) -> tuple[float, fl
 def _remarks(spectra: pd.DataFrame, ceilings: Mapping[str, float]) -> str:
     remarks = []
     for head in spectra[spectra["role"] == "lm_head"].itertuples():
-        ceiling, condition = ceilings.get("lm_head", 0.0), condition_text(head.condition) if head.condition_reliable else "–"
+        ceiling, condition = ceilings.get("lm_head", 0.0), size_text(head.condition) if head.condition_reliable else "–"
         remarks.append(f"LM head: condition {condition}" + (f" (ceiling {ceiling:,.0f})" if ceiling else ""))
     if not_finite := int((~spectra["finite"]).sum()):
         remarks.append(f"NaN or infinite values (grey): {not_finite} matri{'x' if not_finite == 1 else 'ces'}")
@@ -180,7 +180,7 @@ def plot_copies(
         above.plot(index, values, color=color, label=f"layer {layer}")
         number = values[0] / values[-1] if values[-1] > 0 else math.inf
         above.set_title(f"copy {layer // source_layers}: layer {layer}", fontsize=11)
-        text = f"condition {condition_text(number)}" if finite[order] else "not finite"
+        text = f"condition {size_text(number)}" if finite[order] else "not finite"
         above.text(0.05, 0.06, text, transform=above.transAxes, fontsize=10)
         with np.errstate(divide="ignore", invalid="ignore"):
             below.plot(index, 100 * (values / mean - 1), color=color)
@@ -246,7 +246,8 @@ def _mark_chance(axes: Axes, divergence: pd.DataFrame) -> None:
         named = f" ({', '.join(_short(role) for role in ROLES if role in roles)})" if len(levels) > 1 else ""
         axes.axhline(chance, color=BLACK, linestyle=(0, (6, 4)), linewidth=0.9)
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-        axes.annotate(f"chance{named}", (1, chance), (0, 2), fontsize=8, **place)
+        box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}  # a role may lie just where chance does
+        axes.annotate(f"chance{named}", (1, chance), (0, 3), fontsize=8, bbox=box, **place)
 
 
 @styled
