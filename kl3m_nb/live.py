@@ -25,10 +25,14 @@ from kl3m_nb.progress import PROGRESS_VARIABLE, time_left, write_progress
 from kl3m_nb.run_folder import SAVE_REQUEST, request_checkpoint
 
 
+_MOST_DRAWING = 0.02  # share of the time for which training may wait for figures
+
+
 class LiveView:
     """Shows a run while it trains: `train(..., callbacks=[LiveView(run_dir)])`.
 
-    Leaves exactly one output in the notebook; in a notebook that somebody looks at, the save button too.
+    Leaves exactly one output in the notebook; in a notebook that somebody looks at, the save button too. The figure of a long run
+    takes seconds, and is drawn the less often.
     """
 
     def __init__(self, run_dir: str | Path, text_seconds: float = 1.0, figure_seconds: float = 10.0):
@@ -37,7 +41,7 @@ class LiveView:
         self._handle = None
         self._header, self._figure, self._held_out = "", "", ""
         self._max_steps, self._first_step = 0, 0
-        self._began = self._text_at = self._figure_at = 0.0
+        self._began = self._text_at = self._figure_due = 0.0
         self._last: Mapping = {}
 
     def __call__(self, row: Mapping) -> None:
@@ -55,9 +59,10 @@ class LiveView:
                     self._text_at = now
                     text = self._progress_text()
                     write_progress(text)
-                    if now - self._figure_at >= self._figure_seconds:
-                        self._figure_at = now
+                    if now >= self._figure_due:
                         self._figure = self._draw()
+                        drawn = time.monotonic()
+                        self._figure_due = drawn + max(self._figure_seconds, (drawn - now) / _MOST_DRAWING)
                     self._handle.update(HTML(self._page(text)))
             case "held_out":
                 self._held_out = f"held-out {row['held_out_loss']:.3f}"

@@ -36,3 +36,22 @@ def test_the_time_left_goes_by_the_whole_pace_not_by_the_last_step(trained_run, 
     now[0] += 300.0  # an evaluation and a checkpoint in it
     view({"kind": "train", "step": 50, "cross_entropy": 4.0, "tokens_per_second": 1e9})
     assert progress.read_progress(trained_run[0] / "progress").endswith("· 5:00 left")
+
+
+def test_a_figure_that_takes_long_is_drawn_seldom(trained_run, monkeypatch):
+    now, drawn_at = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(live, "display", MagicMock())
+
+    def draw(view):
+        drawn_at.append(now[0])
+        now[0] += 2.0
+        return ""
+
+    monkeypatch.setattr(live.LiveView, "_draw", draw)
+    view = live.LiveView(trained_run[0])
+    view({"kind": "start", "step": 0, "max_steps": 500, "run": "r", "runtime": "cpu"})
+    for step in range(1, 301):
+        now[0] += 1.0
+        view({"kind": "train", "step": step, "cross_entropy": 4.0, "tokens_per_second": 1.0})
+    assert 0.01 < 2.0 * len(drawn_at) / now[0] <= 0.03
