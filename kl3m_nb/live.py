@@ -24,7 +24,6 @@ from kl3m_nb.metrics import read_metrics
 from kl3m_nb.progress import PROGRESS_VARIABLE, time_left, write_progress
 from kl3m_nb.run_folder import SAVE_REQUEST, request_checkpoint
 
-
 _MOST_DRAWING = 0.02  # share of the time for which training may wait for figures
 
 
