@@ -138,7 +138,7 @@ class _Run:
                     raise self._stopped(reason, before) from broken.__cause__
                 if not whole_step:
                     self._save_and_wait(before)
-                    raise KeyboardInterrupt
+                    raise self._interrupted()
                 step, is_last = self.counters["step"], self.counters["step"] == schedule.max_steps
                 if self.profile.clamp.clamp_every and step % self.profile.clamp.clamp_every == 0:
                     self._clamp()
@@ -150,7 +150,7 @@ class _Run:
                     self.saver.save(step, self._contents)
             checkpoint = self._save_and_wait()
             if any(self._requests(stop)[:1]):
-                raise KeyboardInterrupt
+                raise self._interrupted()
         finally:
             self.saver.close()
             self.stream.close()
@@ -158,6 +158,9 @@ class _Run:
                 self.log.close()
             self._tell({"kind": "end", "step": self.counters["step"], "max_steps": schedule.max_steps})
         return TrainResult(self.run_dir, checkpoint, self.counters["step"], self.last_held_out, self.counters["seconds"])
+
+    def _interrupted(self) -> KeyboardInterrupt:
+        return KeyboardInterrupt(f"step {self.counters['step']} is saved; training again continues with the very next token")
 
     def _parallel_model(self) -> distributed.ParallelModel:
         """The model, held as the profile says. FSDP2 shards it before it is moved, as it may be too large for one device."""
