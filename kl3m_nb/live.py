@@ -89,7 +89,8 @@ class LiveView:
         share = self._last.get("step", self._first_step) / max(1, self._max_steps)
         return (
             f"<div style='font-family:sans-serif;font-size:90%'><div>{html.escape(self._header)}</div>"
-            f"<progress value='{share:.4f}' max='1' style='width:24em'></progress> {html.escape(text)}</div>{self._figure}"
+            f"<progress value='{share:.4f}' max='1' style='width:24em'></progress> {html.escape(text)} · "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')}</div>{self._figure}"  # a tab that was closed meanwhile shows an old picture
         )
 
     def _draw(self) -> str:
