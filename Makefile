@@ -24,7 +24,7 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow tests
 
 lab: .venv/installed
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 # The mark is written last, so an installation that broke off is taken up again; it is done anew when the versions change.
 .venv/installed: pyproject.toml

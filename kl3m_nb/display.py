@@ -1,4 +1,4 @@
-"""How our objects show themselves: in a notebook as a plain two-column table that reads well in light and dark pages."""
+"""How our objects and findings show themselves: as plain tables and lines that read well in light and dark pages."""
 
 from __future__ import annotations
 
@@ -14,6 +14,19 @@ def table_html(rows: Mapping[str, object]) -> str:
         f"<tr><th {cell}>{html.escape(name)}</th><td {cell}>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
     )
     return f"<table style='max-width:70em'>{body}</table>"
+
+
+class Sentences:
+    """Sentences, each on a line of its own. JupyterLab breaks what is printed in the middle of a word, and this between words."""
+
+    def __init__(self, sentences: Iterable[str]):
+        self._sentences = list(sentences)
+
+    def __repr__(self) -> str:
+        return "\n".join(self._sentences)
+
+    def _repr_html_(self) -> str:
+        return "".join(f"<div style='max-width:70em'>{html.escape(sentence)}</div>" for sentence in self._sentences)
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

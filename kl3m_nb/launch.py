@@ -24,7 +24,7 @@ from kl3m_nb.checkpoints import checkpoint_step, latest_checkpoint
 from kl3m_nb.metrics import FILE_NAME, Callback, parse_row, read_metrics, tell
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
-from kl3m_nb.training import TrainingStopped, TrainResult, train
+from kl3m_nb.training import TrainingStopped, TrainResult, interrupted, train
 
 LOG_FILE, JOB_FILE = "torchrun.log", "torchrun.json"
 POLL_SECONDS = 0.5
@@ -52,12 +52,13 @@ def train_with_torchrun(
     run_dir.mkdir(parents=True, exist_ok=True)
     callbacks = list(callbacks)
     max_steps = profile.schedule.max_steps
+    runtime = f"torchrun, {processes} process{'es' * (processes > 1)}"
     logged = read_metrics(run_dir, "train")  # these rows come at once, at no pace to go by
     first_step = int(logged["step"].iloc[-1]) if len(logged) else 0
-    start = {"step": first_step, "max_steps": max_steps, "run": run_dir.name, "runtime": f"torchrun, {processes} processes"}
+    start = {"step": first_step, "max_steps": max_steps, "run": run_dir.name, "runtime": runtime}
     tell(callbacks, {"kind": "start", **start})
     if not is_running(run_dir):
-        run_folder.write_run_file(run_dir, profile, init, f"torchrun, {processes} processes")
+        run_folder.write_run_file(run_dir, profile, init, runtime)
         _start(run_dir, processes, max_restarts)
     step = 0
     try:
@@ -66,7 +67,8 @@ def train_with_torchrun(
             tell(callbacks, row)
     except KeyboardInterrupt:
         _stop(run_dir)
-        raise
+        saved = latest_checkpoint(run_dir)
+        raise (interrupted(checkpoint_step(saved)) if saved else KeyboardInterrupt("no step is saved yet")) from None
     finally:
         tell(callbacks, {"kind": "end", "step": step, "max_steps": max_steps})
     newest = latest_checkpoint(run_dir)

@@ -30,14 +30,14 @@ _MOST_DRAWING = 0.02  # share of the time for which training may wait for figure
 class LiveView:
     """Shows a run while it trains: `train(..., callbacks=[LiveView(run_dir)])`.
 
-    Leaves exactly one output in the notebook; in a notebook that somebody looks at, the save button too. The figure of a long run
-    takes seconds, and is drawn the less often.
+    Leaves its last picture in the notebook and nothing else: the save button is there only while the run trains, and only in a
+    notebook that somebody looks at. The figure of a long run takes seconds, and is drawn the less often.
     """
 
     def __init__(self, run_dir: str | Path, text_seconds: float = 1.0, figure_seconds: float = 10.0):
         self.run_dir = paths.resolve(run_dir)
         self._text_seconds, self._figure_seconds = text_seconds, figure_seconds
-        self._handle = None
+        self._handle = self._button = None
         self._header, self._figure, self._held_out = "", "", ""
         self._max_steps, self._first_step = 0, 0
         self._began = self._text_at = self._figure_due = 0.0
@@ -49,8 +49,9 @@ class LiveView:
             case "start":
                 self._began, self._first_step, self._max_steps = now, row["step"], row["max_steps"]
                 self._header = f"{row['run']} · {row['runtime']}"
+                self._draw_figure()  # of a run that is continued
                 if PROGRESS_VARIABLE not in os.environ:  # nobody can press it in a headless run
-                    display(save_button(self.run_dir))
+                    self._button = display(save_button(self.run_dir), display_id=True)
                 self._handle = display(HTML(self._page("starting")), display_id=True)
             case "train":
                 self._last = row
@@ -59,9 +60,7 @@ class LiveView:
                     text = self._progress_text()
                     write_progress(text)
                     if now >= self._figure_due:
-                        self._figure = self._draw()
-                        drawn = time.monotonic()
-                        self._figure_due = drawn + max(self._figure_seconds, (drawn - now) / _MOST_DRAWING)
+                        self._draw_figure()
                     self._handle.update(HTML(self._page(text)))
             case "held_out":
                 self._held_out = f"held-out {row['held_out_loss']:.3f}"
@@ -70,6 +69,8 @@ class LiveView:
                 self._figure = "" if row["step"] == row["max_steps"] else self._draw()
                 text = self._progress_text()
                 write_progress(text)
+                if self._button is not None:
+                    self._button.update(HTML(""))
                 self._handle.update(HTML(self._page(text)))
 
     def _progress_text(self) -> str:
@@ -87,12 +88,19 @@ class LiveView:
         share = self._last.get("step", self._first_step) / max(1, self._max_steps)
         return (
             f"<div style='font-family:sans-serif;font-size:90%'><div>{html.escape(self._header)}</div>"
-            f"<progress value='{share:.4f}' max='1' style='width:24em'></progress> {html.escape(text)}</div>{self._figure}"
+            f"<progress value='{share:.4f}' max='1' style='width:24em'></progress> {html.escape(text)} · "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')}</div>{self._figure}"  # a tab that was closed meanwhile shows an old picture
         )
+
+    def _draw_figure(self) -> None:
+        began = time.monotonic()
+        self._figure = self._draw()
+        drawn = time.monotonic()
+        self._figure_due = drawn + max(self._figure_seconds, (drawn - began) / _MOST_DRAWING)
 
     def _draw(self) -> str:
         train, held_out = read_metrics(self.run_dir, "train"), read_metrics(self.run_dir, "held_out")
-        return figure_html(plots.plot_training(train, held_out)) if len(train) and len(held_out) else ""
+        return figure_html(plots.plot_training(train, held_out)) if len(train) > 1 else ""  # one step makes no line
 
 
 def show_run(run_dir: str | Path) -> HTML:
@@ -106,7 +114,14 @@ def show_run(run_dir: str | Path) -> HTML:
 
 def save_button(run_dir: str | Path) -> widgets.Button:
     """A button that has the run save a checkpoint after its present step, in whichever process it trains."""
-    button = widgets.Button(description="Save a checkpoint", tooltip=f"or: touch {paths.resolve(run_dir) / SAVE_REQUEST}")
+    button = widgets.Button(
+        description="Save a checkpoint",
+        tooltip=f"or: touch {paths.resolve(run_dir) / SAVE_REQUEST}",
+        layout=widgets.Layout(width="max-content"),
+    )
+    # ipykernel 7.4 gives a click to the thread that made the button, which is busy training, unless it is told to leave the
+    # click where the browser sends it: to a thread of its own
+    button.comm._reply_subshell_for = lambda data, subshell: subshell
 
     def press(_) -> None:
         request_checkpoint(run_dir)

@@ -5,6 +5,7 @@ Their look is that of `figures`; keys of spectra are those of `spectra.spectrum_
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -213,15 +214,16 @@ def plot_choice(
     Of a less deep checkpoint, the source, it is that of layer i mod L.
 
     `tables` and `singular_values` hold, by checkpoint, what `spectra.analyse_model` returns; `role` carries the expert, as in
-    `spectra.spectrum_key`. The chosen checkpoint and layer are drawn in colour, the others in grey.
+    `spectra.spectrum_key`. The chosen checkpoint and layer are drawn in colour, the others in grey and told apart by dashes.
     """
     figure, (spectrum, depth) = plt.subplots(1, 2, figsize=(11.5, 4.3))
+    dashes = itertools.cycle(("--", ":", "-."))
     for name, values in singular_values.items():
         counterpart = layer if layer == HEAD_LAYER else layer % (1 + max(number for number, _ in values))
         other = values.get((counterpart, role))
         if other is not None and other[0] > 0 and name != checkpoint:
             label = name if counterpart == layer else f"{name}, layer {counterpart}"
-            spectrum.plot(np.arange(1, len(other) + 1), other, color=GREY, linewidth=1, label=label, linestyle="--")
+            spectrum.plot(np.arange(1, len(other) + 1), other, color=GREY, linewidth=1, label=label, linestyle=next(dashes))
     chosen = singular_values[checkpoint][layer, role]
     if not np.isfinite(chosen[0]):
         spectrum.text(0.5, 0.5, "not finite: no spectrum", ha="center", transform=spectrum.transAxes, color=VERMILLION)
@@ -242,8 +244,11 @@ def plot_choice(
         depth.plot(known["layer"][here], known[metric][here], marker, color=color, markersize=size)
     if len(known) and known[metric].min() > 0 and known[metric].max() > 20 * known[metric].min():
         plain_log_axis(depth.yaxis)
-    depth.xaxis.set_major_locator(MaxNLocator(9, integer=True))
     depth.set_title(f"{metric} of {role} in {checkpoint}")
-    depth.set_xlabel("layer")
+    if layer == HEAD_LAYER:  # stands at no depth
+        depth.set_xticks([HEAD_LAYER], ["LM head"])
+    else:
+        depth.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        depth.set_xlabel("layer")
     depth.set_ylabel(metric)
     return figure

@@ -51,7 +51,7 @@ class PromptBox:
     def _build(self) -> None:
         names = list(self.models)
         wide = {"layout": widgets.Layout(width="24em"), "style": {"description_width": "9em"}}
-        self.prompt = widgets.Textarea(self.prompts[0], layout=widgets.Layout(width="100%", height="5em"))
+        self.prompt = widgets.Textarea(self.prompts[0], layout=widgets.Layout(width="auto", height="5em"))
         self.temperature = widgets.FloatSlider(
             self.sampling.temperature, min=0, max=2, step=0.05, description="temperature", **wide
         )
@@ -65,7 +65,7 @@ class PromptBox:
         self.stop_button = widgets.Button(description="Stop", disabled=True)
         self.choosers = [widgets.Dropdown(options=names, value=name) for name in (names[-2:] if len(names) > 1 else names)]
         self.texts = [widgets.HTML() for _ in self.choosers]
-        self.states = [widgets.Label() for _ in self.choosers]
+        self.states = [widgets.HTML() for _ in self.choosers]  # a Label would cut a long sentence off
         self.write_button.on_click(lambda _: self.write())
         self.stop_button.on_click(lambda _: self._stop.set())
         columns = [
@@ -88,17 +88,19 @@ class PromptBox:
 
     def _write(self) -> None:
         prompt, seed = self.prompt.value, self.seed_field.value
+        for shown in (*self.texts, *self.states):
+            shown.value = ""
         try:
             sampling = Sampling(self.temperature.value, self.top_p.value, self.penalty.value, self.length.value)
             for chooser, text, state in zip(self.choosers, self.texts, self.states, strict=True):
                 if not self._stop.is_set():
                     self._write_one(chooser.value, prompt, sampling, seed, text, state)
         except ValueError as error:  # a prompt too long, say: the sentence belongs in the box, not in the log of a thread
-            state.value = str(error)
+            state.value = html.escape(str(error))
         finally:
             self.write_button.disabled, self.stop_button.disabled = False, True
 
-    def _write_one(self, name: str, prompt: str, sampling: Sampling, seed: int, text: widgets.HTML, state: widgets.Label) -> None:
+    def _write_one(self, name: str, prompt: str, sampling: Sampling, seed: int, text: widgets.HTML, state: widgets.HTML) -> None:
         model, tokenizer = self.models[name], self.tokenizers[name]
 
         def show(written: str) -> None:

@@ -93,10 +93,11 @@ class SpectrumExplorer:
         layer = layer if layer in layers else layers[0]
         period = self._source_layers()
         copies = [] if layer == HEAD_LAYER else [number // period for number in layers if number % period == layer % period]
+        places = [("LM head", HEAD_LAYER)] if layer == HEAD_LAYER else layers
         self._updating = True
         try:
             for control, options, value in (
-                (self.role, roles, role), (self.layer, layers, layer), (self.copy, copies, layer // period if copies else None),
+                (self.role, roles, role), (self.layer, places, layer), (self.copy, copies, layer // period if copies else None),
             ):  # fmt: skip
                 if list(control.options) != options:
                     control.options = options

@@ -68,6 +68,11 @@ def train(
         return _Run(profile, run_dir, init, checkpoint, list(callbacks), lock).to_the_end()
 
 
+def interrupted(step: int) -> KeyboardInterrupt:
+    """What a stop that lost nothing raises."""
+    return KeyboardInterrupt(f"step {step} is saved; training again continues with the very next token")
+
+
 class _Run:
     """Everything one run holds between its steps."""
 
@@ -138,7 +143,7 @@ class _Run:
                     raise self._stopped(reason, before) from broken.__cause__
                 if not whole_step:
                     self._save_and_wait(before)
-                    raise KeyboardInterrupt
+                    raise interrupted(self.counters["step"])
                 step, is_last = self.counters["step"], self.counters["step"] == schedule.max_steps
                 if self.profile.clamp.clamp_every and step % self.profile.clamp.clamp_every == 0:
                     self._clamp()
@@ -150,7 +155,7 @@ class _Run:
                     self.saver.save(step, self._contents)
             checkpoint = self._save_and_wait()
             if any(self._requests(stop)[:1]):
-                raise KeyboardInterrupt
+                raise interrupted(self.counters["step"])
         finally:
             self.saver.close()
             self.stream.close()

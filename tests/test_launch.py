@@ -67,6 +67,21 @@ def test_a_run_outlives_its_notebook_and_a_rank_that_is_killed(tmp_path):
     assert list(together.loss[:60]) == pytest.approx(list(alone.loss[:60]), rel=2e-4)
 
 
+def test_an_interrupt_says_which_step_the_processes_have_saved(trained_run, monkeypatch):
+    stopped, rows = [], []
+    monkeypatch.setattr(launch, "is_running", lambda run_dir: not stopped)
+    monkeypatch.setattr(launch, "_stop", stopped.append)
+
+    def interrupt_at_once(row):
+        rows.append(row)
+        if row["kind"] == "train":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="step 6 is saved"):
+        launch.train_with_torchrun(small_profile(), trained_run[0], processes=1, callbacks=[interrupt_at_once])
+    assert stopped == [trained_run[0]] and rows[0]["runtime"] == "torchrun, 1 process" and rows[-1]["kind"] == "end"
+
+
 def test_what_cannot_be_started_is_refused(tmp_path, trained_run):
     with pytest.raises(ValueError, match="at least 1"):
         launch.train_with_torchrun(small_profile(), tmp_path / "run", processes=0)

@@ -122,3 +122,12 @@ def test_a_choice_is_drawn_beside_the_layer_of_the_source_it_is_a_copy_of(analys
     )  # fmt: skip
     [line] = [line for line in figure.axes[0].lines if line.get_label() == "source, layer 5"]
     np.testing.assert_array_equal(line.get_ydata(), values[5, "q_proj"])
+
+
+def test_the_other_checkpoints_of_a_choice_are_told_apart(analysed):
+    table, values = analysed
+    names = ("source", "stack", "trained")
+    figure = matrix_plots.plot_choice(
+        dict.fromkeys(names, table), dict.fromkeys(names, values), "trained", 3, "q_proj", "condition"
+    )
+    assert len({line.get_linestyle() for line in figure.axes[0].lines}) == 3

@@ -69,10 +69,15 @@ def test_the_stop_button_cuts_both(box):
 
 
 def test_what_is_refused_is_said_in_the_box(box):
+    box.write().join(60)
     box.prompt.value = ""
     box.write().join(60)
     assert "has no tokens" in box.states[0].value
+    assert [shown.value for shown in (*box.texts, box.states[1])] == ["", "", ""]  # nothing of the prompt before
     assert not box.write_button.disabled
+    box.prompt.value = "<i>" * 100
+    box.write().join(60)
+    assert "&lt;i&gt;" in box.states[0].value and "shorten the prompt" in box.states[0].value
 
 
 def test_only_a_notebook_on_a_server_gets_the_widget(box, monkeypatch):

@@ -59,7 +59,9 @@ def test_a_choice_that_is_not_there_moves_to_one_that_is(explorer):
     explorer.checkpoint.value = "source"
     assert explorer.layer.value == 0 and list(explorer.layer.options) == [0, 1] and explorer.role.value == "q_proj"
     explorer.role.value = "lm_head"
-    assert explorer.layer.value == -1 and explorer.copy.value is None
+    assert explorer.layer.value == -1 and explorer.layer.label == "LM head" and explorer.copy.value is None
+    depth = explorer.figure().axes[1]
+    assert [tick.get_text() for tick in depth.get_xticklabels()] == ["LM head"] and not depth.get_xlabel()
     explorer.checkpoint.value = "trained"
     assert explorer.role.value == "lm_head"
     explorer.role.value = "k_proj"

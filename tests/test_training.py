@@ -95,7 +95,7 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, experts, stop_at):
     mixture = {"experts": experts, "active_experts": 2, "router_aux_loss": 0.05} if experts else {}
     profile = small_profile(**mixture, grad_accumulation=2)
     whole = training.train(profile, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=f"step {stop_at} is saved; training again continues"):
         training.train(profile, tmp_path / "run", callbacks=[_interrupt_at(stop_at)])
     assert checkpoints.checkpoint_step(checkpoints.latest_checkpoint(tmp_path / "run")) == stop_at
     resumed = training.train(profile, tmp_path / "run")

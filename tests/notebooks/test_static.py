@@ -93,6 +93,14 @@ class TestNotebook:
                     assert module.split(".")[0] in declared | {"kl3m_nb"}, module
 
 
+def test_the_lab_serves_every_folder_that_the_notebooks_link_to():
+    """A link that leaves the folder which JupyterLab was started on does nothing there."""
+    served = (ROOT / re.search(r"--notebook-dir=(\S+)", (ROOT / "Makefile").read_text())[1]).resolve()
+    for path in NOTEBOOKS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", "".join(cell.source for cell in _cells(path))):
+            assert (path.parent / target).resolve().is_relative_to(served), target
+
+
 def test_every_module_stands_on_a_floor_and_has_a_docstring():
     assert {path.stem for path in MODULES} == FLOOR_OF.keys() | {"__init__"}
     for path in MODULES:
