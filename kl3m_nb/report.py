@@ -59,12 +59,15 @@ class GrowthComparison:
 def compare_growth(source: pd.DataFrame, grown: pd.DataFrame, scratch: pd.DataFrame) -> GrowthComparison:
     """The comparison of three runs by their held-out curves (columns step, tokens, seconds, flops, held_out_loss).
 
-    Raises ValueError when a curve is empty, as it is for a run that was not trained yet.
+    Raises ValueError when a curve has less than two evaluations: of a run that was not trained yet, or stopped at once.
     """
     curves = {"source": source, "grown": grown, "scratch": scratch}
     for name, curve in curves.items():
-        if curve.empty:
-            raise ValueError(f"The {name} run has no evaluations; train it first (notebooks 00, 02 and 05), or name another run.")
+        if len(curve) < 2:
+            raise ValueError(
+                f"The {name} run has {len(curve)} evaluations and a comparison needs two; train it on (notebooks 00, 02 and 05), "
+                "or name another run."
+            )
     target = float(scratch.held_out_loss.min())
     losses = pd.DataFrame(
         {

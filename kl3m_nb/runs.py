@@ -64,6 +64,11 @@ def stage_checkpoint(profile_name: str, stage: str) -> Path | None:
     return checkpoints.require_checkpoint(folder) if checkpoints.latest_checkpoint(folder) else None
 
 
+def require_stage_checkpoint(profile_name: str, stage: str) -> Path:
+    """`stage_checkpoint` of a stage that is trained. Raises ValueError that says what to run where there is none."""
+    return stage_checkpoint(profile_name, stage) or checkpoints.require_checkpoint(run_path(profile_name, stage))
+
+
 def named_checkpoints(profile_name: str, given: Mapping[str, str], others: str = "") -> dict[str, str | Path]:
     """{name: checkpoint}: that of every stage of a profile that has one, then those listed in `others`, named as given.
 

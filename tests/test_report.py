@@ -46,5 +46,7 @@ def test_what_was_never_reached_is_said(tmp_path):
 
 
 def test_a_run_without_evaluations_is_named():
-    with pytest.raises(ValueError, match="scratch run has no evaluations"):
-        compare_growth(_curve([8]), _curve([6]), pd.DataFrame())
+    whole = _curve([8, 6])
+    for curve, count in ((pd.DataFrame(), 0), (_curve([8]), 1)):
+        with pytest.raises(ValueError, match=f"scratch run has {count} evaluations and a comparison needs two"):
+            compare_growth(whole, whole, curve)

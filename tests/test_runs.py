@@ -38,12 +38,14 @@ def test_checkpoints_are_named_by_their_stage_by_hand_or_as_they_are_given(train
 
 def test_the_source_is_what_the_stack_was_made_of(trained_run, tmp_path, monkeypatch):
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path / "runs"))
+    with pytest.raises(ValueError, match="runs/demo-source has no whole checkpoint; train it first"):
+        runs.require_stage_checkpoint("tiny", "source")
     run_dir = shutil.copytree(trained_run[0], runs.run_path("tiny", "source"))
     assert runs.stage_checkpoint("tiny", "source") == checkpoints.latest_checkpoint(run_dir)
     elsewhere = shutil.copytree(checkpoints.latest_checkpoint(run_dir), tmp_path / "kl3m-006-170m")
     stack = runs.run_path("tiny", "stack") / "checkpoint"
     stacking.stack_checkpoint(elsewhere, stack, 2)
-    assert runs.stage_checkpoint("tiny", "source") == elsewhere
+    assert runs.require_stage_checkpoint("tiny", "source") == elsewhere
     assert list(runs.named_checkpoints("tiny", {}).items()) == [("source", elsewhere), ("stack, step 0", stack)]
     shutil.rmtree(elsewhere)
     assert runs.stage_checkpoint("tiny", "source") == checkpoints.latest_checkpoint(run_dir)
