@@ -5,6 +5,7 @@ Making batches ahead changes neither what is delivered nor the state: the state 
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -19,7 +20,7 @@ from kl3m_nb.sources import SourceReport
 
 
 class SourceBroke(RuntimeError):
-    """A rank could not read the data of the next step; the message says why, the cause is the rank's own error."""
+    """A rank could not read the data of the next step, or read other data; the message says why, the cause is its own error."""
 
 
 class PrefetchedStream:
@@ -100,15 +101,24 @@ def open_stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, prefetch_bat
 
 
 def take_share(stream: BatchStream | PrefetchedStream, spec: DataSpec) -> tuple[list[Batch], int]:
-    """This rank's micro-batches of the next step, and the valid labels of all ranks. SourceBroke, on all ranks, if one fails."""
-    world, failure, share = distributed.world(), None, []
+    """This rank's micro-batches of the next step, and the valid labels of all ranks.
+
+    Raises SourceBroke, on all ranks, when one cannot read the step or has read another one than rank 0: of shares of different
+    steps some windows would come twice and others never.
+    """
+    world, failure, share, digest = distributed.world(), None, [], 0
     try:
-        share = rank_share(stream.take(spec.micro_batch * spec.grad_accumulation), spec.micro_batch, world.rank, world.size)
+        step = stream.take(spec.micro_batch * spec.grad_accumulation)
+        share = rank_share(step, spec.micro_batch, world.rank, world.size)
+        digest = zlib.crc32(step.input_ids.numpy()) if world.size > 1 else 0
     except (OSError, ValueError, RuntimeError) as error:
         failure = error
     valid_tokens = sum(micro_batch.valid_tokens for micro_batch in share)
-    valid_tokens, broken = distributed.sum_over_ranks([valid_tokens, failure is not None])
-    if broken:
-        reason = f"{type(failure).__name__}: {failure}" if failure else "another process could not read it"
-        raise SourceBroke(reason) from failure
-    return share, int(valid_tokens)
+    valid, broken, digests = zip(*distributed.gather_numbers([valid_tokens, failure is not None, digest]), strict=True)
+    if any(broken):
+        reasons = distributed.gather(f"{type(failure).__name__}: {failure}")
+        rank = broken.index(True)
+        raise SourceBroke(f"process {rank}: {reasons[rank]}" if world.size > 1 else reasons[rank]) from failure
+    if other := [rank for rank in range(world.size) if digests[rank] != digests[0]]:
+        raise SourceBroke(f"process {other[0]} has read other documents than process 0; give both the same files")
+    return share, int(sum(valid))

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +28,16 @@ MIXTURE = {"max_steps": 6, "micro_batch": 2, "grad_accumulation": 4, "experts": 
 
 def _losses(run_dir) -> list[float]:
     return list(read_metrics(run_dir, "train").loss)
+
+
+def _stops_at(step: int):
+    """A callback that asks for a stop when `step` has been trained."""
+
+    def callback(row):
+        if row["kind"] == "train" and row["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    return callback
 
 
 def _weights(run_dir) -> dict[str, torch.Tensor]:
@@ -118,6 +132,68 @@ def test_windows_that_cannot_be_shared_are_refused_by_all_ranks(warm_processes, 
     assert warm_processes.train(3, tmp_path / "run", DENSE) == [1, 1, 1]
     assert "A step of 4 windows cannot be shared evenly by 3 processes" in (tmp_path / "run.log").read_text()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "seed is 7 in process 0 and 1 in process 1"),
+        ({"micro_batch": 2}, "micro_batch is 4 in process 0 and 2 in process 1"),
+        ({"checkpoint_every": 5}, "checkpoint_every is 3 in process 0 and 5 in process 1"),
+    ],
+)
+def test_processes_with_different_settings_are_refused_by_all(warm_processes, tmp_path, change, words):
+    assert warm_processes.train(2, tmp_path / "run", DENSE, last_rank=change) == [1, 1]
+    assert (tmp_path / "run.log").read_text().count(f"ValueError: {words}") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def _own_folders(tmp_path, ranks: int) -> list[str]:
+    folders = [tmp_path / f"machine{rank}" for rank in range(ranks)]
+    for folder in folders:
+        folder.mkdir()
+    return [str(folder) for folder in folders]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (gzip.compress(b'{"tokens": [9, 9, 9, 9]}\n' * 10), "process 1 has read other documents than process 0; give both the"),
+        (b"cut off", "process 1: ValueError: /proc/self/cwd/b.jsonl.gz is cut off or damaged"),
+    ],
+)
+def test_data_that_is_different_or_broken_on_one_machine_stops_all_of_them(warm_processes, tmp_path, alone, other, words):
+    rows = [json.dumps({"identifier": f"d{number}", "tokens": [5 + number] * 40}).encode() + b"\n" for number in range(60)]
+    places = _own_folders(tmp_path, 2)
+    for place, end in zip(places, (gzip.compress(b"".join(rows[50:])), other), strict=True):
+        (Path(place) / "a.jsonl").write_bytes(b"".join(rows[:50]))
+        (Path(place) / "b.jsonl.gz").write_bytes(end)
+    tokenizer = str(checkpoints.latest_checkpoint(alone["dense"]))
+    profile = {"source": "files:/proc/self/cwd/*", "tokenizer": tokenizer, "shuffle_buffer": 2, "held_out_windows": 1}
+    assert warm_processes.train(2, tmp_path / "run", {**profile, "max_steps": 30}, places=places) == [1, 1]
+    log = (tmp_path / "run.log").read_text()
+    assert log.count(f"could not be read ({words}") == 2, log
+    assert checkpoints.checkpoint_step(checkpoints.latest_checkpoint(tmp_path / "run")) == len(_losses(tmp_path / "run")) > 5
+
+
+def test_a_run_folder_that_one_machine_does_not_see_is_refused_by_all(warm_processes, tmp_path):
+    places = _own_folders(tmp_path, 2)
+    seen = "/proc/self/cwd/run"
+    assert warm_processes.train(2, tmp_path / "run", DENSE, places=places, seen_run_dir=seen) == [1, 1]
+    log = (tmp_path / "run.log").read_text()
+    assert log.count(f"does not see {seen}/run.json as process 0 does; put the run folder where all machines have it") == 2
+    with pytest.raises(KeyboardInterrupt):
+        training.train(small_profile(**DENSE), Path(places[0]) / "run", callbacks=[_stops_at(3)])
+    assert warm_processes.train(2, tmp_path / "run", DENSE, places=places, seen_run_dir=seen) == [1, 1]
+    assert "step-000003/training_state/manifest.json as process 0 does" in (tmp_path / "run.log").read_text()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"has started 8 processes on .*, where 4 GPUs are seen; .* --nproc-per-node 4"):
+        distributed._own_gpu()
 
 
 def test_one_process_is_its_own_world(monkeypatch):

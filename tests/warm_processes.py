@@ -115,17 +115,27 @@ def join(run_dir: str, late: int) -> None:
         assert distributed.sum_over_ranks([1]) == [2]
 
 
-def train(run_dir: str, profile: dict, fault: dict | None = None, count_reductions: bool = False) -> None:
-    """Trains; `fault` has the `rank`, the micro-batch `call` of that rank and the `kind`: kill, stop, nan or error."""
+def train(
+    run_dir: str, profile: dict, fault: dict | None = None, count_reductions: bool = False, places: list[str] = (), **options
+) -> None:
+    """Trains; `fault` has the `rank`, the micro-batch `call` of that rank and the `kind`: kill, stop, nan or error.
+
+    `places`: the folder of each rank, which is /proc/self/cwd there. `last_rank`: settings of the last rank alone.
+    """
     from conftest import small_profile
 
-    from kl3m_nb import distributed, training, training_loss
+    from kl3m_nb import distributed, resuming, training, training_loss
 
-    if fault and int(os.environ.get("RANK", 0)) == fault["rank"]:
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if fault and rank == fault["rank"]:
         _plant(fault["call"], fault["kind"], training_loss)
     if count_reductions:
         _count_reductions(Path(run_dir), distributed)
-    training.train(small_profile(**profile), run_dir)
+    if places:
+        os.chdir(places[rank])
+        resuming.SEEN_SECONDS = 0  # nothing here shows late
+    changes = options.get("last_rank", {}) if rank == ranks - 1 else {}
+    training.train(small_profile(**{**profile, **changes}), options.get("seen_run_dir", run_dir))
 
 
 def _plant(call: int, kind: str, training_loss) -> None:
