@@ -288,9 +288,12 @@ def _train(options: argparse.Namespace) -> int:
     talks = distributed.torchrun_rank() == 0
     if not talks:
         logging.getLogger("kl3m_nb").setLevel(logging.ERROR)  # all read the same rows, one says what it leaves out
-    profile, folder, init = _what_to_train(options)
-    _require_gpu_or_consent(profile, options.without_gpu)
     printed = 0.0
+
+    def prepare() -> tuple[profiles.Profile, Path, str | None]:
+        profile, folder, init = _what_to_train(options)
+        _require_gpu_or_consent(profile, options.without_gpu)
+        return profile, folder, init
 
     def report(row) -> None:
         nonlocal printed
@@ -306,7 +309,9 @@ def _train(options: argparse.Namespace) -> int:
                 f"{row['tokens_per_second']:,.0f} tokens/s, {clock(left)} left", flush=True,
             )  # fmt: skip
 
-    result = train(profile, folder, init, callbacks=[report])
+    with distributed.process_group():
+        profile, folder, init = distributed.on_every_rank(prepare)
+        result = train(profile, folder, init, callbacks=[report])
     if talks:
         print(f"Finished at step {result.step:,}, held-out loss {result.held_out_loss:.4f}; the model is in {result.checkpoint}")
     return 0

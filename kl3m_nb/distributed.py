@@ -163,6 +163,24 @@ def on_first_rank(work: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def on_every_rank(work: Callable[[], T]) -> T:
+    """What `work` returns on this rank. When it raises a ValueError or OSError on one, every rank raises that or a ValueError."""
+    if world().size == 1:
+        return work()
+    result, failure = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        failure = error
+    reasons = gather(failure and str(failure))
+    if failure:
+        raise failure
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise ValueError(f"process {rank}: {reason}")
+    return result
+
+
 def shared_out(function: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype) -> Tensor:
     """`function(batch)` where each rank computes a part. `batch` [n, ...], e.g. [240, 576, 576], is the same on every rank.
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -186,6 +187,15 @@ def test_a_run_folder_that_one_machine_does_not_see_is_refused_by_all(warm_proce
         training.train(small_profile(**DENSE), Path(places[0]) / "run", callbacks=[_stops_at(3)])
     assert warm_processes.train(2, tmp_path / "run", DENSE, places=places, seen_run_dir=seen) == [1, 1]
     assert "step-000003/training_state/manifest.json as process 0 does" in (tmp_path / "run.log").read_text()
+
+
+def test_a_command_that_one_machine_refuses_is_refused_by_all(warm_processes, tmp_path, alone):
+    places = _own_folders(tmp_path, 2)
+    shutil.copytree(alone["dense"], Path(places[0]) / "run")
+    arguments = {"run_dir": str(tmp_path / "run"), "words": ["train", "--run-dir", "/proc/self/cwd/run"], "places": places}
+    codes = warm_processes.call("run_ranks", ranks=2, work="command", arguments=arguments)
+    log = (tmp_path / "run.log").read_text()
+    assert codes == [2, 2] and "kl3m_nb: process 1: /proc/self/cwd/run is no run folder" in log, log
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -138,6 +138,14 @@ def train(
     training.train(small_profile(**{**profile, **changes}), options.get("seen_run_dir", run_dir))
 
 
+def command(run_dir: str, words: list[str], places: list[str]) -> int:
+    """The exit code of `python -m kl3m_nb` with `words`; `places` as in `train`."""
+    from kl3m_nb import cli
+
+    os.chdir(places[int(os.environ["RANK"])])
+    return cli.main(words)
+
+
 def _plant(call: int, kind: str, training_loss) -> None:
     original, calls = training_loss.activation_penalty, []
 
@@ -190,8 +198,7 @@ def _fork(work: str, arguments: dict, environment: dict, log: Path) -> int:
         os.dup2(descriptor, 2)
         faulthandler.dump_traceback_later(SECONDS - 10)  # where it hangs, if it does
         os.environ.update({key: str(value) for key, value in environment.items()})
-        globals()[work](**arguments)
-        code = 0
+        code = globals()[work](**arguments) or 0
     except KeyboardInterrupt:
         code = 130
     except BaseException:
