@@ -5,9 +5,11 @@ from __future__ import annotations
 import socket
 import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb import checkpoints, distributed, models, paths, run_folder
@@ -89,7 +91,16 @@ def starting_model(
     model = models.load_model(start, attention=attention)
     models.check_fits(model.config.to_dict(), profile, start)
     check_same_entries(tokenizer, start)
+    if distributed.world().size > 1:  # FSDP2 would make one model of the shards of several
+        distributed.check_alike({f"the checksum of the weights in {start}": _checksum(model)})
     return model
+
+
+def _checksum(model: PreTrainedModel) -> int:
+    checksum = 0
+    for parameter in model.parameters():
+        checksum = zlib.crc32(parameter.detach().flatten().view(torch.uint8).numpy(), checksum)
+    return checksum
 
 
 def finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:

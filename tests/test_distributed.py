@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_profile
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kl3m_nb import checkpoints, distributed, training
 from kl3m_nb.metrics import read_metrics
@@ -187,6 +187,18 @@ def test_a_run_folder_that_one_machine_does_not_see_is_refused_by_all(warm_proce
         training.train(small_profile(**DENSE), Path(places[0]) / "run", callbacks=[_stops_at(3)])
     assert warm_processes.train(2, tmp_path / "run", DENSE, places=places, seen_run_dir=seen) == [1, 1]
     assert "step-000003/training_state/manifest.json as process 0 does" in (tmp_path / "run.log").read_text()
+
+
+def test_a_start_that_is_another_model_on_one_machine_is_refused_by_all(warm_processes, tmp_path, alone):
+    places = _own_folders(tmp_path, 2)
+    for place in places:
+        shutil.copytree(checkpoints.latest_checkpoint(alone["dense"]), Path(place) / "model")
+    weights = load_file(Path(places[1]) / "model" / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] * 1.001}, Path(places[1]) / "model/model.safetensors")
+    profile, start = {**DENSE, "parallel": "fsdp"}, "/proc/self/cwd/model"
+    assert warm_processes.train(2, tmp_path / "run", profile, places=places, init=start) == [1, 1]
+    assert (tmp_path / "run.log").read_text().count(f"ValueError: the checksum of the weights in {start} is ") == 2
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_command_that_one_machine_refuses_is_refused_by_all(warm_processes, tmp_path, alone):

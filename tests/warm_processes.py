@@ -135,7 +135,7 @@ def train(
         os.chdir(places[rank])
         resuming.SEEN_SECONDS = 0  # nothing here shows late
     changes = options.get("last_rank", {}) if rank == ranks - 1 else {}
-    training.train(small_profile(**{**profile, **changes}), options.get("seen_run_dir", run_dir))
+    training.train(small_profile(**{**profile, **changes}), options.get("seen_run_dir", run_dir), options.get("init"))
 
 
 def command(run_dir: str, words: list[str], places: list[str]) -> int:
