@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _check_launcher(command: str) -> None:
     """Refuses several processes that do not share out the work: each would do all of it, over the files of the others."""
-    processes = os.environ.get("WORLD_SIZE", "1")
+    processes = os.environ.get("WORLD_SIZE") or "1"
     if processes == "1":
         return
     if distributed.is_under_torchrun() and command != "train":

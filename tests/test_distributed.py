@@ -106,6 +106,19 @@ def test_sharded_experts_train_what_whole_ones_do(warm_processes, tmp_path, alon
     _assert_same_run(tmp_path / "run", alone["mixture"])
 
 
+def test_shards_that_do_not_come_out_even_train_the_same_and_keep_the_same_optimizer_state(warm_processes, tmp_path):
+    """32, 512 and 4 experts in three shards: some are shorter, those of the experts 2, 2 and 0."""
+    profile = {"max_steps": 4, "micro_batch": 1, "grad_accumulation": 3, "experts": 4, "active_experts": 2, **CLAMPED}
+    training.train(small_profile(**profile), tmp_path / "alone")
+    assert warm_processes.train(3, tmp_path / "run", {**profile, "parallel": "fsdp"}) == [0] * 3
+    _assert_same_run(tmp_path / "run", tmp_path / "alone")
+    ours, theirs = (checkpoints.load_state(checkpoints.require_checkpoint(tmp_path / name)) for name in ("run", "alone"))
+    for optimizer in ("muon", "aux"):
+        for index, state in theirs[optimizer]["state"].items():
+            for name, value in state.items():
+                assert torch.allclose(ours[optimizer]["state"][index][name], value, rtol=1e-3, atol=1e-4 * value.abs().max())
+
+
 @pytest.mark.parametrize(("kind", "code"), [("kill", -9), ("error", 1)])
 def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(warm_processes, tmp_path, alone, kind, code):
     codes = warm_processes.train(2, tmp_path / "run", DENSE, {"rank": 1, "call": 5, "kind": kind})
