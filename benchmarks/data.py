@@ -54,7 +54,7 @@ def write_files(folder: Path, words) -> dict[str, str]:
 def our_batches(files: str, words, packing: str = "dense") -> Iterator[torch.Tensor]:
     """The project's stream, with batches made ahead as in training."""
     spec = DataSpec(source=f"files:{files}", seq_len=SEQ_LEN, packing=packing, held_out_windows=8)
-    stream = streams.open_stream(spec, words, prefetch_batches=2)
+    stream = streams.PrefetchedStream(streams.open_stream(spec, words), batches=2)
     while True:
         yield stream.take(WINDOWS).labels
 

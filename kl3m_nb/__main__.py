@@ -19,4 +19,9 @@ if __name__ == "__main__":
     from kl3m_nb.cli import main
 
     signal.signal(signal.SIGINT, handler)
-    sys.exit(main())
+    code = main()
+    if code == EXIT_INTERRUPTED:  # everything is saved, and Python would wait for a thread whose read may never return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ import yaml
 from kl3m_nb import distributed, models, paths, profiles, publishing, run_folder, runs
 from kl3m_nb.checkpoints import CheckpointFailed, check_sound
 from kl3m_nb.estimate import GPUS, estimate
-from kl3m_nb.progress import clock
+from kl3m_nb.progress import time_left
 from kl3m_nb.runtime import device_memory
 from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
 from kl3m_nb.stopping import EXIT_INTERRUPTED
@@ -288,7 +289,7 @@ def _train(options: argparse.Namespace) -> int:
     talks = distributed.torchrun_rank() == 0
     if not talks:
         logging.getLogger("kl3m_nb").setLevel(logging.ERROR)  # all read the same rows, one says what it leaves out
-    printed = 0.0
+    began = printed = first_step = 0
 
     def prepare() -> tuple[profiles.Profile, Path, str | None]:
         profile, folder, init = _what_to_train(options)
@@ -296,17 +297,19 @@ def _train(options: argparse.Namespace) -> int:
         return profile, folder, init
 
     def report(row) -> None:
-        nonlocal printed
-        if row["kind"] == "held_out":
+        nonlocal began, printed, first_step
+        if row["kind"] == "start":
+            began, first_step = time.monotonic(), row["step"]
+        elif row["kind"] == "held_out":
             print(f"step {row['step']:,}: held-out loss {row['held_out_loss']:.4f}", flush=True)
         elif row["kind"] == "train" and row["skipped"]:
             print(f"step {row['step']:,}: not finite, so it changes nothing", flush=True)
         elif row["kind"] == "train" and row["seconds"] - printed >= 5:
             printed = row["seconds"]
-            left = (profile.schedule.max_steps - row["step"]) * profile.tokens_per_step / row["tokens_per_second"]
+            max_steps = profile.schedule.max_steps
             print(
-                f"step {row['step']:,}/{profile.schedule.max_steps:,}: loss {row['cross_entropy']:.4f}, "
-                f"{row['tokens_per_second']:,.0f} tokens/s, {clock(left)} left", flush=True,
+                f"step {row['step']:,}/{max_steps:,}: loss {row['cross_entropy']:.4f}, {row['tokens_per_second']:,.0f} tokens/s, "
+                f"{time_left(began, first_step, row['step'], max_steps)} left", flush=True,
             )  # fmt: skip
 
     with distributed.process_group():

@@ -268,6 +268,7 @@ thead th { border-bottom: 2px solid var(--line); }
 .sortable th:hover { color: var(--accent); }
 .sortable th[aria-sort=ascending]::after { content: " ▲"; }
 .sortable th[aria-sort=descending]::after { content: " ▼"; }
+.settings td:first-child { white-space: nowrap; }
 .tall { max-height: 42rem; overflow: auto; }
 .entries { list-style: none; padding: 0; display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
 .entries li { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; }

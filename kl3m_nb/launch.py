@@ -23,7 +23,7 @@ import torch
 
 from kl3m_nb import paths, run_folder
 from kl3m_nb.checkpoints import checkpoint_step, latest_checkpoint
-from kl3m_nb.metrics import FILE_NAME, Callback, parse_row, tell
+from kl3m_nb.metrics import FILE_NAME, Callback, parse_row, read_metrics, tell
 from kl3m_nb.packing import check_shares
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
@@ -58,7 +58,9 @@ def train_with_torchrun(
     run_dir.mkdir(parents=True, exist_ok=True)
     callbacks = list(callbacks)
     max_steps = profile.schedule.max_steps
-    start = {"step": 0, "max_steps": max_steps, "run": run_dir.name, "runtime": f"torchrun, {processes} processes"}
+    logged = read_metrics(run_dir, "train")  # these rows come at once, at no pace to go by
+    first_step = int(logged["step"].iloc[-1]) if len(logged) else 0
+    start = {"step": first_step, "max_steps": max_steps, "run": run_dir.name, "runtime": f"torchrun, {processes} processes"}
     tell(callbacks, {"kind": "start", **start})
     if not is_running(run_dir):
         run_folder.write_run_file(run_dir, profile, init, f"torchrun, {processes} processes")

@@ -21,14 +21,17 @@ from matplotlib.figure import Figure
 
 from kl3m_nb import paths, plots
 from kl3m_nb.metrics import read_metrics
-from kl3m_nb.progress import PROGRESS_VARIABLE, clock, write_progress
+from kl3m_nb.progress import PROGRESS_VARIABLE, time_left, write_progress
 from kl3m_nb.run_folder import SAVE_REQUEST, request_checkpoint
+
+_MOST_DRAWING = 0.02  # share of the time for which training may wait for figures
 
 
 class LiveView:
     """Shows a run while it trains: `train(..., callbacks=[LiveView(run_dir)])`.
 
-    Leaves exactly one output in the notebook; in a notebook that somebody looks at, the save button too.
+    Leaves exactly one output in the notebook; in a notebook that somebody looks at, the save button too. The figure of a long run
+    takes seconds, and is drawn the less often.
     """
 
     def __init__(self, run_dir: str | Path, text_seconds: float = 1.0, figure_seconds: float = 10.0):
@@ -37,7 +40,7 @@ class LiveView:
         self._handle = None
         self._header, self._figure, self._held_out = "", "", ""
         self._max_steps, self._first_step = 0, 0
-        self._began = self._text_at = self._figure_at = 0.0
+        self._began = self._text_at = self._figure_due = 0.0
         self._last: Mapping = {}
 
     def __call__(self, row: Mapping) -> None:
@@ -53,31 +56,31 @@ class LiveView:
                 self._last = row
                 if now - self._text_at >= self._text_seconds:
                     self._text_at = now
-                    text = self._progress_text(now)
+                    text = self._progress_text()
                     write_progress(text)
-                    if now - self._figure_at >= self._figure_seconds:
-                        self._figure_at = now
+                    if now >= self._figure_due:
                         self._figure = self._draw()
+                        drawn = time.monotonic()
+                        self._figure_due = drawn + max(self._figure_seconds, (drawn - now) / _MOST_DRAWING)
                     self._handle.update(HTML(self._page(text)))
             case "held_out":
                 self._held_out = f"held-out {row['held_out_loss']:.3f}"
             case "end":
                 # the notebook draws a finished run itself; one that was interrupted is shown as far as it came
                 self._figure = "" if row["step"] == row["max_steps"] else self._draw()
-                text = self._progress_text(now)
+                text = self._progress_text()
                 write_progress(text)
                 self._handle.update(HTML(self._page(text)))
 
-    def _progress_text(self, now: float) -> str:
+    def _progress_text(self) -> str:
         step = self._last.get("step", self._first_step)
         parts = [f"step {step:,}/{self._max_steps:,}"]
         if self._last:
             parts += [f"loss {self._last['cross_entropy']:.3f}", f"{self._last['tokens_per_second']:,.0f} tokens/s"]
         if self._held_out:
             parts.insert(2, self._held_out)
-        done = step - self._first_step
-        if done:  # time left from the whole pace, evaluations and checkpoints included
-            parts.append(f"{clock((now - self._began) / done * (self._max_steps - step))} left")
+        if step > self._first_step:
+            parts.append(f"{time_left(self._began, self._first_step, step, self._max_steps)} left")
         return " · ".join(parts)
 
     def _page(self, text: str) -> str:

@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from kl3m_nb.figures import BLACK, BLUE, GREEN, GREY, ORANGE, VERMILLION, plain_log_axis, step_axis, styled
 from kl3m_nb.matrices import HEAD_LAYER, ROLES
 from kl3m_nb.spectra import spectrum_key
-from kl3m_nb.spectral_summary import matrix_name
+from kl3m_nb.spectral_summary import headline
 
 _SHOWN_METRICS = {
     "sigma_max": "σ₁", "sigma_min": "smallest σ", "condition": "condition", "stable_rank": "stable rank",
@@ -46,8 +46,7 @@ def plot_matrix_page(
     figure = plt.figure(figsize=(11, 7.2))
     spectrum, tail, place, numbers = figure.subplots(2, 2, width_ratios=(3, 2)).T.flat[[0, 2, 1, 3]]
     values = singular_values[spectrum_key(row["layer"], row["role"], row["expert"])]
-    name = matrix_name(row)
-    figure.suptitle(f"{name[0].upper()}{name[1:]}" + (f" {row['reason']}" if "reason" in row else ""), x=0.01, ha="left")
+    figure.suptitle(headline(row), x=0.01, ha="left")
     if not values[0] > 0:
         why = "all zero" if values[0] == 0 else "NaN or infinite values"
         for axes, text in ((spectrum, f"{why}: there is no spectrum"), (tail, "")):

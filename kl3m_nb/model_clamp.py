@@ -94,19 +94,16 @@ class ClampTarget:
 class SpectralClamp:
     """Clamps the matrices of `targets` and remembers, as certificates, what is known of their spectra.
 
-    `threads`: how many matrices are worked on at a time on the CPU; by default torch's number of threads, beside a GPU the
-    cores of this rank. `decompose_on`: where the Gram matrices of what fails the test on a GPU are decomposed, "cpu" (copied
-    there; batched decompositions of CUDA have been reported far slower than they should be, pytorch issues 174674 and 175585) or
-    "device". The weights themselves stay where they are.
+    As many matrices are worked on at a time on the CPU as torch has threads, beside a GPU as this rank has cores.
+    `decompose_on`: where the Gram matrices of what fails the test on a GPU are decomposed, "cpu" (copied there; batched
+    decompositions of CUDA have been reported far slower than they should be, pytorch issues 174674 and 175585) or "device".
+    The weights themselves stay where they are.
     """
 
-    def __init__(self, targets: Iterable[ClampTarget], threads: int | None = None, decompose_on: str = "cpu") -> None:
+    def __init__(self, targets: Iterable[ClampTarget], decompose_on: str = "cpu") -> None:
         self.targets = tuple(targets)
         if decompose_on not in ("cpu", "device"):
             raise ValueError(f"decompose_on is {decompose_on!r}; it accepts 'cpu' and 'device'.")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads is {threads}; it must be at least 1.")
-        self._threads = threads
         self._decompose_on_device = decompose_on == "device"
         shapes = {target.name: torch.empty(target.parameter.shape, device="meta") for target in self.targets}
         self._names = {target.name: [name for name, _ in target.matrices(shapes[target.name])] for target in self.targets}
@@ -212,7 +209,7 @@ class SpectralClamp:
             else:
                 for_workers.append((jobs, useful_precisions(matrix)))
         if for_workers or suspects:
-            with _single_threaded_workers(self._threads or _worker_count(groups[0][0].matrix.device)) as workers:
+            with _single_threaded_workers(_worker_count(groups[0][0].matrix.device)) as workers:
                 decomposed = workers.map(_decompose, *zip(*suspects, strict=True)) if suspects else []
                 firsts = [workers.submit(_clamp_on_cpu, jobs[0], precisions) for jobs, precisions in for_workers]
                 for (jobs, precisions), first in zip(for_workers, firsts, strict=True):
@@ -227,11 +224,13 @@ class SpectralClamp:
 def _worker_count(device: torch.device) -> int:
     """Threads for matrices on `device`: torch's own number, beside a GPU this rank's share of the cores.
 
-    torchrun gives every rank one thread, which is meant for ranks that compute on the CPU.
+    torchrun gives every rank one thread, which is meant for ranks that compute on the CPU. A scheduler may have given the job
+    fewer cores than the machine has, which only Linux tells.
     """
     if device.type != "cuda":
         return torch.get_num_threads()
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _cost(shape: torch.Size) -> int:

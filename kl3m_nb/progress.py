@@ -7,6 +7,7 @@ JupyterLab, under nbval or under plain papermill the variable is not set and a r
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 PROGRESS_VARIABLE = "KL3M_NB_PROGRESS"
@@ -39,6 +40,14 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def time_left(began: float, first_step: int, step: int, max_steps: int) -> str:
+    """The time that a run still needs, as people read it, by its pace since `began` (of time.monotonic()) at `first_step`.
+
+    So evaluations, clamps and checkpoints are counted in, and a single slow step is not taken for all. `step` > `first_step`.
+    """
+    return clock((time.monotonic() - began) / (step - first_step) * (max_steps - step))
 
 
 def clock(seconds: float) -> str:

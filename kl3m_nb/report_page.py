@@ -38,6 +38,6 @@ class ReportPage:
         rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in settings.items())
         sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in self.sentences)
         head = f"<h1>{escape(title)}</h1><ul>{sentences}</ul>"
-        table = f'<h2>Settings</h2><div class="scroll text_cell_render"><table>{rows}</table></div>'
+        table = f'<h2>Settings</h2><div class="scroll text_cell_render"><table class="settings">{rows}</table></div>'
         write_page(path, title, "\n".join([head, *self.sections, table]), script)
         return path

@@ -11,6 +11,7 @@ import pandas as pd
 
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.metrics import FILE_NAME, read_metrics
+from kl3m_nb.model_folder import read_stack
 from kl3m_nb.profiles import Profile, get_profile
 from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
 
@@ -51,10 +52,15 @@ def stage_profile(profile_name: str, stage: str) -> Profile:
 
 
 def stage_checkpoint(profile_name: str, stage: str) -> Path | None:
-    """The newest sound checkpoint of a stage of a profile, or its stack; None where there is none yet."""
-    folder = run_path(profile_name, stage)
+    """The newest sound checkpoint of a stage of a profile, or its stack; None where there is none yet.
+
+    The source is what the stack was made of, wherever that lies; the source run's newest where that is gone or there is no stack.
+    """
+    folder, stack = run_path(profile_name, stage), run_path(profile_name, "stack") / "checkpoint"
     if stage == "stack":
-        return folder / "checkpoint" if (folder / "checkpoint").is_dir() else None
+        return stack if stack.is_dir() else None
+    if stage == "source" and (record := read_stack(stack)) and (source := paths.resolve(record["source"])).is_dir():
+        return source
     return checkpoints.require_checkpoint(folder) if checkpoints.latest_checkpoint(folder) else None
 
 

@@ -16,13 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from kl3m_nb.figures import BLACK, BLUE, GREY, ORANGE, ROLE_LINES, SEQUENCE, VERMILLION, plain_log_axis, step_axis, styled
 from kl3m_nb.history import AT_CEILING, FAR_ABOVE_CEILING
 from kl3m_nb.matrices import HEAD_LAYER, ROLES
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
-from kl3m_nb.spectral_summary import condition_text
+from kl3m_nb.spectral_summary import size_text
 
 MOST_COPIES = 24  # that `plot_copies` draws
 _RIDGES = 30  # in one panel
@@ -95,7 +96,7 @@ def _condition_limits(conditions: np.ndarray, ceiling: float) -> tuple[float, fl
 def _remarks(spectra: pd.DataFrame, ceilings: Mapping[str, float]) -> str:
     remarks = []
     for head in spectra[spectra["role"] == "lm_head"].itertuples():
-        ceiling, condition = ceilings.get("lm_head", 0.0), condition_text(head.condition) if head.condition_reliable else "–"
+        ceiling, condition = ceilings.get("lm_head", 0.0), size_text(head.condition) if head.condition_reliable else "–"
         remarks.append(f"LM head: condition {condition}" + (f" (ceiling {ceiling:,.0f})" if ceiling else ""))
     if not_finite := int((~spectra["finite"]).sum()):
         remarks.append(f"NaN or infinite values (grey): {not_finite} matri{'x' if not_finite == 1 else 'ces'}")
@@ -180,7 +181,7 @@ def plot_copies(
         above.plot(index, values, color=color, label=f"layer {layer}")
         number = values[0] / values[-1] if values[-1] > 0 else math.inf
         above.set_title(f"copy {layer // source_layers}: layer {layer}", fontsize=11)
-        text = f"condition {condition_text(number)}" if finite[order] else "not finite"
+        text = f"condition {size_text(number)}" if finite[order] else "not finite"
         above.text(0.05, 0.06, text, transform=above.transAxes, fontsize=10)
         with np.errstate(divide="ignore", invalid="ignore"):
             below.plot(index, 100 * (values / mean - 1), color=color)
@@ -217,14 +218,14 @@ def plot_divergence(divergence: pd.DataFrame) -> Figure:
     `divergence` is what `copies.copy_divergence` returns, or several of them with a column `step`: then the steps run along the
     axis, else the source blocks. Lines are means over pairs of copies (and over blocks, where the steps run).
     """
-    along = _along(divergence, "source_layer")
+    along, chance = _along(divergence, "source_layer"), []
     panels = [column for column in _DIVERGENCE_PANELS if column in divergence]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels) + 0.4, 4.6), squeeze=False, sharex=True)
     for panel, column in zip(axes[0], panels, strict=True):
         title, unit = _DIVERGENCE_PANELS[column]
         _lines_by_role(panel, divergence, along, column)
         if column.endswith("_overlap"):
-            _mark_chance(panel, divergence)
+            chance = [_mark_chance(panel, divergence)]
             panel.set_ylim(0, 1.03)
         if column == "movement_cosine":
             panel.axhline(0, color=BLACK, linewidth=0.8)
@@ -236,17 +237,17 @@ def plot_divergence(divergence: pd.DataFrame) -> Figure:
         step_axis(panel)
         if along != "step":
             panel.set_xlabel("source block")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=7)
+    figure.legend(handles=axes[0, 0].get_legend_handles_labels()[0] + chance, loc="outside lower center", ncols=8)
     return figure
 
 
-def _mark_chance(axes: Axes, divergence: pd.DataFrame) -> None:
-    levels = divergence.groupby("chance_overlap")["role"].unique()
-    for chance, roles in levels.items():
-        named = f" ({', '.join(_short(role) for role in ROLES if role in roles)})" if len(levels) > 1 else ""
-        axes.axhline(chance, color=BLACK, linestyle=(0, (6, 4)), linewidth=0.9)
-        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "va": "bottom"}
-        axes.annotate(f"chance{named}", (1, chance), (0, 2), fontsize=8, **place)
+def _mark_chance(axes: Axes, divergence: pd.DataFrame) -> Line2D:
+    """Dashes where chance lies, which depends on a role's shape; returns a line whose label tells all of it."""
+    roles_at = divergence.groupby("chance_overlap")["role"].unique()
+    told = [f"{level:.2f} ({', '.join(_short(role) for role in ROLES if role in roles)})" for level, roles in roles_at.items()]
+    lines = [axes.axhline(level, color=BLACK, linestyle=(0, (6, 4)), linewidth=0.9) for level in roles_at.index]
+    lines[0].set_label(f"chance {', '.join(told)}" if len(told) > 1 else "chance")
+    return lines[0]
 
 
 @styled

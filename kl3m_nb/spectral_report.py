@@ -207,7 +207,7 @@ def _add_ill(page: ReportPage, ill: pd.DataFrame, table: pd.DataFrame, values: d
         figure = matrix_plots.plot_matrix_page(table, values, row, ceilings.get(row["role"], 0.0), before)
         data = pd.DataFrame({"sigma": values[layer, role]})
         name = f"matrix_{'head' if layer == HEAD_LAYER else layer}_{role}"
-        page.figure(figure, name, f"{spectral_summary.matrix_name(row)} {row['reason']}.", data)
+        page.figure(figure, name, f"{spectral_summary.headline(row)}.", data)
 
 
 def _settings(subject: Subject) -> dict[str, object]:

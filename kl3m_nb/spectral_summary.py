@@ -65,7 +65,7 @@ def _finding(row, ceilings: Mapping[str, float], usual: Mapping[str, tuple[float
         (median, spread), value = usual[column], getattr(row, column)
         distance = abs(np.log(value) - median)
         if distance > max(_OUTLIER_SPREADS * spread, np.log(_OUTLIER_FACTOR)):
-            return distance, column, f"stands out in its role: {name} {value:,.3g}, usual is {np.exp(median):,.3g}"
+            return distance, column, f"stands out in its role: {name} {size_text(value)}, usual is {size_text(np.exp(median))}"
     return 0.0, "", ""
 
 
@@ -86,15 +86,14 @@ def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float]) -> list[s
         sentences += _describe_group(group, blocks[blocks["role"].isin(roles)], ceilings, layers)
     for head in table[table["layer"] == HEAD_LAYER].itertuples():
         if head.finite:
-            condition = f"condition {condition_text(head.condition)} and " if head.condition_reliable else ""
+            condition = f"condition {size_text(head.condition)} and " if head.condition_reliable else ""
             share = head.effective_rank / min(head.rows, head.cols)
             sentences.append(f"The LM head has {condition}an effective rank of {share:.0%} of its shorter side.")
     ill = ill_matrices(table, ceilings)
     if ill.empty:
         sentences.append("No matrix is ill.")
     for row in ill.head(5).itertuples():
-        name = matrix_name(row)
-        sentences.append(f"{name[0].upper()}{name[1:]} {row.reason}.")
+        sentences.append(f"{headline(row)}.")
     if len(ill) > 5:
         sentences.append(f"{len(ill) - 5:,} more matrices stand out; the table names them.")
     return sentences
@@ -116,8 +115,8 @@ def _describe_group(group: str, rows: pd.DataFrame, ceilings: Mapping[str, float
     if not known.empty:
         worst = known.loc[known["condition"].idxmax()]
         sentences.append(
-            f"The median condition of the {group} is {condition_text(known['condition'].median())}, the largest "
-            f"{condition_text(worst['condition'])} ({matrix_name(worst)})."
+            f"The median condition of the {group} is {size_text(known['condition'].median())}, the largest "
+            f"{size_text(worst['condition'])} ({matrix_name(worst)})."
         )
     ranks = (rows["effective_rank"] / rows[["rows", "cols"]].min(axis=1)).dropna()
     if not ranks.empty:
@@ -138,13 +137,11 @@ def describe_divergence(divergence: pd.DataFrame) -> list[str]:
     if (distance == 0).all():
         return [*sentences, "All copies of every source block are still equal."]
     by_role = known.groupby("role")["distance"].mean().sort_values()
-    extremes = (
-        f"; those of {by_role.index[-1]} lie furthest apart ({by_role.iloc[-1]:.1%}), those of {by_role.index[0]} least "
-        f"({by_role.iloc[0]:.1%})"
-    )
+    least, most = (f"{by_role.iloc[place]:.1%}" for place in (0, -1))
+    extremes = f"; those of {by_role.index[-1]} lie furthest apart ({most}), those of {by_role.index[0]} least ({least})"
     sentences.append(
         f"Two copies of a block lie {distance.mean():.1%} of their norm apart on average (independent matrices: 141%)"
-        f"{extremes if by_role.iloc[-1] > by_role.iloc[0] else ''}."
+        f"{extremes if most != least else ''}."
     )
     if "movement_cosine" in known and known["movement_cosine"].notna().any():
         cosine, chance = known["movement_cosine"].mean(), 3 * known["chance_cosine"].mean()
@@ -245,6 +242,12 @@ def matrix_name(row) -> str:
     return f"layer {row.layer}, {row.role}" + (f" of expert {expert}" if expert >= 0 else "")
 
 
-def condition_text(value: float) -> str:
-    """ "2,208", "4.58" or "infinite"."""
+def headline(row) -> str:
+    """ "Layer 7, k_proj", and what is the matter with it where `row` is one of `ill_matrices`."""
+    name, reason = matrix_name(row), getattr(row, "reason", "")
+    return f"{name[0].upper()}{name[1:]} {reason}".rstrip()
+
+
+def size_text(value: float) -> str:
+    """A condition number or σ₁ as it is written in a sentence: "2,208", "4.58" or "infinite"."""
     return "infinite" if np.isinf(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

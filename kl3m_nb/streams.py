@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +17,9 @@ from kl3m_nb.packing import Batch, BatchStream, PackedStream, rank_share
 from kl3m_nb.profiles import DataSpec
 from kl3m_nb.segmentation import SegmentedStream
 from kl3m_nb.sources import SourceReport
+from kl3m_nb.stopping import StopRequest
+
+_LOOK_FOR_STOP_SECONDS = 0.2
 
 
 class SourceBroke(RuntimeError):
@@ -26,7 +29,7 @@ class SourceBroke(RuntimeError):
 class PrefetchedStream:
     """`stream` with up to `batches` batches made ahead by one thread, in pinned memory where there is a GPU.
 
-    From then on `stream` belongs to the thread; ask this object for its state.
+    With 0 a batch is made when it is asked for. `stream` belongs to the thread from then on; ask this object for its state.
     """
 
     def __init__(self, stream: BatchStream, batches: int):
@@ -49,18 +52,25 @@ class PrefetchedStream:
         report.load_state_dict(self._delivered["documents"]["report"])
         return report
 
-    def take(self, windows: int) -> Batch:
-        """The next batch. Whatever goes wrong while it is made is raised here; the stream then stands behind the last one."""
+    def take(self, windows: int, stop: StopRequest | None = None) -> Batch | None:
+        """The next batch. Whatever goes wrong while it is made is raised here; the stream then stands behind the last one.
+
+        None when `stop` is requested while the batch is waited for: a disk or a hub may not answer for hours.
+        """
         if windows != self._windows:
             self.load_state_dict(self._delivered)
             self._windows = windows
-        while len(self._ahead) < self._batches:
+        while len(self._ahead) < max(1, self._batches):
             self._ahead.append(self._thread.submit(self._make, windows))
+        while not wait([self._ahead[0]], _LOOK_FOR_STOP_SECONDS).done:
+            if stop is not None and stop.requested:
+                return None
         if error := self._ahead[0].exception():
             self.load_state_dict(self._delivered)
             raise error
         batch, self._delivered, self._epoch = self._ahead.popleft().result()
-        self._ahead.append(self._thread.submit(self._make, windows))
+        if self._batches:
+            self._ahead.append(self._thread.submit(self._make, windows))
         return batch
 
     def state_dict(self) -> dict:
@@ -91,34 +101,36 @@ class PrefetchedStream:
         return batch, self._stream.state_dict(), self._stream.epoch
 
 
-def open_stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, prefetch_batches: int = 0) -> BatchStream | PrefetchedStream:
-    """The training stream of `spec`: dense windows or segments, with `prefetch_batches` made ahead (0: none).
+def open_stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> BatchStream:
+    """The training stream of `spec`: dense windows or segments.
 
     Raises ValueError or FileNotFoundError for a source that cannot be opened.
     """
-    stream = (PackedStream if spec.packing == "dense" else SegmentedStream)(spec, tokenizer)
-    return PrefetchedStream(stream, prefetch_batches) if prefetch_batches else stream
+    return (PackedStream if spec.packing == "dense" else SegmentedStream)(spec, tokenizer)
 
 
-def take_share(stream: BatchStream | PrefetchedStream, spec: DataSpec) -> tuple[list[Batch], int]:
+def take_share(stream: PrefetchedStream, spec: DataSpec, stop: StopRequest) -> tuple[list[Batch], int] | None:
     """This rank's micro-batches of the next step, and the valid labels of all ranks.
 
-    Raises SourceBroke, on all ranks, when one cannot read the step or has read another one than rank 0: of shares of different
-    steps some windows would come twice and others never.
+    None, on all ranks, when one is asked to stop before it has its batch. Raises SourceBroke, on all ranks, when one cannot read
+    the step or has read another one than rank 0: of shares of different steps some windows would come twice and others never.
     """
-    world, failure, share, digest = distributed.world(), None, [], 0
+    world, failure, batch = distributed.world(), None, None
     try:
-        step = stream.take(spec.micro_batch * spec.grad_accumulation)
-        share = rank_share(step, spec.micro_batch, world.rank, world.size)
-        digest = zlib.crc32(step.input_ids.numpy()) if world.size > 1 else 0
+        batch = stream.take(spec.micro_batch * spec.grad_accumulation, stop)
     except (OSError, ValueError, RuntimeError) as error:
         failure = error
+    share = rank_share(batch, spec.micro_batch, world.rank, world.size) if batch else []
     valid_tokens = sum(micro_batch.valid_tokens for micro_batch in share)
-    valid, broken, digests = zip(*distributed.gather_numbers([valid_tokens, failure is not None, digest]), strict=True)
+    digest = zlib.crc32(batch.input_ids.numpy()) if batch and world.size > 1 else 0
+    mine = [valid_tokens, failure is not None, batch is None, digest]
+    valid, broken, missing, digests = zip(*distributed.gather_numbers(mine), strict=True)
     if any(broken):
         reasons = distributed.gather(f"{type(failure).__name__}: {failure}")
         rank = broken.index(True)
         raise SourceBroke(f"process {rank}: {reasons[rank]}" if world.size > 1 else reasons[rank]) from failure
+    if any(missing):
+        return None
     if other := [rank for rank in range(world.size) if digests[rank] != digests[0]]:
         raise SourceBroke(f"process {other[0]} has read other documents than process 0; give both the same files")
     return share, int(sum(valid))

@@ -29,7 +29,7 @@ from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.saving import CheckpointSaver
 from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
 from kl3m_nb.stopping import StopRequest
-from kl3m_nb.streams import SourceBroke, open_stream, take_share
+from kl3m_nb.streams import PrefetchedStream, SourceBroke, open_stream, take_share
 from kl3m_nb.tokenizer import load_tokenizer
 from kl3m_nb.training_loss import training_loss
 
@@ -86,7 +86,7 @@ class _Run:
                 f"{init} has {carried.step:,} steps behind it and max_steps is {profile.schedule.max_steps:,}; raise max_steps."
             )
         self.tokenizer = load_tokenizer(profile.data.tokenizer, profile.data.source, profile.model.vocabulary)
-        self.stream = open_stream(profile.data, self.tokenizer, profile.runtime.prefetch_batches)
+        self.stream = PrefetchedStream(open_stream(profile.data, self.tokenizer), profile.runtime.prefetch_batches)
         self.held_out = held_out_windows(profile.data, self.tokenizer)
         start = checkpoint or init
         self.model = starting_model(start, profile, self.tokenizer, self.runtime.attention)
@@ -189,11 +189,14 @@ class _Run:
         return bool(stopping), bool(saving)
 
     def _step(self, stop: StopRequest) -> bool:
-        """One optimizer step over all its micro-batches. False when a stop was requested before they were through."""
+        """One optimizer step over all its micro-batches. False when a stop was requested before they were read and through."""
         began = time.perf_counter()
         # All micro-batches are divided by the labels of the whole step: a mean of means would weigh short ones too high.
         with record_function("kl3m_nb data"):
-            micro_batches, valid_tokens = take_share(self.stream, self.profile.data)
+            share = take_share(self.stream, self.profile.data, stop)
+        if share is None:
+            return False
+        micro_batches, valid_tokens = share
         factor = self._lr_factor(self.counters["step"])
         for group in (*self.muon.param_groups, *self.aux.param_groups):
             group["lr"] = group["peak_lr"] * factor

@@ -126,6 +126,17 @@ def test_an_interrupt_during_the_imports_is_one_line(tmp_path):
     assert (ended.returncode, ended.stderr) == (130, "Interrupted.\n")
 
 
+def test_an_interrupted_command_ends_though_a_thread_still_waits_for_data():
+    script = (
+        "import runpy, sys, threading, types\n"
+        "cli = sys.modules['kl3m_nb.cli'] = types.ModuleType('kl3m_nb.cli')\n"
+        "cli.main = lambda: threading.Thread(target=threading.Event().wait).start() or print('saved') or 130\n"
+        "runpy.run_module('kl3m_nb', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "saved\n", "")
+
+
 def test_parameters_come_from_a_file_and_the_command_line_wins(tmp_path):
     notebook = _notebook(tmp_path / "a.ipynb", "print(name, lr)")
     (tmp_path / "p.yaml").write_text("lr: 1e-4\nname: file\n")

@@ -130,6 +130,14 @@ def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(warm_processes, 
     _assert_same_run(tmp_path / "run", alone["dense"])
 
 
+def test_a_stop_while_one_rank_has_no_data_saves_the_last_whole_step(warm_processes, tmp_path, alone):
+    codes = warm_processes.train(2, tmp_path / "run", DENSE, {"rank": 1, "call": 2, "kind": "stall"})
+    assert codes == [130, 130], (tmp_path / "run.log").read_text()
+    assert 2 <= checkpoints.checkpoint_step(checkpoints.require_checkpoint(tmp_path / "run")) < DENSE["max_steps"]
+    assert warm_processes.train(2, tmp_path / "run", DENSE) == [0, 0]
+    _assert_same_run(tmp_path / "run", alone["dense"])
+
+
 def test_ranks_that_are_started_again_do_not_meet_the_addresses_of_dead_ones(warm_processes, tmp_path):
     codes = warm_processes.call("join_again", attempts=6, run_dir=str(tmp_path / "run"))
     assert codes == [[0, 0]] * 6, (tmp_path / "run.log").read_text()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from kl3m_nb import checkpoints, corpus, run_folder, training, training_loss
 from kl3m_nb.document_stream import DocumentStream
 from kl3m_nb.metrics import read_metrics
+from kl3m_nb.packing import PackedStream
 
 MIXTURE = {"experts": 4, "active_experts": 2, "router_aux_loss": 0.05}
 
@@ -318,6 +319,31 @@ def test_a_hub_that_is_gone_in_mid_stream_ends_the_run_with_nothing_lost(tmp_pat
     reached = int(read_metrics(tmp_path / "run", "train").step.max())
     assert 0 < reached < 20
     assert checkpoints.checkpoint_step(checkpoints.require_checkpoint(tmp_path / "run")) == reached
+    training.train(profile, tmp_path / "run")
+    _assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("batches", [0, 2])
+def test_a_stop_while_the_data_do_not_come_saves_the_last_whole_step(tmp_path, monkeypatch, batches):
+    profile = small_profile(max_steps=8, prefetch_batches=batches)
+    training.train(profile, tmp_path / "whole")
+    take, taken, came, hanging = PackedStream.take, [], [], threading.Event()
+
+    def hang_at_the_sixth(stream, windows):
+        taken.append(windows)
+        if len(taken) == 6:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            hanging.wait(60)
+            came.append(len(taken))
+        return take(stream, windows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PackedStream, "take", hang_at_the_sixth)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(profile, tmp_path / "run")
+        assert not came, "the stop waited for the data"
+        hanging.set()
+    assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000005"
     training.train(profile, tmp_path / "run")
     _assert_same_run(tmp_path / "run", tmp_path / "whole")
 

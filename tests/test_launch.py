@@ -82,6 +82,14 @@ def test_what_cannot_be_started_is_refused(tmp_path, trained_run, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_is_followed_begins_where_its_log_stands(trained_run, monkeypatch):
+    monkeypatch.setattr(launch, "_start", lambda *_: None)
+    told = []
+    launch.train_with_torchrun(small_profile(), trained_run[0], processes=2, callbacks=[told.append])
+    assert (told[0]["kind"], told[0]["step"]) == ("start", 6)
+    assert [row["step"] for row in told if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+
 def test_torchrun_passes_on_what_the_documents_write():
     from torch.distributed.run import parse_args
 

@@ -63,12 +63,13 @@ def mixed_targets(dtype=torch.float32):
 @pytest.mark.parametrize(("threads", "large"), [(1, 2**23), (3, 2**23), (2, 0)])
 def test_a_walk_does_to_every_matrix_what_the_function_does(threads, large, route, monkeypatch):
     monkeypatch.setattr(model_clamp, "_ONE_THREAD_ELEMENTS", large)
+    monkeypatch.setattr(model_clamp, "_worker_count", lambda device: threads)
     targets = mixed_targets()
     expected = [reference(target.parameter) for target in targets]
     singly = [target.parameter.clone() for target in targets]
     outcomes = [clamp_spectrum_(weight, CONDITION, FLOOR) for weight in singly]
     used_before = torch.get_num_threads()
-    events = SpectralClamp(targets, threads=threads).clamp()
+    events = SpectralClamp(targets).clamp()
     assert torch.get_num_threads() == used_before
     assert [event.name for event in events] == [target.name for target in targets]
     assert {event.route for event in events} >= {route, "repaired"}
@@ -102,8 +103,9 @@ def test_what_fails_a_test_in_batches_is_decomposed_by_the_gram_matrix_of_the_te
 
 
 def test_beside_a_gpu_a_rank_decomposes_on_its_share_of_the_cores(monkeypatch):
-    """torchrun gives every rank one thread."""
-    monkeypatch.setattr("os.cpu_count", lambda: 96)
+    """torchrun gives every rank one thread, a scheduler the job 96 of the machine's cores."""
+    monkeypatch.setattr("os.cpu_count", lambda: 256)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(96)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     counts = []
     for ranks in ("1", "8", "200"):
@@ -255,8 +257,6 @@ def test_bad_targets_movements_and_options_are_refused():
         SpectralClamp([target, ClampTarget("tied", weight, 10.0, 0.0)])
     with pytest.raises(ValueError, match="decompose_on"):
         SpectralClamp([target], decompose_on="gpu")
-    with pytest.raises(ValueError, match="threads"):
-        SpectralClamp([target], threads=0)
     for movement in ((-1.0, 0.0), (math.nan, 0.0)):
         with pytest.raises(ValueError, match="movement"):
             SpectralClamp([target]).note_movement({"w": movement})

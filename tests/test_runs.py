@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from kl3m_nb import checkpoints, run_folder, runs
+from kl3m_nb import checkpoints, run_folder, runs, stacking
 from kl3m_nb.profiles import get_profile
 
 
@@ -34,6 +34,19 @@ def test_checkpoints_are_named_by_their_stage_by_hand_or_as_they_are_given(train
     assert list(named.items()) == [
         ("source", "a"), ("stack, step 0", stack), ("trained", "b"), ("owner/name", "owner/name"), ("folder", "folder"),
     ]  # fmt: skip
+
+
+def test_the_source_is_what_the_stack_was_made_of(trained_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path / "runs"))
+    run_dir = shutil.copytree(trained_run[0], runs.run_path("tiny", "source"))
+    assert runs.stage_checkpoint("tiny", "source") == checkpoints.latest_checkpoint(run_dir)
+    elsewhere = shutil.copytree(checkpoints.latest_checkpoint(run_dir), tmp_path / "kl3m-006-170m")
+    stack = runs.run_path("tiny", "stack") / "checkpoint"
+    stacking.stack_checkpoint(elsewhere, stack, 2)
+    assert runs.stage_checkpoint("tiny", "source") == elsewhere
+    assert list(runs.named_checkpoints("tiny", {}).items()) == [("source", elsewhere), ("stack, step 0", stack)]
+    shutil.rmtree(elsewhere)
+    assert runs.stage_checkpoint("tiny", "source") == checkpoints.latest_checkpoint(run_dir)
 
 
 @pytest.mark.parametrize("name", [".", "..", "a/b", "/tmp/a", "../a"])

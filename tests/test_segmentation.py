@@ -113,10 +113,10 @@ def test_segments_resume(workers):
     whole = streams.open_stream(spec, trained)
     whole.take(60)
     expected = whole.take(200)
-    interrupted = streams.open_stream(spec, trained, 2 * workers)
+    interrupted = streams.PrefetchedStream(streams.open_stream(spec, trained), 2 * workers)
     for _ in range(10):
         interrupted.take(6)
-    resumed = streams.open_stream(spec, trained, 2 * workers)
+    resumed = streams.PrefetchedStream(streams.open_stream(spec, trained), 2 * workers)
     resumed.load_state_dict(saved_and_loaded(interrupted.state_dict()))
     found = resumed.take(200)
     for name in ("input_ids", "labels", "attention_mask"):

@@ -256,8 +256,8 @@ class TestDivergence:
         assert len({axes.get_xlim() for axes in panels}) == 1
         assert {line.get_label() for line in panels[0].lines} == set(BLOCK_ROLES)
         np.testing.assert_allclose(panels[0].lines[0].get_data(), [[0, 10, 20], [0, 0.2, 0.4]])
-        levels = {line.get_ydata()[0] for line in panels[2].lines if line.get_label().startswith("_")}
-        assert levels == {0.08, 0.03} and "chance (k, v)" in texts(figure)
+        levels = {line.get_ydata()[0] for line in panels[2].lines if line.get_label() not in BLOCK_ROLES}
+        assert levels == {0.08, 0.03} and "0.08 (k, v)" in texts(figure)
         low, high = panels[1].get_ylim()
         assert low < -0.4 and high > 1
 

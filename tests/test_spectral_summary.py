@@ -124,6 +124,8 @@ def test_divergence_is_told_in_percent_of_the_norm():
     assert "independent ways: the cosine between their movements is 0.005 on average (independent ones: within ±0.006)" in text
     assert "Their leading directions overlap by 0.75 and their trailing directions overlap by 0.25" in text
     assert "chance is 0.03 to 0.08" in text
+    alike = " ".join(spectral_summary.describe_divergence(divergence([0.2, 0.20004] * 3, 0.005)))
+    assert "20.0% of their norm apart" in alike and "furthest" not in alike
 
 
 @pytest.mark.parametrize(

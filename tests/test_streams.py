@@ -45,7 +45,7 @@ def spec(request, folder, monkeypatch):
 
 
 def _open(spec, workers=0):
-    return streams.open_stream(spec, Letters(), prefetch_batches=2 * workers)
+    return streams.PrefetchedStream(streams.open_stream(spec, Letters()), batches=2 * workers)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -118,7 +119,7 @@ def join(run_dir: str, late: int) -> None:
 def train(
     run_dir: str, profile: dict, fault: dict | None = None, count_reductions: bool = False, places: list[str] = (), **options
 ) -> None:
-    """Trains; `fault` has the `rank`, the micro-batch `call` of that rank and the `kind`: kill, stop, nan or error.
+    """Trains; `fault` has the `rank`, the micro-batch `call` of that rank and the `kind`: kill, stop, stall, nan or error.
 
     `places`: the folder of each rank, which is /proc/self/cwd there. `last_rank`: settings of the last rank alone.
     """
@@ -147,6 +148,8 @@ def command(run_dir: str, words: list[str], places: list[str]) -> int:
 
 
 def _plant(call: int, kind: str, training_loss) -> None:
+    from kl3m_nb.packing import PackedStream
+
     original, calls = training_loss.activation_penalty, []
 
     def faulty(residual, *rest):
@@ -158,6 +161,9 @@ def _plant(call: int, kind: str, training_loss) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
+        if kind == "stall":  # the data do not come any more, and the rank is asked to stop while it waits for them
+            PackedStream.take = lambda *_: time.sleep(2 * SECONDS)
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
         if kind == "error":
             raise MemoryError("no memory for the activations")
         return penalty * math.nan if kind == "nan" else penalty
