@@ -30,7 +30,7 @@ from kl3m_nb.run_folder import RUN_FILE
 
 _NAME = re.compile(r"step-(\d{6,})")
 _STATE = Path(STATE_FOLDER) / "state.pt"
-_MANIFEST = Path(STATE_FOLDER) / "manifest.json"
+MANIFEST = Path(STATE_FOLDER) / "manifest.json"
 _TEMPORARY = re.compile(r"\.(saving|removing)-step-\d+-(\w+)")
 _OWN = uuid.uuid4().hex[:12]  # in the temporary names of this process; its number may have been another's before
 
@@ -176,7 +176,7 @@ def flaw_of(checkpoint: Path, identity: str | None = None) -> str | None:
     `identity`: the run it has to belong to.
     """
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
         files, run = manifest["files"], manifest["run"]
         for name, entry in files.items():
             path = checkpoint / name
@@ -187,13 +187,13 @@ def flaw_of(checkpoint: Path, identity: str | None = None) -> str | None:
             if sha256(path) != entry["sha256"]:
                 return f"{path} is damaged: it is not what was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{checkpoint} is no whole checkpoint: it has no readable {_MANIFEST}"
+        return f"{checkpoint} is no whole checkpoint: it has no readable {MANIFEST}"
     return f"{checkpoint} belongs to another run" if identity not in (None, run) else None
 
 
 def check_sound(folder: Path) -> None:
     """Raises ValueError when `folder` is a checkpoint of a run and a file of it is not as it was written; others pass."""
-    if (folder / _MANIFEST).is_file() and (flaw := flaw_of(folder)):
+    if (folder / MANIFEST).is_file() and (flaw := flaw_of(folder)):
         raise ValueError(f"{flaw}; name another checkpoint of its run.")
 
 
@@ -230,7 +230,7 @@ def _candidates(run_dir: Path) -> list[Path]:
 
 def _has_all_files(checkpoint: Path) -> bool:
     try:
-        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
         return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -245,8 +245,8 @@ def _write_files(folder: Path, snapshot: Snapshot, model: PreTrainedModel, token
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     described = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     manifest = {"step": snapshot.step, "run": identity, "files": described}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in [*files, folder / _MANIFEST, folder / _STATE.parent, folder]:
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*files, folder / MANIFEST, folder / _STATE.parent, folder]:
         _sync(path)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show = warnings.showwarning
     warnings.showwarning = _show_warning
     try:
+        _check_launcher(options.name)
         return options.command(options)
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         print(f"kl3m_nb: {error}", file=sys.stderr)
@@ -52,10 +54,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"kl3m_nb: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Interrupted; the same command continues where it stopped.", file=sys.stderr)
+        if distributed.torchrun_rank() == 0:
+            print("Interrupted; the same command continues where it stopped.", file=sys.stderr)
         return EXIT_INTERRUPTED
     finally:
         warnings.showwarning = show
+
+
+def _check_launcher(command: str) -> None:
+    """Refuses several processes that do not share out the work: each would do all of it, over the files of the others."""
+    processes = os.environ.get("WORLD_SIZE") or "1"
+    if processes == "1":
+        return
+    if distributed.is_under_torchrun() and command != "train":
+        raise Refused(
+            f"torchrun has started {command} {processes} times; only train shares out its work, so start {command} by itself."
+        )
+    if command == "train" and not distributed.is_under_torchrun():
+        raise Refused(
+            f"WORLD_SIZE is {processes}, but torchrun has not started this process, which would train alone; "
+            "start torchrun once on each machine, or unset WORLD_SIZE."
+        )
 
 
 def _show_warning(message: Warning | str, *_) -> None:
@@ -65,7 +84,7 @@ def _show_warning(message: Warning | str, *_) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kl3m_nb", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
 
     command = commands.add_parser("demo", help="run notebooks 00-05 at laptop size and write an HTML index")
     command.add_argument("--fresh", action="store_true", help="remove the runs of an earlier demonstration first")
@@ -223,7 +242,8 @@ def _require_gpu_or_consent(profile: profiles.Profile, consent: bool) -> None:
             f"{needed.sentence()}, which has no GPU and {memory / 2**30:.0f} GiB of memory; "
             "lower max_steps, seq_len or micro_batch, or add --without-gpu to start all the same."
         )
-    print(f"{needed.sentence()}; starting, as asked.", flush=True)
+    if distributed.torchrun_rank() == 0:
+        print(f"{needed.sentence()}; starting, as asked.", flush=True)
 
 
 def _run_folder(name: str, profile: str = "") -> Path:
@@ -266,9 +286,15 @@ def _start(name: str | None, run_dir: Path) -> str | None:
 
 @distributed.reports_errors
 def _train(options: argparse.Namespace) -> int:
-    profile, folder, init = _what_to_train(options)
-    _require_gpu_or_consent(profile, options.without_gpu)
+    talks = distributed.torchrun_rank() == 0
+    if not talks:
+        logging.getLogger("kl3m_nb").setLevel(logging.ERROR)  # all read the same rows, one says what it leaves out
     began = printed = first_step = 0
+
+    def prepare() -> tuple[profiles.Profile, Path, str | None]:
+        profile, folder, init = _what_to_train(options)
+        _require_gpu_or_consent(profile, options.without_gpu)
+        return profile, folder, init
 
     def report(row) -> None:
         nonlocal began, printed, first_step
@@ -286,8 +312,10 @@ def _train(options: argparse.Namespace) -> int:
                 f"{time_left(began, first_step, row['step'], max_steps)} left", flush=True,
             )  # fmt: skip
 
-    result = train(profile, folder, init, callbacks=[report])
-    if distributed.torchrun_rank() == 0:
+    with distributed.process_group():
+        profile, folder, init = distributed.on_every_rank(prepare)
+        result = train(profile, folder, init, callbacks=[report])
+    if talks:
         print(f"Finished at step {result.step:,}, held-out loss {result.held_out_loss:.4f}; the model is in {result.checkpoint}")
     return 0
 

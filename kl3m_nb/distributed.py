@@ -10,8 +10,9 @@ import contextlib
 import datetime
 import gc
 import os
+import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -55,18 +56,29 @@ def process_group() -> Iterator[World]:
 
     What DDP or FSDP2 holds has to be out of scope at the end of the with block.
     """
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
+    if not is_under_torchrun() or dist.is_initialized():
         yield world()
         return
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(_own_gpu())
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     dist.init_process_group(backend, store=_of_this_attempt(store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     yield world()  # after an error nothing more is asked of the peers, which may be dead
     gc.collect()  # a DDP reducer that outlives the group frees it while it holds the GIL, and gloo's threads then wait for ever
     dist.destroy_process_group()
+
+
+def _own_gpu() -> int:
+    """The number of this process's GPU. Raises ValueError when torchrun has started more processes here than there are GPUs."""
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(
+            f"torchrun has started {os.environ['LOCAL_WORLD_SIZE']} processes on {socket.gethostname()}, where {gpus} GPUs are "
+            f"seen; start it with --nproc-per-node {gpus}."
+        )
+    return local_rank
 
 
 def _of_this_attempt(store: dist.Store) -> dist.Store:
@@ -80,14 +92,19 @@ def _of_this_attempt(store: dist.Store) -> dist.Store:
     return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
+def is_under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return dist.is_torchelastic_launched()
+
+
 def torchrun_rank() -> int:
     """The rank that torchrun gave this process, also when no group is open; 0 without torchrun."""
-    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+    return int(os.environ["RANK"]) if is_under_torchrun() else 0
 
 
 def reports_errors(function: Callable[..., T]) -> Callable[..., T]:
     """`function`, whose error torchrun will name as the reason when this process is the first to fail."""
-    return record(function) if dist.is_torchelastic_launched() else function
+    return record(function) if is_under_torchrun() else function
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
@@ -99,6 +116,16 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return total.tolist()
 
 
+def gather_numbers(values: Sequence[float]) -> list[list[float]]:
+    """Every rank's `values`, as many on each, in the order of the ranks and in float64; much faster than `gather`."""
+    if world().size == 1:
+        return [list(values)]
+    mine = torch.tensor(values, dtype=torch.float64)
+    everywhere = [torch.empty_like(mine) for _ in range(world().size)]
+    dist.all_gather(everywhere, mine)
+    return [numbers.tolist() for numbers in everywhere]
+
+
 def gather(value: T) -> list[T]:
     """Every rank's `value`, a picklable object, in the order of the ranks."""
     if world().size == 1:
@@ -106,6 +133,18 @@ def gather(value: T) -> list[T]:
     values: list = [None] * world().size
     dist.all_gather_object(values, value)
     return values
+
+
+def check_alike(settings: Mapping[str, object]) -> None:
+    """Raises ValueError, on all ranks, for the first of `settings`, by name, that is not the same on every rank."""
+    first, *others = gather(dict(settings))
+    for rank, theirs in enumerate(others, start=1):
+        for name in {**first, **theirs}:
+            if first.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"{name} is {first.get(name)!r} in process 0 and {theirs.get(name)!r} in process {rank}; "
+                    "start all processes with the same command, on machines that are alike."
+                )
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
@@ -122,6 +161,24 @@ def on_first_rank(work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def on_every_rank(work: Callable[[], T]) -> T:
+    """What `work` returns on this rank. When it raises a ValueError or OSError on one, every rank raises that or a ValueError."""
+    if world().size == 1:
+        return work()
+    result, failure = None, None
+    try:
+        result = work()
+    except (ValueError, OSError) as error:
+        failure = error
+    reasons = gather(failure and str(failure))
+    if failure:
+        raise failure
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise ValueError(f"process {rank}: {reason}")
+    return result
 
 
 def shared_out(function: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,9 +19,12 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from kl3m_nb import paths, run_folder
 from kl3m_nb.checkpoints import checkpoint_step, latest_checkpoint
 from kl3m_nb.metrics import FILE_NAME, Callback, parse_row, read_metrics, tell
+from kl3m_nb.packing import check_shares
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
 from kl3m_nb.training import TrainingStopped, TrainResult, interrupted, train
@@ -48,6 +51,9 @@ def train_with_torchrun(
     run_dir = paths.resolve(run_dir)
     if processes < 1:
         raise ValueError(f"processes is {processes}; at least 1 is needed.")
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise ValueError(f"processes is {processes} and this machine has {torch.cuda.device_count()} GPUs; each needs its own.")
+    check_shares(profile.data.micro_batch * profile.data.grad_accumulation, processes)
     run_folder.check_run_folder(run_dir, profile, init)
     run_dir.mkdir(parents=True, exist_ok=True)
     callbacks = list(callbacks)

@@ -329,7 +329,7 @@ def override_profile(profile: Profile, /, **overrides) -> Profile:
         if changes:
             top[section] = dataclasses.replace(getattr(profile, section), **changes)
     changed = dataclasses.replace(profile, **top)
-    check_values(_flat(changed))
+    check_values(fields_of(changed))
     return changed
 
 
@@ -376,7 +376,7 @@ def _field_types() -> tuple[dict[str, str], dict[str, type]]:
 FIELD_SECTIONS, FIELD_TYPES = _field_types()
 
 
-def _flat(profile: Profile) -> dict[str, object]:
+def fields_of(profile: Profile) -> dict[str, object]:
     """Every field that can be overridden, by name."""
     sections = {section: getattr(profile, section) for section in _SECTIONS} | {"profile": profile}
     return {key: getattr(sections[section], key) for key, section in FIELD_SECTIONS.items()}

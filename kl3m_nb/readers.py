@@ -147,6 +147,8 @@ class FilesReader(_RowReader):
                 if "tokens" not in columns and "text" not in columns:
                     self._last_columns = names
                     self._refuse()
+                if skip and (group >= file.num_row_groups or skip > file.metadata.row_group(group).num_rows):
+                    raise _changed(path)
                 for number in range(group, file.num_row_groups):
                     row = 0
                     for batch in file.iter_batches(_BATCH_ROWS, row_groups=[number], columns=columns):
@@ -161,10 +163,13 @@ class FilesReader(_RowReader):
         """(bytes read, rows read, row); bytes count the text, not its compressed form. A row that is no JSON object is None."""
         compression = _COMPRESSIONS[_suffix(path)]
         with _open_bytes(path, compression) as file:
-            if compression:
-                _read_again(file, offset, str(path))
-            else:
-                file.seek(offset)
+            if offset and compression:
+                _read_again(file, offset - 1, str(path))
+            elif offset:
+                file.seek(offset - 1)
+            last = file.read(1) if offset else b""
+            if offset and not (last == b"\n" or (last and not file.peek(1))):  # a last row may lack its line end
+                raise _changed(path)
             while line := _read_line(file, path):
                 offset, row = offset + len(line), row + 1
                 if not line.strip():
@@ -323,6 +328,12 @@ def _read_again(file: io.BufferedReader, size: int, name: str) -> None:
             log.warning(
                 "%s cannot be sought: reading up to the old place takes another %.0f s", name, seconds * (size / done - 1)
             )
+
+
+def _changed(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} is not the file that the run was reading: no row ends where it stopped; put that back, or start a new run."
+    )
 
 
 def _find(state: dict, key: str) -> int:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import socket
+import time
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kl3m_nb import checkpoints, models, paths, run_folder
+from kl3m_nb import checkpoints, distributed, models, paths, run_folder
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import Profile
 from kl3m_nb.run_folder import RunLock
 from kl3m_nb.tokenizer import check_same_entries
+
+SEEN_SECONDS = 60  # so long a network file system may show one machine what another has written
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,30 @@ def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, re
     return checkpoint
 
 
+def check_shared(file: Path) -> None:
+    """Raises ValueError, on all ranks, when one does not see rank 0's `file` of the run folder as it is.
+
+    From another machine's disk it could not go on with the run, today or after the next stop.
+    """
+    content = distributed.on_first_rank(lambda: (file, file.read_bytes()))
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not (seen := _reads(*content)) and time.monotonic() < deadline:
+        time.sleep(1)
+    for rank, (sees, host) in enumerate(distributed.gather((seen, socket.gethostname()))):
+        if not sees:
+            raise ValueError(
+                f"Process {rank} on {host} does not see {content[0]} as process 0 does; "
+                "put the run folder where all machines have it under the same path."
+            )
+
+
+def _reads(file: Path, content: bytes) -> bool:
+    try:
+        return file.read_bytes() == content
+    except OSError:
+        return False
+
+
 def starting_model(
     start: str | Path | None, profile: Profile, tokenizer: PreTrainedTokenizerBase, attention: str
 ) -> PreTrainedModel:
@@ -61,7 +91,16 @@ def starting_model(
     model = models.load_model(start, attention=attention)
     models.check_fits(model.config.to_dict(), profile, start)
     check_same_entries(tokenizer, start)
+    if distributed.world().size > 1:  # FSDP2 would make one model of the shards of several
+        distributed.check_alike({f"the checksum of the weights in {start}": _checksum(model)})
     return model
+
+
+def _checksum(model: PreTrainedModel) -> int:
+    checksum = 0
+    for parameter in model.parameters():
+        checksum = zlib.crc32(parameter.detach().flatten().view(torch.uint8).numpy(), checksum)
+    return checksum
 
 
 def finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:

@@ -17,7 +17,7 @@ import uuid
 import warnings
 from pathlib import Path
 
-from kl3m_nb import paths, profiles
+from kl3m_nb import distributed, paths, profiles
 from kl3m_nb.metrics import FILE_NAME
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
@@ -92,10 +92,10 @@ def request_checkpoint(run_dir: str | Path) -> None:
 
 
 def take_save_request(run_dir: Path) -> bool:
-    """True when a checkpoint was asked for since the last call."""
+    """True when a checkpoint was asked for since the last call; not while the file system does not say."""
     try:
         (run_dir / SAVE_REQUEST).unlink()
-    except FileNotFoundError:
+    except OSError:
         return False
     return True
 
@@ -196,7 +196,11 @@ def lock_exclusively(descriptor: int) -> None:
 
 
 def _busy(run_dir: Path, holder: str) -> str:
-    return f"The run folder {run_dir} is in use by {holder or 'another process'}; wait for it, stop it, or use another folder."
+    busy = f"The run folder {run_dir} is in use by {holder or 'another process'}"
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and not distributed.is_under_torchrun():
+        return f"{busy}, and srun has started {tasks} such processes; have it start torchrun, once on each machine."
+    return f"{busy}; wait for it, stop it, or use another folder."
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

@@ -5,6 +5,7 @@ Making batches ahead changes neither what is delivered nor the state: the state 
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -22,7 +23,7 @@ _LOOK_FOR_STOP_SECONDS = 0.2
 
 
 class SourceBroke(RuntimeError):
-    """A rank could not read the data of the next step; the message says why, the cause is the rank's own error."""
+    """A rank could not read the data of the next step, or read other data; the message says why, the cause is its own error."""
 
 
 class PrefetchedStream:
@@ -109,9 +110,10 @@ def open_stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> BatchStre
 
 
 def take_share(stream: PrefetchedStream, spec: DataSpec, stop: StopRequest) -> tuple[list[Batch], int] | None:
-    """This rank's micro-batches of the next step, and the valid labels of all ranks. SourceBroke, on all ranks, if one fails.
+    """This rank's micro-batches of the next step, and the valid labels of all ranks.
 
-    None, on all ranks, when one is asked to stop before it has its batch.
+    None, on all ranks, when one is asked to stop before it has its batch. Raises SourceBroke, on all ranks, when one cannot read
+    the step or has read another one than rank 0: of shares of different steps some windows would come twice and others never.
     """
     world, failure, batch = distributed.world(), None, None
     try:
@@ -120,8 +122,15 @@ def take_share(stream: PrefetchedStream, spec: DataSpec, stop: StopRequest) -> t
         failure = error
     share = rank_share(batch, spec.micro_batch, world.rank, world.size) if batch else []
     valid_tokens = sum(micro_batch.valid_tokens for micro_batch in share)
-    valid_tokens, broken, missing = distributed.sum_over_ranks([valid_tokens, failure is not None, batch is None])
-    if broken:
-        reason = f"{type(failure).__name__}: {failure}" if failure else "another process could not read it"
-        raise SourceBroke(reason) from failure
-    return None if missing else (share, int(valid_tokens))
+    digest = zlib.crc32(batch.input_ids.numpy()) if batch and world.size > 1 else 0
+    mine = [valid_tokens, failure is not None, batch is None, digest]
+    valid, broken, missing, digests = zip(*distributed.gather_numbers(mine), strict=True)
+    if any(broken):
+        reasons = distributed.gather(f"{type(failure).__name__}: {failure}")
+        rank = broken.index(True)
+        raise SourceBroke(f"process {rank}: {reasons[rank]}" if world.size > 1 else reasons[rank]) from failure
+    if any(missing):
+        return None
+    if other := [rank for rank in range(world.size) if digests[rank] != digests[0]]:
+        raise SourceBroke(f"process {other[0]} has read other documents than process 0; give both the same files")
+    return share, int(sum(valid))

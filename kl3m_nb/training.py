@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import record_function
 
-from kl3m_nb import cards, checkpoints, distributed, evaluation, experts, finite, packing, paths, roles, run_folder
+from kl3m_nb import cards, checkpoints, distributed, evaluation, experts, finite, packing, paths, profiles, roles, run_folder
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import Callback, MetricsLog, tell
 from kl3m_nb.model_clamp import SpectralClamp
@@ -23,7 +23,7 @@ from kl3m_nb.model_folder import read_stack
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
 from kl3m_nb.random_state import random_state, set_random_state
-from kl3m_nb.resuming import TrainResult, find_checkpoint, finished_result, starting_model
+from kl3m_nb.resuming import TrainResult, check_shared, find_checkpoint, finished_result, starting_model
 from kl3m_nb.run_folder import RunLock
 from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.saving import CheckpointSaver
@@ -62,9 +62,12 @@ def train(
     if resume not in ("auto", "never"):
         raise ValueError(f"resume is {resume!r}; it accepts auto and never.")
     with distributed.process_group(), RunLock(run_dir) as lock:
+        distributed.check_alike({**profiles.fields_of(profile), "init": init, "resume": resume})
         checkpoint = distributed.on_first_rank(lambda: find_checkpoint(run_dir, profile, init, resume, lock))
         if checkpoint and checkpoints.checkpoint_step(checkpoint) >= profile.schedule.max_steps:
             return finished_result(run_dir, checkpoint)
+        if checkpoint:
+            check_shared(checkpoint / checkpoints.MANIFEST)
         return _Run(profile, run_dir, init, checkpoint, list(callbacks), lock).to_the_end()
 
 
@@ -81,6 +84,7 @@ class _Run:
         self.world = distributed.world()
         packing.check_shares(profile.data.micro_batch * profile.data.grad_accumulation, self.world.size)
         self.runtime = choose_runtime(profile)
+        distributed.check_alike({"device": self.runtime.device.type, "precision": self.runtime.precision})
         carried = cards.Counts() if checkpoint else cards.carried_counts(init)
         if carried.step >= profile.schedule.max_steps:
             raise ValueError(
@@ -115,6 +119,7 @@ class _Run:
             raise ValueError(f"The weight {bad} of {start or 'the new model'} is not finite; start from an earlier checkpoint.")
         self._begins = state is None or state["metrics_position"] == 0
         identity = distributed.on_first_rank(lambda: self._open_folder(lock, init))
+        check_shared(run_dir / run_folder.RUN_FILE)
         self.saver = CheckpointSaver(
             run_dir, identity, self.model, self.tokenizer, profile.runtime, checkpoint, self._record_checkpoint
         )

@@ -215,3 +215,18 @@ def test_an_estimate_names_the_gpu_and_follows_the_micro_batch(capsys):
 def test_no_runs_is_said(capsys):
     assert cli.main(["runs"]) == 0
     assert "no run to show" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("launcher", "arguments", "words"),
+    [
+        ({}, ["train", "tiny"], "WORLD_SIZE is 4, but torchrun has not started this process"),
+        ({"TORCHELASTIC_RUN_ID": "job", "RANK": "0"}, ["run", "02_training"], "torchrun has started run 4 times"),
+        ({"TORCHELASTIC_RUN_ID": "job", "RANK": "0"}, ["stack", "a", "b"], "torchrun has started stack 4 times"),
+    ],
+)
+def test_processes_that_would_not_share_the_work_are_refused(capsys, monkeypatch, launcher, arguments, words):
+    for name, value in {"WORLD_SIZE": "4", **launcher}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(arguments) == cli.EXIT_REFUSED
+    assert words in capsys.readouterr().err and not runs.run_path("tiny", "train", "").exists()

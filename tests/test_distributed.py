@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import small_profile
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kl3m_nb import checkpoints, distributed, training
 from kl3m_nb.metrics import read_metrics
@@ -24,6 +29,16 @@ MIXTURE = {"max_steps": 6, "micro_batch": 2, "grad_accumulation": 4, "experts": 
 
 def _losses(run_dir) -> list[float]:
     return list(read_metrics(run_dir, "train").loss)
+
+
+def _stops_at(step: int):
+    """A callback that asks for a stop when `step` has been trained."""
+
+    def callback(row):
+        if row["kind"] == "train" and row["step"] == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    return callback
 
 
 def _weights(run_dir) -> dict[str, torch.Tensor]:
@@ -91,6 +106,19 @@ def test_sharded_experts_train_what_whole_ones_do(warm_processes, tmp_path, alon
     _assert_same_run(tmp_path / "run", alone["mixture"])
 
 
+def test_shards_that_do_not_come_out_even_train_the_same_and_keep_the_same_optimizer_state(warm_processes, tmp_path):
+    """32, 512 and 4 experts in three shards: some are shorter, those of the experts 2, 2 and 0."""
+    profile = {"max_steps": 4, "micro_batch": 1, "grad_accumulation": 3, "experts": 4, "active_experts": 2, **CLAMPED}
+    training.train(small_profile(**profile), tmp_path / "alone")
+    assert warm_processes.train(3, tmp_path / "run", {**profile, "parallel": "fsdp"}) == [0] * 3
+    _assert_same_run(tmp_path / "run", tmp_path / "alone")
+    ours, theirs = (checkpoints.load_state(checkpoints.require_checkpoint(tmp_path / name)) for name in ("run", "alone"))
+    for optimizer in ("muon", "aux"):
+        for index, state in theirs[optimizer]["state"].items():
+            for name, value in state.items():
+                assert torch.allclose(ours[optimizer]["state"][index][name], value, rtol=1e-3, atol=1e-4 * value.abs().max())
+
+
 @pytest.mark.parametrize(("kind", "code"), [("kill", -9), ("error", 1)])
 def test_a_rank_that_dies_ends_the_job_and_the_next_one_goes_on(warm_processes, tmp_path, alone, kind, code):
     codes = warm_processes.train(2, tmp_path / "run", DENSE, {"rank": 1, "call": 5, "kind": kind})
@@ -126,6 +154,89 @@ def test_windows_that_cannot_be_shared_are_refused_by_all_ranks(warm_processes, 
     assert warm_processes.train(3, tmp_path / "run", DENSE) == [1, 1, 1]
     assert "A step of 4 windows cannot be shared evenly by 3 processes" in (tmp_path / "run.log").read_text()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "seed is 7 in process 0 and 1 in process 1"),
+        ({"micro_batch": 2}, "micro_batch is 4 in process 0 and 2 in process 1"),
+        ({"checkpoint_every": 5}, "checkpoint_every is 3 in process 0 and 5 in process 1"),
+    ],
+)
+def test_processes_with_different_settings_are_refused_by_all(warm_processes, tmp_path, change, words):
+    assert warm_processes.train(2, tmp_path / "run", DENSE, last_rank=change) == [1, 1]
+    assert (tmp_path / "run.log").read_text().count(f"ValueError: {words}") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def _own_folders(tmp_path, ranks: int) -> list[str]:
+    folders = [tmp_path / f"machine{rank}" for rank in range(ranks)]
+    for folder in folders:
+        folder.mkdir()
+    return [str(folder) for folder in folders]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (gzip.compress(b'{"tokens": [9, 9, 9, 9]}\n' * 10), "process 1 has read other documents than process 0; give both the"),
+        (b"cut off", "process 1: ValueError: /proc/self/cwd/b.jsonl.gz is cut off or damaged"),
+    ],
+)
+def test_data_that_is_different_or_broken_on_one_machine_stops_all_of_them(warm_processes, tmp_path, alone, other, words):
+    rows = [json.dumps({"identifier": f"d{number}", "tokens": [5 + number] * 40}).encode() + b"\n" for number in range(60)]
+    places = _own_folders(tmp_path, 2)
+    for place, end in zip(places, (gzip.compress(b"".join(rows[50:])), other), strict=True):
+        (Path(place) / "a.jsonl").write_bytes(b"".join(rows[:50]))
+        (Path(place) / "b.jsonl.gz").write_bytes(end)
+    tokenizer = str(checkpoints.latest_checkpoint(alone["dense"]))
+    profile = {"source": "files:/proc/self/cwd/*", "tokenizer": tokenizer, "shuffle_buffer": 2, "held_out_windows": 1}
+    assert warm_processes.train(2, tmp_path / "run", {**profile, "max_steps": 30}, places=places) == [1, 1]
+    log = (tmp_path / "run.log").read_text()
+    assert log.count(f"could not be read ({words}") == 2, log
+    assert checkpoints.checkpoint_step(checkpoints.latest_checkpoint(tmp_path / "run")) == len(_losses(tmp_path / "run")) > 5
+
+
+def test_a_run_folder_that_one_machine_does_not_see_is_refused_by_all(warm_processes, tmp_path):
+    places = _own_folders(tmp_path, 2)
+    seen = "/proc/self/cwd/run"
+    assert warm_processes.train(2, tmp_path / "run", DENSE, places=places, seen_run_dir=seen) == [1, 1]
+    log = (tmp_path / "run.log").read_text()
+    assert log.count(f"does not see {seen}/run.json as process 0 does; put the run folder where all machines have it") == 2
+    with pytest.raises(KeyboardInterrupt):
+        training.train(small_profile(**DENSE), Path(places[0]) / "run", callbacks=[_stops_at(3)])
+    assert warm_processes.train(2, tmp_path / "run", DENSE, places=places, seen_run_dir=seen) == [1, 1]
+    assert "step-000003/training_state/manifest.json as process 0 does" in (tmp_path / "run.log").read_text()
+
+
+def test_a_start_that_is_another_model_on_one_machine_is_refused_by_all(warm_processes, tmp_path, alone):
+    places = _own_folders(tmp_path, 2)
+    for place in places:
+        shutil.copytree(checkpoints.latest_checkpoint(alone["dense"]), Path(place) / "model")
+    weights = load_file(Path(places[1]) / "model" / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] * 1.001}, Path(places[1]) / "model/model.safetensors")
+    profile, start = {**DENSE, "parallel": "fsdp"}, "/proc/self/cwd/model"
+    assert warm_processes.train(2, tmp_path / "run", profile, places=places, init=start) == [1, 1]
+    assert (tmp_path / "run.log").read_text().count(f"ValueError: the checksum of the weights in {start} is ") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_command_that_one_machine_refuses_is_refused_by_all(warm_processes, tmp_path, alone):
+    places = _own_folders(tmp_path, 2)
+    shutil.copytree(alone["dense"], Path(places[0]) / "run")
+    arguments = {"run_dir": str(tmp_path / "run"), "words": ["train", "--run-dir", "/proc/self/cwd/run"], "places": places}
+    codes = warm_processes.call("run_ranks", ranks=2, work="command", arguments=arguments)
+    log = (tmp_path / "run.log").read_text()
+    assert codes == [2, 2] and "kl3m_nb: process 1: /proc/self/cwd/run is no run folder" in log, log
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"has started 8 processes on .*, where 4 GPUs are seen; .* --nproc-per-node 4"):
+        distributed._own_gpu()
 
 
 def test_one_process_is_its_own_world(monkeypatch):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import small_profile
 
 from kl3m_nb import launch, run_folder, training
@@ -82,11 +83,17 @@ def test_an_interrupt_says_which_step_the_processes_have_saved(trained_run, monk
     assert stopped == [trained_run[0]] and rows[0]["runtime"] == "torchrun, 1 process" and rows[-1]["kind"] == "end"
 
 
-def test_what_cannot_be_started_is_refused(tmp_path, trained_run):
+def test_what_cannot_be_started_is_refused(tmp_path, trained_run, monkeypatch):
     with pytest.raises(ValueError, match="at least 1"):
         launch.train_with_torchrun(small_profile(), tmp_path / "run", processes=0)
+    with pytest.raises(ValueError, match="4 windows cannot be shared evenly by 3 processes"):
+        launch.train_with_torchrun(small_profile(), tmp_path / "run", processes=3)
     with pytest.raises(ValueError, match="max_steps = 6, now it is 9"):
         launch.train_with_torchrun(small_profile(max_steps=9), trained_run[0], processes=2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="processes is 2 and this machine has 1 GPUs"):
+        launch.train_with_torchrun(small_profile(), tmp_path / "run", processes=2)
     assert not (tmp_path / "run").exists()
 
 

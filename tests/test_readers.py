@@ -218,6 +218,32 @@ def test_other_files_than_before_are_not_resumed(tmp_path):
         next(iter(resumed))
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("change", ["shorter", "shifted"])
+def test_a_file_that_has_changed_since_is_not_resumed(tmp_path, suffix, change):
+    path = tmp_path / f"a.{suffix}"
+    write_rows(path, ROWS)
+    reader = _open(f"files:{path}")
+    for _, _ in zip(range(100), reader, strict=False):
+        pass
+    write_rows(path, ROWS[:60] if change == "shorter" or suffix == "parquet" else [{"tokens": [7]}, *ROWS])
+    resumed = _open(f"files:{path}")
+    resumed.position = reader.position
+    with pytest.raises(ValueError, match=f"a.{suffix} is not the file that the run was reading"):
+        next(iter(resumed))
+
+
+def test_a_last_row_without_a_line_end_can_be_resumed_behind(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_rows(path, ROWS)
+    path.write_bytes(path.read_bytes().rstrip())
+    reader = _open(f"files:{path}")
+    assert len(list(reader)) == len(ROWS)
+    resumed = _open(f"files:{path}")
+    resumed.position = reader.position
+    assert list(resumed) == []
+
+
 def test_slow_skipping_says_how_long_it_takes(tmp_path, monkeypatch, caplog):
     write_rows(tmp_path / "a.jsonl.gz", ROWS)
     reader = _open(f"files:{tmp_path}/*.gz")

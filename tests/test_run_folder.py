@@ -34,6 +34,23 @@ def test_a_request_is_taken_once(tmp_path):
     assert run_folder.take_save_request(tmp_path) and not run_folder.take_save_request(tmp_path)
 
 
+def test_a_request_that_cannot_be_taken_ends_no_run(tmp_path):
+    (tmp_path / run_folder.SAVE_REQUEST).mkdir()
+    assert not run_folder.take_save_request(tmp_path)
+    assert not run_folder.take_save_request(tmp_path / "a file system that is gone")
+
+
+def test_tasks_of_srun_that_meet_in_a_folder_are_sent_to_torchrun(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with run_folder.RunLock(tmp_path) as first, run_folder.RunLock(tmp_path) as other:
+        first.acquire()
+        with pytest.raises(run_folder.RunIsBusy, match="srun has started 4 such processes; have it start torchrun"):
+            other.acquire()
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+        with pytest.raises(run_folder.RunIsBusy, match="wait for it, stop it"):
+            other.acquire()
+
+
 def test_the_run_file_keeps_its_identity_and_says_what_was_begun(tmp_path):
     assert run_folder.run_identity(tmp_path) is None
     identity = run_folder.write_run_file(tmp_path, small_profile(), "hub/model", "cpu")

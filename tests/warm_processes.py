@@ -116,17 +116,35 @@ def join(run_dir: str, late: int) -> None:
         assert distributed.sum_over_ranks([1]) == [2]
 
 
-def train(run_dir: str, profile: dict, fault: dict | None = None, count_reductions: bool = False) -> None:
-    """Trains; `fault` has the `rank`, the micro-batch `call` of that rank and the `kind`: kill, stop, stall, nan or error."""
+def train(
+    run_dir: str, profile: dict, fault: dict | None = None, count_reductions: bool = False, places: list[str] = (), **options
+) -> None:
+    """Trains; `fault` has the `rank`, the micro-batch `call` of that rank and the `kind`: kill, stop, stall, nan or error.
+
+    `places`: the folder of each rank, which is /proc/self/cwd there. `last_rank`: settings of the last rank alone.
+    """
     from conftest import small_profile
 
-    from kl3m_nb import distributed, training, training_loss
+    from kl3m_nb import distributed, resuming, training, training_loss
 
-    if fault and int(os.environ.get("RANK", 0)) == fault["rank"]:
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if fault and rank == fault["rank"]:
         _plant(fault["call"], fault["kind"], training_loss)
     if count_reductions:
         _count_reductions(Path(run_dir), distributed)
-    training.train(small_profile(**profile), run_dir)
+    if places:
+        os.chdir(places[rank])
+        resuming.SEEN_SECONDS = 0  # nothing here shows late
+    changes = options.get("last_rank", {}) if rank == ranks - 1 else {}
+    training.train(small_profile(**{**profile, **changes}), options.get("seen_run_dir", run_dir), options.get("init"))
+
+
+def command(run_dir: str, words: list[str], places: list[str]) -> int:
+    """The exit code of `python -m kl3m_nb` with `words`; `places` as in `train`."""
+    from kl3m_nb import cli
+
+    os.chdir(places[int(os.environ["RANK"])])
+    return cli.main(words)
 
 
 def _plant(call: int, kind: str, training_loss) -> None:
@@ -186,8 +204,7 @@ def _fork(work: str, arguments: dict, environment: dict, log: Path) -> int:
         os.dup2(descriptor, 2)
         faulthandler.dump_traceback_later(SECONDS - 10)  # where it hangs, if it does
         os.environ.update({key: str(value) for key, value in environment.items()})
-        globals()[work](**arguments)
-        code = 0
+        code = globals()[work](**arguments) or 0
     except KeyboardInterrupt:
         code = 130
     except BaseException:
