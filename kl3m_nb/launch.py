@@ -27,7 +27,8 @@ from kl3m_nb.metrics import FILE_NAME, Callback, parse_row, read_metrics, tell
 from kl3m_nb.packing import check_shares
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
-from kl3m_nb.training import TrainingStopped, TrainResult, interrupted, train
+from kl3m_nb.stopping import interrupted
+from kl3m_nb.training import TrainingStopped, TrainResult, train
 
 LOG_FILE, JOB_FILE = "torchrun.log", "torchrun.json"
 POLL_SECONDS = 0.5

@@ -9,6 +9,11 @@ import time
 EXIT_INTERRUPTED = 130  # of a process that was stopped and has saved: what a shell gives for Ctrl-C
 
 
+def interrupted(step: int) -> KeyboardInterrupt:
+    """What a stop that lost nothing raises."""
+    return KeyboardInterrupt(f"step {step} is saved; training again continues with the very next token")
+
+
 class StopRequest:
     """Turns SIGINT and SIGTERM into a request that the loop honours between micro-batches; a later one interrupts at once.
 

@@ -28,7 +28,7 @@ from kl3m_nb.run_folder import RunLock
 from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.saving import CheckpointSaver
 from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
-from kl3m_nb.stopping import StopRequest
+from kl3m_nb.stopping import StopRequest, interrupted
 from kl3m_nb.streams import PrefetchedStream, SourceBroke, open_stream, take_share
 from kl3m_nb.tokenizer import load_tokenizer
 from kl3m_nb.training_loss import training_loss
@@ -69,11 +69,6 @@ def train(
         if checkpoint:
             check_shared(checkpoint / checkpoints.MANIFEST)
         return _Run(profile, run_dir, init, checkpoint, list(callbacks), lock).to_the_end()
-
-
-def interrupted(step: int) -> KeyboardInterrupt:
-    """What a stop that lost nothing raises."""
-    return KeyboardInterrupt(f"step {step} is saved; training again continues with the very next token")
 
 
 class _Run:
