@@ -15,7 +15,7 @@ from pathlib import Path
 from kl3m_nb import paths, report, runs
 from kl3m_nb.html import IndexEntry, write_index
 from kl3m_nb.metrics import read_metrics
-from kl3m_nb.parameters import load_notebook
+from kl3m_nb.parameters import find_notebook, load_notebook
 from kl3m_nb.progress import clock, replace_text
 from kl3m_nb.runner import EXIT_OK, run_notebook
 from kl3m_nb.runtime import versions
@@ -31,6 +31,7 @@ _FIGURES = (
 
 def run_demo(fresh: bool = False) -> int:
     """Runs what is not finished, prints the result, and returns the exit code of the first notebook that failed, or 0."""
+    notebooks = [find_notebook(name) for name in runs.NOTEBOOK_STAGES]
     if fresh:
         for folder in paths.runs_dir().glob("demo-*"):
             shutil.rmtree(folder)
@@ -38,9 +39,8 @@ def run_demo(fresh: bool = False) -> int:
     report_dir.mkdir(parents=True, exist_ok=True)
     finished = _read_json(report_dir / "finished.json")
     began, entries, rerun = time.monotonic(), [], False
-    names = list(runs.NOTEBOOK_STAGES)
-    for number, name in enumerate(names, start=1):
-        notebook = paths.notebooks_dir() / f"{name}.ipynb"
+    for number, notebook in enumerate(notebooks, start=1):
+        name = notebook.stem
         output = runs.run_path(PROFILE, runs.NOTEBOOK_STAGES[name]) / "notebooks" / notebook.name
         status_path, page = output.with_suffix(".status.json"), output.with_suffix(".html")
         fingerprint = _fingerprint(notebook)
@@ -50,10 +50,10 @@ def run_demo(fresh: bool = False) -> int:
             and page.is_file()
             and _read_json(status_path).get("state") == "completed"
         ):
-            print(f"[{name}] {number}/{len(names)} finished before, reused", flush=True)
+            print(f"[{name}] {number}/{len(notebooks)} finished before, reused", flush=True)
         else:
             rerun = True
-            print(f"[{name}] {number}/{len(names)} starts", flush=True)
+            print(f"[{name}] {number}/{len(notebooks)} starts", flush=True)
             exit_code = run_notebook(notebook, output, {})
             if exit_code != EXIT_OK:
                 print("The demonstration stopped here; `make demo` continues, `make demo FRESH=1` starts over.", flush=True)

@@ -41,7 +41,8 @@ def find_notebook(name: str | os.PathLike) -> Path:
         return path
     if path.name == str(name) and path.name.removesuffix(".ipynb") in known:
         return known[path.name.removesuffix(".ipynb")]
-    raise ValueError(f"There is no notebook {str(name)!r}; give the path of one, or a name: {', '.join(known) or '(none here)'}.")
+    here = f"a name: {', '.join(known)}" if known else f"start in a clone of the project ({notebooks_dir()} has none)"
+    raise ValueError(f"There is no notebook {str(name)!r}; give the path of one, or {here}.")
 
 
 def read_parameters(notebook: Path) -> dict[str, Parameter]:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from kl3m_nb import runner
+from kl3m_nb import cli, paths, runner
 from kl3m_nb.parameters import Parameter, check_parameters, find_notebook, read_parameters
 from kl3m_nb.progress import PROGRESS_VARIABLE, clock, read_progress, write_progress
 from kl3m_nb.runner import run_notebook
@@ -84,6 +84,14 @@ def test_a_notebook_that_cannot_be_used_is_refused(tmp_path):
         read_parameters(path)
     with pytest.raises(ValueError, match="There is no notebook 'nonsense'"):
         find_notebook("nonsense")
+
+
+def test_outside_of_a_clone_the_demonstration_says_where_to_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(paths, "project_root", lambda: tmp_path)
+    monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path / "runs"))
+    assert cli.main(["demo"]) == 2
+    assert f"start in a clone of the project ({tmp_path}/notebooks has none)" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_notebook_of_the_workbook_is_found_by_name(tmp_path, monkeypatch, write_notebook):
