@@ -137,10 +137,10 @@ def describe_divergence(divergence: pd.DataFrame) -> list[str]:
     if (distance == 0).all():
         return [*sentences, "All copies of every source block are still equal."]
     by_role = known.groupby("role")["distance"].mean().sort_values()
-    least, most = (f"{by_role.iloc[place]:.1%}" for place in (0, -1))
+    least, most = (_percent(by_role.iloc[place]) for place in (0, -1))
     extremes = f"; those of {by_role.index[-1]} lie furthest apart ({most}), those of {by_role.index[0]} least ({least})"
     sentences.append(
-        f"Two copies of a block lie {distance.mean():.1%} of their norm apart on average (independent matrices: 141%)"
+        f"Two copies of a block lie {_percent(distance.mean())} of their norm apart on average (independent matrices: 141%)"
         f"{extremes if most != least else ''}."
     )
     if "movement_cosine" in known and known["movement_cosine"].notna().any():
@@ -232,6 +232,11 @@ def describe_function(similarity: pd.DataFrame, swaps: pd.DataFrame) -> list[str
         f"in the median; the largest change is {most['change']:+.3f} (source block {int(most['source_layer'])}, copies "
         f"{int(most['copy_a'])} and {int(most['copy_b'])}).",
     ]
+
+
+def _percent(share: float) -> str:
+    """ "15.0%", "0.0035%"."""
+    return f"{share:.1%}" if share >= 0.01 else f"{100 * share:.2g}%"
 
 
 def matrix_name(row) -> str:

@@ -126,6 +126,8 @@ def test_divergence_is_told_in_percent_of_the_norm():
     assert "chance is 0.03 to 0.08" in text
     alike = " ".join(spectral_summary.describe_divergence(divergence([0.2, 0.20004] * 3, 0.005)))
     assert "20.0% of their norm apart" in alike and "furthest" not in alike
+    near = " ".join(spectral_summary.describe_divergence(divergence([3e-5, 4e-5] * 3, 0.005)))
+    assert "lie 0.0035% of their norm apart" in near and "up_proj lie furthest apart (0.004%)" in near
 
 
 @pytest.mark.parametrize(
