@@ -306,10 +306,10 @@ def _train(options: argparse.Namespace) -> int:
             print(f"step {row['step']:,}: not finite, so it changes nothing", flush=True)
         elif row["kind"] == "train" and row["seconds"] - printed >= 5:
             printed = row["seconds"]
-            max_steps = profile.schedule.max_steps
+            step, max_steps, seconds = row["step"], profile.schedule.max_steps, time.monotonic() - began
             print(
-                f"step {row['step']:,}/{max_steps:,}: loss {row['cross_entropy']:.4f}, {row['tokens_per_second']:,.0f} tokens/s, "
-                f"{time_left(began, first_step, row['step'], max_steps)} left", flush=True,
+                f"step {step:,}/{max_steps:,}: loss {row['cross_entropy']:.4f}, {row['tokens_per_second']:,.0f} tokens/s, "
+                f"{time_left(seconds, step - first_step, max_steps - step)} left", flush=True,
             )  # fmt: skip
 
     with distributed.process_group():

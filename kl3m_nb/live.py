@@ -81,7 +81,8 @@ class LiveView:
         if self._held_out:
             parts.insert(2, self._held_out)
         if step > self._first_step:
-            parts.append(f"{time_left(self._began, self._first_step, step, self._max_steps)} left")
+            seconds = time.monotonic() - self._began
+            parts.append(f"{time_left(seconds, step - self._first_step, self._max_steps - step)} left")
         return " · ".join(parts)
 
     def _page(self, text: str) -> str:

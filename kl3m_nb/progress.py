@@ -7,7 +7,6 @@ JupyterLab, under nbval or under plain papermill the variable is not set and a r
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 PROGRESS_VARIABLE = "KL3M_NB_PROGRESS"
@@ -42,12 +41,12 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def time_left(began: float, first_step: int, step: int, max_steps: int) -> str:
-    """The time that a run still needs, as people read it, by its pace since `began` (of time.monotonic()) at `first_step`.
+def time_left(seconds: float, done: int, remaining: int) -> str:
+    """What `remaining` things will take, as people read it, at the pace of those `done` (1 or more) in `seconds`.
 
-    So evaluations, clamps and checkpoints are counted in, and a single slow step is not taken for all. `step` > `first_step`.
+    From the whole time of a run, evaluations, clamps and checkpoints are counted in, and one slow step is not taken for all.
     """
-    return clock((time.monotonic() - began) / (step - first_step) * (max_steps - step))
+    return clock(seconds / done * remaining)
 
 
 def clock(seconds: float) -> str:

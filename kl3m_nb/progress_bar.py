@@ -12,7 +12,7 @@ import time
 from IPython import get_ipython
 from IPython.display import HTML, display
 
-from kl3m_nb.progress import clock, write_progress
+from kl3m_nb.progress import clock, time_left, write_progress
 
 _WIDTH = 28
 _TERMINAL_SECONDS, _NOTEBOOK_SECONDS, _LOG_SECONDS = 0.1, 0.5, 10.0
@@ -58,7 +58,7 @@ class ProgressBar:
         """ "210/841 · 0:36 left" on the way, "841/841 · took 0:48" at the end."""
         if done >= total:
             return f"{done:,}/{total:,} · took {clock(seconds)}"
-        return f"{done:,}/{total:,} · {clock(seconds / done * (total - done))} left" if done else f"0/{total:,}"
+        return f"{done:,}/{total:,} · {time_left(seconds, done, total - done)} left" if done else f"0/{total:,}"
 
     def _show(self, share: float, text: str) -> None:
         page = HTML(
