@@ -113,10 +113,12 @@ def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
     """
     path = Path(run_dir) / FILE_NAME
     rows = []
+    mark = json.dumps(kind).encode()
     if path.is_file():
         with path.open("rb") as file:
-            # A clamp's row is a hundred times as long as a step's: only what may be of this kind is parsed.
-            for line in (line for line in file if json.dumps(kind).encode() in line):
+            for line in file:
+                if mark not in line:  # a clamp's row is a hundred times as long as a step's, and is not parsed in vain
+                    continue
                 try:
                     row = parse_row(line)
                 except ValueError:
