@@ -11,8 +11,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from kl3m_nb import paths
 
 STACK_RECORD = "stack.json"  # what a fresh stack was made of
 STATE_FOLDER = "training_state"  # optimizer states, for resuming on this machine
@@ -59,6 +61,12 @@ def read_stack(folder: Path) -> dict:
     """The `stack.json` of a fresh stack's folder; empty when there is none. Raises ValueError for one that is broken."""
     path = folder / STACK_RECORD
     return read_json(path) if path.is_file() else {}
+
+
+def stack_source(record: Mapping) -> Path | None:
+    """The folder that the stack of this `stack.json` was made of; None when it is not here any more, or `record` is empty."""
+    source = paths.resolve(record["source"]) if record else None
+    return source if source and source.is_dir() else None
 
 
 def sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.metrics import FILE_NAME, read_metrics
-from kl3m_nb.model_folder import read_stack
+from kl3m_nb.model_folder import read_stack, stack_source
 from kl3m_nb.profiles import Profile, get_profile
 from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
 
@@ -59,7 +59,7 @@ def stage_checkpoint(profile_name: str, stage: str) -> Path | None:
     folder, stack = run_path(profile_name, stage), run_path(profile_name, "stack") / "checkpoint"
     if stage == "stack":
         return stack if stack.is_dir() else None
-    if stage == "source" and (record := read_stack(stack)) and (source := paths.resolve(record["source"])).is_dir():
+    if stage == "source" and (source := stack_source(read_stack(stack))):
         return source
     return checkpoints.require_checkpoint(folder) if checkpoints.latest_checkpoint(folder) else None
 

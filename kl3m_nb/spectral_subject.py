@@ -24,7 +24,7 @@ from kl3m_nb.matrices import (
     model_name,
     model_step,
 )
-from kl3m_nb.model_folder import read_stack
+from kl3m_nb.model_folder import read_stack, stack_source
 from kl3m_nb.profiles import ClampSpec, Profile
 from kl3m_nb.run_folder import RUN_FILE, read_run_init, read_run_profile
 
@@ -114,8 +114,8 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
                 f"{checkpoint} was begun from an {order} stack; copies and sources are compared for cyclic stacks only."
             )
         record = {}
-    if not source and record and paths.resolve(record["source"]).is_dir():
-        source = str(paths.resolve(record["source"]))
+    if not source and (made_of := stack_source(record)):
+        source = str(made_of)
     if not source_layers:
         source_layers = record.get("source_layers", layers)
     check_source_layers(layers, source_layers)
