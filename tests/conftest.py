@@ -58,6 +58,16 @@ def warm_processes():
     processes.close()
 
 
+def at_step(step: int, act):
+    """A callback that calls `act` once, when `step` has been trained."""
+
+    def callback(row):
+        if row["kind"] == "train" and row["step"] == step:
+            act()
+
+    return callback
+
+
 @contextlib.contextmanager
 def files_up_to(size: int):
     """The operating system refuses to let any file of this process grow beyond `size` bytes, as it does on a full disk."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_profile
+from conftest import at_step, small_profile
 from safetensors.torch import load_file, save_file
 
 from kl3m_nb import checkpoints, distributed, training
@@ -29,16 +29,6 @@ MIXTURE = {"max_steps": 6, "micro_batch": 2, "grad_accumulation": 4, "experts": 
 
 def _losses(run_dir) -> list[float]:
     return list(read_metrics(run_dir, "train").loss)
-
-
-def _stops_at(step: int):
-    """A callback that asks for a stop when `step` has been trained."""
-
-    def callback(row):
-        if row["kind"] == "train" and row["step"] == step:
-            signal.raise_signal(signal.SIGTERM)
-
-    return callback
 
 
 def _weights(run_dir) -> dict[str, torch.Tensor]:
@@ -205,7 +195,9 @@ def test_a_run_folder_that_one_machine_does_not_see_is_refused_by_all(warm_proce
     log = (tmp_path / "run.log").read_text()
     assert log.count(f"does not see {seen}/run.json as process 0 does; put the run folder where all machines have it") == 2
     with pytest.raises(KeyboardInterrupt):
-        training.train(small_profile(**DENSE), Path(places[0]) / "run", callbacks=[_stops_at(3)])
+        training.train(
+            small_profile(**DENSE), Path(places[0]) / "run", callbacks=[at_step(3, lambda: signal.raise_signal(signal.SIGTERM))]
+        )
     assert warm_processes.train(2, tmp_path / "run", DENSE, places=places, seen_run_dir=seen) == [1, 1]
     assert "step-000003/training_state/manifest.json as process 0 does" in (tmp_path / "run.log").read_text()
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import files_up_to, small_profile
+from conftest import at_step, files_up_to, small_profile
 from safetensors.torch import load_file
 
 from kl3m_nb import checkpoints, corpus, run_folder, training, training_loss
@@ -39,16 +39,6 @@ def _assert_same_run(run_dir, other):
     assert list(ours.step) == list(range(1, len(theirs) + 1)) and list(ours.loss) == list(theirs.loss)
     ours, theirs = _weights(run_dir), _weights(other)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def _at_step(step: int, act):
-    """A callback that calls `act` once, when `step` has been trained."""
-
-    def callback(row):
-        if row["kind"] == "train" and row["step"] == step:
-            act()
-
-    return callback
 
 
 @pytest.fixture
@@ -90,7 +80,7 @@ def test_a_stop_inside_an_accumulation_changes_nothing(tmp_path, monkeypatch, mo
 
 def test_a_checkpoint_on_demand(tmp_path):
     run_dir = tmp_path / "run"
-    training.train(small_profile(), run_dir, callbacks=[_at_step(4, lambda: run_folder.request_checkpoint(run_dir))])
+    training.train(small_profile(), run_dir, callbacks=[at_step(4, lambda: run_folder.request_checkpoint(run_dir))])
     assert [path.name for path in checkpoints.whole_checkpoints(run_dir)] == ["step-000003", "step-000004", "step-000006"]
     assert not (run_dir / run_folder.SAVE_REQUEST).exists()
     with pytest.raises(ValueError, match="no run folder"):
@@ -158,7 +148,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, trained_run, fi
         limits.close()
 
     monkeypatch.setattr(checkpoints, "write_checkpoint", noting)
-    full = [_at_step(1, lambda: limits.enter_context(files_up_to(largest))), _at_step(4, make_room)]
+    full = [at_step(1, lambda: limits.enter_context(files_up_to(largest))), at_step(4, make_room)]
     with limits, pytest.warns(UserWarning, match=r"step-000003 could not be written.*next try is at step"):
         training.train(small_profile(), tmp_path / "run", callbacks=full)
     _assert_same_run(tmp_path / "run", trained_run[0])
@@ -176,7 +166,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_whole_checkpoints(t
         limits.enter_context(files_up_to(60_000))
 
     with limits, pytest.raises(checkpoints.CheckpointFailed, match="step-000006 could not be written"):
-        training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(4, fill)])
+        training.train(small_profile(), tmp_path / "run", callbacks=[at_step(4, fill)])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
     training.train(small_profile(), tmp_path / "run")
     _assert_same_run(tmp_path / "run", trained_run[0])
@@ -206,7 +196,7 @@ def test_a_disk_that_is_full_while_logging_costs_no_row(tmp_path, trained_run):
 
     with pytest.warns(UserWarning, match=r"metrics.jsonl cannot be written: No space left on device; rows wait"):
         training.train(
-            small_profile(), tmp_path / "run", callbacks=[_at_step(2, fill), _at_step(5, lambda: os.dup2(saved[1], saved[0]))]
+            small_profile(), tmp_path / "run", callbacks=[at_step(2, fill), at_step(5, lambda: os.dup2(saved[1], saved[0]))]
         )
     os.close(saved[1])
     _assert_same_run(tmp_path / "run", trained_run[0])
@@ -255,7 +245,7 @@ def test_a_second_process_on_the_same_folder_is_refused(warm_processes, tmp_path
     def second():
         codes.extend(warm_processes.train(1, folder, {}))
 
-    training.train(small_profile(), folder, callbacks=[_at_step(2, second)])
+    training.train(small_profile(), folder, callbacks=[at_step(2, second)])
     assert codes == [1] and f"in use by process {os.getpid()} on" in (tmp_path / "run.log").read_text()
     assert len(read_metrics(folder, "train")) == 6
     assert not (folder / run_folder.LOCK_FILE).exists()
@@ -384,7 +374,7 @@ def test_a_second_sigterm_at_once_is_the_same_request_a_later_one_interrupts(tmp
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(4, twice)])
+        training.train(small_profile(), tmp_path / "run", callbacks=[at_step(4, twice)])
     assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004"
     monkeypatch.setattr(training.StopRequest, "SAME_REQUEST_SECONDS", 0.0)
 
@@ -394,7 +384,7 @@ def test_a_second_sigterm_at_once_is_the_same_request_a_later_one_interrupts(tmp
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(small_profile(), tmp_path / "run", callbacks=[_at_step(5, later)])
+        training.train(small_profile(), tmp_path / "run", callbacks=[at_step(5, later)])
     assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004", (
         "nothing is saved after the second, nothing lost"
     )
@@ -413,7 +403,7 @@ def test_a_clock_that_is_set_back_changes_nothing(run_dir, trained_run, monkeypa
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
-        training.train(small_profile(), run_dir, callbacks=[_at_step(5, stop_with_an_old_checkpoint)])
+        training.train(small_profile(), run_dir, callbacks=[at_step(5, stop_with_an_old_checkpoint)])
     for path in (run_dir / "checkpoints" / "step-000005").rglob("*"):
         os.utime(path, (0, 0))
     training.train(small_profile(), run_dir)
@@ -430,7 +420,7 @@ def test_memory_files_and_threads_do_not_grow_with_checkpoints_clamps_and_resume
 
     seen = []
     for resume in range(5):
-        stop = _at_step(4 * (resume + 1), lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop = at_step(4 * (resume + 1), lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
             training.train(small_profile(max_steps=60, checkpoint_every=1, eval_every=50), tmp_path / "run", callbacks=[stop])
         seen.append(counts())

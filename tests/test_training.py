@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import small_profile
+from conftest import at_step, small_profile
 from safetensors.torch import load_file
 
 from kl3m_nb import cards, checkpoints, models, packing, publishing, run_folder, schedule, tokenizer, training, training_loss
@@ -33,12 +33,7 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def _interrupt_at(step: int):
     """A callback that asks the run to stop, as the notebook's stop button does, once `step` is reached."""
-
-    def callback(row):
-        if row["kind"] == "train" and row["step"] == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return callback
+    return at_step(step, lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
 def test_training_learns_and_logs_every_step(trained_run):
@@ -108,7 +103,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
     code = f"""
         import os, signal, sys
         sys.path.insert(0, {str(ROOT / "tests")!r})
-        from conftest import small_profile
+        from conftest import at_step, small_profile
         from kl3m_nb import training
         def kill(row):
             if row["kind"] == "train" and row["step"] == 5:
