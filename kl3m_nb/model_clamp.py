@@ -95,9 +95,9 @@ class SpectralClamp:
     """Clamps the matrices of `targets` and remembers, as certificates, what is known of their spectra.
 
     As many matrices are worked on at a time on the CPU as torch has threads, beside a GPU as this rank has cores.
-    `decompose_on`: where the Gram matrices of what fails the test on a GPU are decomposed, "cpu" (copied there; batched
-    decompositions of CUDA have been reported far slower than they should be, pytorch issues 174674 and 175585) or "device".
-    The weights themselves stay where they are.
+    `decompose_on`: where the Gram matrices of what fails the test on a GPU are decomposed, "cpu" (copied there: beside an H200,
+    16 cores took 0.96 s for a first clamp of all matrices of kl3m-007, the GPU 1.13) or "device". The weights themselves stay
+    where they are.
     """
 
     def __init__(self, targets: Iterable[ClampTarget], decompose_on: str = "cpu") -> None:

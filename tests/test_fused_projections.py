@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, apply_rotary_pos_emb
 
 from kl3m_nb import models
-from kl3m_nb.fused_projections import fuse_projections, rotate
+from kl3m_nb.fused_projections import fuse_projections, join, rotate
 
 MIXTURE = {"experts": 4, "active_experts": 2, "sliding_window": 16}
 
@@ -66,6 +66,19 @@ def test_projections_with_biases_are_left_as_they_are():
     model = LlamaForCausalLM(config)
     fuse_projections(model)
     assert type(model.model.layers[0].self_attn) is LlamaAttention and type(model.model.layers[0].mlp) is LlamaMLP
+
+
+def test_a_gated_unit_with_another_activation_is_left_as_it_is():
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, hidden_act="gelu")
+    model = LlamaForCausalLM(config)
+    fuse_projections(model)
+    assert type(model.model.layers[0].self_attn) is not LlamaAttention and type(model.model.layers[0].mlp) is LlamaMLP
+
+
+@pytest.mark.parametrize("sizes", [(576, 192, 192), (1536, 1536), (48, 16, 16), (5, 3)])
+def test_joined_parts_stand_side_by_side(sizes):
+    parts = [torch.randn(2, 3, size) for size in sizes]
+    assert torch.equal(join(parts), torch.cat(parts, -1))
 
 
 def kept_bytes(model, inputs) -> int:
