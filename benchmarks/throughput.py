@@ -3,9 +3,9 @@
     pip install -e '.[bench]'
     python benchmarks/throughput.py [--profiles tiny tiny-moe] [--steps 20] [--rounds 3] [--threads 2]
 
-Without a GPU the tiny profiles are measured, in minutes; with one the real models too, over more steps and rounds. Every case
-trains the same model on the same dense windows in a process of its own: `warmup` steps, then `steps` that count; cases take
-turns, and the best of the rounds is kept. A case that fails says so in its row, and the others go on.
+Without a GPU the tiny profiles are measured, in half an hour; with one the real models too. Every case trains the same model on
+the same dense windows in a process of its own: `warmup` steps, in which graphs are compiled and batches made ahead, then `steps`
+that count; cases take turns, and the best of the rounds is kept. A case that fails says so in its row, and the others go on.
 
 * kl3m_nb: `training.train` itself, with Muon, clipping, the regularised objective, metrics and data; its evaluations and
   checkpoints are not counted. Its clamp is: one is timed and counted with the profile's cadence.
@@ -294,11 +294,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=list(PROFILES) if ON_GPU else ["tiny", "tiny-moe"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=[case for case in CASES if ON_GPU or "comp" not in case])
-    parser.add_argument("--steps", type=int, default=20 if ON_GPU else 8)
-    parser.add_argument("--warmup", type=int, default=5 if ON_GPU else 2, help="steps before those that count, at least 1")
+    parser.add_argument("--steps", type=int, default=20 if ON_GPU else 5)
+    parser.add_argument("--warmup", type=int, default=5, help="steps before those that count, at least 1")
     parser.add_argument("--part-steps", type=int, default=4, help="further steps, for the time by part; 0: without it")
     parser.add_argument("--micro-batch", type=int, default=0, help="windows; 0: the profile's own")
-    parser.add_argument("--rounds", type=int, default=3 if ON_GPU else 2)
+    parser.add_argument("--rounds", type=int, default=3 if ON_GPU else 6)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--grad-accumulation", type=int, default=4, help="at most; a step of the real profiles has 32 micro-batches"
