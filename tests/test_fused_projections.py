@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import small_profile
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, apply_rotary_pos_emb
 
@@ -79,6 +80,14 @@ def test_a_gated_unit_with_another_activation_is_left_as_it_is():
 def test_joined_parts_stand_side_by_side(sizes):
     parts = [torch.randn(2, 3, size) for size in sizes]
     assert torch.equal(join(parts), torch.cat(parts, -1))
+
+
+@pytest.mark.parametrize("sizes", [(576, 192, 192), (1536, 1536)])
+def test_parts_are_joined_in_more_aligned_pieces_than_the_compiler_computes_together(sizes):
+    graph = make_fx(join)([torch.empty(2, size) for size in sizes]).graph
+    (joined,) = graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    widths = [piece.meta["tensor_meta"].shape[-1] for piece in joined.args[0]]
+    assert len(widths) > 8 and sum(widths) == sum(sizes) and all(width % 8 == 0 for width in widths)
 
 
 def kept_bytes(model, inputs) -> int:

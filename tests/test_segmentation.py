@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import small_profile
+from conftest import at_step, small_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_document_stream import saved_and_loaded
@@ -172,13 +173,9 @@ def test_a_cotraining_run_is_resumed_bit_for_bit(tmp_path):
     )
     training.train(profile, tmp_path / "whole")
 
-    def stop(row):
-        if row["kind"] == "train" and row["step"] == 2:
-            raise SystemExit("a crash")
-
     with pytest.raises(SystemExit, match="a crash"):
         training.train(dataclasses.replace(profile, runtime=dataclasses.replace(profile.runtime, checkpoint_every=1)),
-                       tmp_path / "run", callbacks=[stop])  # fmt: skip
+                       tmp_path / "run", callbacks=[at_step(2, lambda: sys.exit("a crash"))])  # fmt: skip
     training.train(profile, tmp_path / "run")
     whole, run = (read_metrics(tmp_path / name, "train") for name in ("whole", "run"))
     assert list(whole.loss) == list(run.loss) and list(whole.valid_tokens) == list(run.valid_tokens)

@@ -105,9 +105,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
         sys.path.insert(0, {str(ROOT / "tests")!r})
         from conftest import at_step, small_profile
         from kl3m_nb import training
-        def kill(row):
-            if row["kind"] == "train" and row["step"] == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
+        kill = at_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL))
         training.train(small_profile(), {str(tmp_path / "run")!r}, callbacks=[kill])
     """
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=False)
@@ -251,13 +249,12 @@ def test_a_weight_that_is_not_a_number_is_named_and_never_saved(tmp_path, monkey
     prepare, prepared = training.prepare_model, []
     monkeypatch.setattr(training, "prepare_model", lambda model, runtime: prepared.append(prepare(model, runtime)))
 
-    def spoil(row):
-        if row["kind"] == "train" and row["step"] == spoilt_after:
-            prepared[0].model.layers[1].mlp.up_proj.weight.data[3, 5] = math.nan
+    def spoil():
+        prepared[0].model.layers[1].mlp.up_proj.weight.data[3, 5] = math.nan
 
     profile = small_profile(clamp_every=0, checkpoint_every=checkpoint_every)
     with pytest.raises(training.TrainingStopped) as stopped:
-        training.train(profile, tmp_path / "run", callbacks=[spoil])
+        training.train(profile, tmp_path / "run", callbacks=[at_step(spoilt_after, spoil)])
     name = "model.layers.1.mlp.up_proj.weight"
     assert f"the weight {name} is not finite after step {spoilt_after}, so nothing is saved;" in str(stopped.value)
     assert (f"continues from {tmp_path}/run/checkpoints/{newest}" if newest else "there is no checkpoint") in str(stopped.value)

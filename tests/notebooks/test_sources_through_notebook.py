@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import execute_notebook
+from conftest import at_step, execute_notebook
 
 from kl3m_nb import checkpoints, live, plots, runs
 from kl3m_nb.instructions import load_pairs
@@ -60,22 +60,12 @@ def parameters(request, folder, monkeypatch):
     }  # fmt: skip
 
 
-class _Stop:
-    """A live view that presses the notebook's stop button."""
-
-    def __init__(self, run_dir):
-        self.after = STOP_AFTER
-
-    def __call__(self, row):
-        if row["kind"] == "train" and row["step"] == self.after:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_a_run_from_each_source_is_stopped_and_continues_with_the_next_token(parameters, monkeypatch):
     monkeypatch.setattr(plots, "save_figure", lambda *_: None)
     monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
     whole = execute_notebook("00_source_model", {**parameters, "run": parameters["run"] + "-whole"})
-    monkeypatch.setattr(live, "LiveView", _Stop)
+    stop = at_step(STOP_AFTER, lambda: os.kill(os.getpid(), signal.SIGINT))  # as the notebook's stop button does
+    monkeypatch.setattr(live, "LiveView", lambda run_dir: stop)
     with pytest.raises(KeyboardInterrupt):
         execute_notebook("00_source_model", parameters)
     run_dir = runs.run_path("tiny", "source", parameters["run"])
