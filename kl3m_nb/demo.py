@@ -6,17 +6,19 @@ behind it, and its training continues from the runs on disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
 from pathlib import Path
 
-from kl3m_nb import paths, report, runs
+from kl3m_nb import report, runs
 from kl3m_nb.html import IndexEntry, write_index
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.parameters import find_notebook, load_notebook
 from kl3m_nb.progress import clock, replace_text
+from kl3m_nb.run_folder import RunLock
 from kl3m_nb.runner import EXIT_OK, run_notebook
 from kl3m_nb.runtime import versions
 
@@ -30,11 +32,14 @@ _FIGURES = (
 
 
 def run_demo(fresh: bool = False) -> int:
-    """Runs what is not finished, prints the result, and returns the exit code of the first notebook that failed, or 0."""
+    """Runs what is not finished, prints the result, and returns the exit code of the first notebook that failed, or 0.
+
+    With `fresh` what an earlier demonstration has written is removed first, and no other run. Raises RunIsBusy, and removes
+    nothing, while somebody trains in one of its folders.
+    """
     notebooks = [find_notebook(name) for name in runs.NOTEBOOK_STAGES]
     if fresh:
-        for folder in paths.runs_dir().glob("demo-*"):
-            shutil.rmtree(folder)
+        _remove_runs()
     report_dir = runs.run_path(PROFILE, "report")
     report_dir.mkdir(parents=True, exist_ok=True)
     finished = _read_json(report_dir / "finished.json")
@@ -80,6 +85,16 @@ def run_demo(fresh: bool = False) -> int:
     )
     _print_summary(comparison, conditions, index, time.monotonic() - began)
     return EXIT_OK
+
+
+def _remove_runs() -> None:
+    folders = [runs.run_path(PROFILE, stage) for stage in (*runs.NOTEBOOK_STAGES.values(), "scratch", "report")]
+    with contextlib.ExitStack() as locks:
+        present = [folder for folder in folders if folder.is_dir()]
+        for folder in present:
+            locks.enter_context(RunLock(folder)).acquire()
+        for folder in present:
+            shutil.rmtree(folder)
 
 
 def _print_summary(comparison: report.GrowthComparison, conditions: str, index: Path, seconds: float) -> None:
