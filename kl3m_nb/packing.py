@@ -182,6 +182,11 @@ def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torc
     held_out_documents.cache_clear()  # the files may be others than at the last call of this process
     documents = ([*tokens.tolist(), tokenizer.eos_token_id] for _, tokens in held_out_documents(spec, tokenizer))
     windows = list(pack(documents, spec.seq_len + 1))
+    if not windows:
+        raise ValueError(
+            f"The held-out documents of {spec.source!r}, about one in ten by their text, do not fill a window of "
+            f"{spec.seq_len + 1} tokens; give more documents or lower seq_len."
+        )
     if len(windows) < spec.held_out_windows:
         raise ValueError(
             f"The held-out documents of {spec.source!r} fill {len(windows)} windows of {spec.seq_len + 1} tokens, "

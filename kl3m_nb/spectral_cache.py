@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from kl3m_nb.matrices import Checkpoint, local_checkpoint
 from kl3m_nb.model_folder import SPECTRA_FOLDER
@@ -54,9 +54,9 @@ class SpectrumCache:
         try:
             self.path.parent.mkdir(exist_ok=True)
             temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            save_file(_read(self.path) | self._values, temporary)
+            temporary.write_bytes(save(_read(self.path) | self._values))
             os.replace(temporary, self.path)
-        except (OSError, SafetensorError) as error:  # the latter is what save_file makes of a full disk
+        except OSError as error:
             warnings.warn(f"The spectra are not kept: {self.path.parent} cannot be written ({error}).", stacklevel=2)
         self._new = False
 

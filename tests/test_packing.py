@@ -120,6 +120,12 @@ def test_borders_say_what_a_batch_holds_and_all_of_it_is_contiguous(spec):
     assert torch.equal(documents.diff(dim=1), (tokens[:, :-1] == 0).long())
 
 
+def test_a_source_without_held_out_text_says_that_it_takes_more_documents(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"identifier": "d0", "tokens": [1] * 50}))
+    with pytest.raises(ValueError, match="do not fill a window of 8 tokens; give more documents or lower seq_len"):
+        packing.held_out_windows(DataSpec(source=f"files:{tmp_path}/*.jsonl", seq_len=7, held_out_windows=2), Letters())
+
+
 @pytest.mark.parametrize("experts", [0, 4])
 def test_a_document_mask_hides_the_documents_before_and_positions_alone_do_not(spec, experts):
     """A document in a window against the same document alone."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
+from conftest import files_up_to
 from safetensors.torch import load_file, save_file
 
-from kl3m_nb import known_spectra, spectra, spectral_cache
+from kl3m_nb import known_spectra, spectra
 from kl3m_nb.matrices import content_hash, find_matrices
 from kl3m_nb.model_folder import SPECTRA_FOLDER
 from kl3m_nb.profiles import ModelSpec
@@ -79,14 +77,14 @@ def test_a_damaged_cache_is_computed_anew(known):
     assert len(SpectrumCache(kept)._values) == len(before)
 
 
-@pytest.mark.parametrize("error", [OSError(30, os.strerror(30)), SafetensorError("I/O error: No space left on device")])
-def test_a_disk_that_is_full_is_a_warning(known, monkeypatch, error):
-    def refuse(*_):
-        raise error
-
-    monkeypatch.setattr(spectral_cache, "save_file", refuse)
-    with pytest.warns(UserWarning, match="are not kept: .* cannot be written"):
+def test_a_disk_that_is_full_is_a_warning(known):
+    with files_up_to(1000), pytest.warns(UserWarning, match="are not kept: .* cannot be written"):
         assert len(spectra.model_spectra(known.trained)) == 4 * 7 + 1
+
+
+def test_who_may_read_the_checkpoint_may_read_its_spectra(known):
+    spectra.model_spectra(known.trained)
+    assert SpectrumCache.beside(known.trained).path.stat().st_mode == (known.trained / "config.json").stat().st_mode
 
 
 def test_a_file_in_the_place_of_the_folder_is_a_warning(known):
