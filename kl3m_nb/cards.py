@@ -57,6 +57,7 @@ class CardFacts:
     init: str
     runtime: str
     held_out_loss: float = float("nan")
+    held_out_step: int = 0
     cross_entropy: float = float("nan")
     conditions: dict[str, tuple[float, float]] = field(default_factory=dict)
     conditions_step: int = 0
@@ -189,7 +190,7 @@ def _progress(profile: Profile, facts: CardFacts) -> str:
             "Steps": f"{facts.counts.step:,} / {profile.schedule.max_steps:,} planned",
             "Tokens Processed": f"{facts.counts.tokens:,}",
             "Valid Tokens": f"{facts.counts.valid_tokens:,}",
-            "Held-out loss": _loss(facts.held_out_loss),
+            "Held-out loss": _loss(facts.held_out_loss, f" at step {facts.held_out_step:,}"),
             "Cross-entropy of the last step": _loss(facts.cross_entropy),
             "Dataset": profile.data.source,
         }
@@ -345,8 +346,8 @@ def _items(rows: dict[str, str]) -> str:
     return "\n".join(f"- **{name}**: {text}" for name, text in rows.items())
 
 
-def _loss(value: float) -> str:
-    return "not measured yet" if value != value else f"{value:.4f} nats per token"
+def _loss(value: float, when: str = "") -> str:
+    return "not measured yet" if value != value else f"{value:.4f} nats per token{when}"
 
 
 def _millions(count: int) -> str:

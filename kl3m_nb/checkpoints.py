@@ -27,6 +27,7 @@ from kl3m_nb import distributed
 from kl3m_nb.metrics import FILE_NAME
 from kl3m_nb.model_folder import STATE_FOLDER, sha256
 from kl3m_nb.run_folder import RUN_FILE
+from kl3m_nb.tokenizer import save_tokenizer
 
 _NAME = re.compile(r"step-(\d{6,})")
 _STATE = Path(STATE_FOLDER) / "state.pt"
@@ -76,9 +77,9 @@ def write_checkpoint(
 ) -> Path:
     """Writes `snapshot` to `run_dir/checkpoints/step-NNNNNN` and returns the folder. Weights are stored as float32.
 
-    `model` gives its configuration only; `card` becomes the README.md. `identity` names the run. The `keep` newest checkpoints
-    stay, and those whose step is a multiple of `keep_every` (0: no others). Raises CheckpointFailed when the disk is full or the
-    folder read-only; earlier checkpoints are untouched then.
+    `model` gives its configuration only; `card` becomes the README.md. `identity` names the run, whose run.json is copied for
+    the case that it gets lost. The `keep` newest checkpoints stay, and those whose step is a multiple of `keep_every` (0: no
+    others). Raises CheckpointFailed when the disk is full or the folder read-only; earlier checkpoints are untouched then.
     """
     folder = Path(run_dir) / "checkpoints"
     name = f"step-{snapshot.step:06d}"
@@ -88,10 +89,9 @@ def write_checkpoint(
         free = shutil.disk_usage(folder).free
         if free < snapshot.bytes:
             raise OSError(f"it needs {_gigabytes(snapshot.bytes)} and {_gigabytes(free)} are free")
-        _write_files(temporary, snapshot, model, tokenizer, card, identity)
-        for counted_on in (Path(run_dir) / RUN_FILE, Path(run_dir) / FILE_NAME):  # whose run it is, what was logged up to here
-            if counted_on.is_file():
-                _sync(counted_on)
+        _write_files(temporary, snapshot, model, tokenizer, card, identity, Path(run_dir) / RUN_FILE)
+        if (metrics := Path(run_dir) / FILE_NAME).is_file():  # the checkpoint counts on what was logged up to here
+            _sync(metrics)
         if target.exists():
             _remove(target)
         os.rename(temporary, target)
@@ -144,6 +144,11 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run; None when it has none. Contents are not read."""
     checkpoints = whole_checkpoints(run_dir)
     return checkpoints[-1] if checkpoints else None
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether anything is there that was a checkpoint of the run, whole, damaged or set aside."""
+    return any((Path(run_dir) / "checkpoints").glob("step-*"))
 
 
 def require_checkpoint(run_dir: Path) -> Path:
@@ -236,12 +241,18 @@ def _has_all_files(checkpoint: Path) -> bool:
         return False
 
 
-def _write_files(folder: Path, snapshot: Snapshot, model: PreTrainedModel, tokenizer, card: str, identity: str) -> None:
+def _write_files(
+    folder: Path, snapshot: Snapshot, model: PreTrainedModel, tokenizer, card: str, identity: str, run_file: Path
+) -> None:
     model.save_pretrained(folder, state_dict=dict(snapshot.weights))
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / _STATE.parent).mkdir()
     torch.save(snapshot.state, folder / _STATE)
+    if run_file.is_file():
+        shutil.copy(run_file, folder / _STATE.parent)
+    for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes
+        shutil.copymode(folder / "README.md", weights)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     described = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     manifest = {"step": snapshot.step, "run": identity, "files": described}

@@ -3,8 +3,7 @@
 Rows have a `kind`: `train` (a step; its `clipped` and `skipped` count the steps since the row before), `held_out` (an
 evaluation), `clamp` (one event, its matrices as parallel lists), `experts` (of a mixture, with each evaluation: the share of a
 layer's choices that each expert got in the step before), `checkpoint` (one that was written, and how long training waited for
-it). A resumed run cuts the file back to where its checkpoint was written, so
-no step stands twice.
+it). A resumed run cuts the file back to where its checkpoint was written, so no step stands twice.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -28,20 +27,26 @@ class MetricsLog:
     While the disk is full, rows wait in memory: training goes on, and they are written as soon as there is room.
     """
 
-    def __init__(self, run_dir: Path, position: int = 0):
-        """Opens the file and drops what stands behind `position`, in bytes: what was logged after the checkpoint.
+    def __init__(self, run_dir: Path, position: int = 0, step: int = 0):
+        """Opens the file and drops what stands behind `position`, in bytes: what was logged after the checkpoint of `step`.
 
-        Warns when the file is shorter than that; a last line that was cut off is dropped.
+        That it was written is logged after it too, and stays. Warns when the file is shorter than that; a last line that was cut
+        off is dropped.
         """
         path = Path(run_dir) / FILE_NAME
         path.touch()
-        kept = path.read_bytes()[:position]
-        if len(kept) < position:
-            warnings.warn(f"{path} has lost its end, {len(kept)} bytes are left of {position}; it goes on there.", stacklevel=2)
-        self.position = kept.rfind(b"\n") + 1  # bytes, those that wait for room counted in; for the training state
+        content = path.read_bytes()
+        if len(content) < position:
+            warnings.warn(
+                f"{path} has lost its end, {len(content)} of {position} bytes are left; it goes on there.", stacklevel=2
+            )
+        self.position = content.rfind(b"\n", 0, position) + 1  # bytes, with those that wait for room; for the training state
         os.truncate(path, self.position)
         self._file = open(path, "ab", buffering=0)
         self._waiting = b""
+        for row in _rows(content[position:].splitlines(keepends=True), "checkpoint"):
+            if row["step"] <= step:
+                self.append({"kind": "checkpoint", **row})
 
     def append(self, row: Mapping) -> None:
         """Writes one row; NaN and infinities, also those in lists, become null, which every JSON reader takes."""
@@ -89,6 +94,19 @@ def parse_row(line: bytes) -> dict:
     return _replaced(row, lambda entry: math.nan if entry is None else entry)
 
 
+def _rows(lines: Iterable[bytes], kind: str) -> Iterator[dict]:
+    mark = json.dumps(kind).encode()
+    for line in lines:
+        if mark not in line:  # a clamp's row is a hundred times as long as a step's, and is not parsed in vain
+            continue
+        try:
+            row = parse_row(line)
+        except ValueError:
+            continue
+        if row.pop("kind", None) == kind:
+            yield row
+
+
 def tell(callbacks: list[Callback], row: Mapping) -> None:
     """Calls each of `callbacks` with `row`.
 
@@ -113,18 +131,9 @@ def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
     """
     path = Path(run_dir) / FILE_NAME
     rows = []
-    mark = json.dumps(kind).encode()
     if path.is_file():
         with path.open("rb") as file:
-            for line in file:
-                if mark not in line:  # a clamp's row is a hundred times as long as a step's, and is not parsed in vain
-                    continue
-                try:
-                    row = parse_row(line)
-                except ValueError:
-                    continue
-                if row.pop("kind", None) == kind:
-                    rows.append(row)
+            rows = list(_rows(file, kind))
     frame = pd.DataFrame(rows)
     if kind in ("clamp", "experts") and rows:
         lists = [column for column in frame.columns if isinstance(frame[column].iloc[0], list)]

@@ -34,10 +34,17 @@ def read_progress(path: Path) -> str:
         return ""
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old text or the new, never half of one. Raises OSError."""
+def replace_text(path: Path, text: str, durable: bool = False) -> None:
+    """Write `text` to `path` so that a reader sees the old text or the new, never half of one. Raises OSError.
+
+    `durable` waits for the disk first: after a power cut too it is then one of the two, and not an empty file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

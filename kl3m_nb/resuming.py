@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb import checkpoints, distributed, models, paths, run_folder
-from kl3m_nb.metrics import read_metrics
+from kl3m_nb.metrics import FILE_NAME, read_metrics
 from kl3m_nb.profiles import Profile
 from kl3m_nb.run_folder import RunLock
 from kl3m_nb.tokenizer import check_same_entries
@@ -36,6 +36,12 @@ def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, re
     """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set aside."""
     run_folder.check_run_folder(run_dir, profile, init)
     newest, identity = checkpoints.latest_checkpoint(run_dir), run_folder.run_identity(run_dir)
+    saved = read_metrics(run_dir, "checkpoint")
+    if len(saved) and not checkpoints.has_checkpoints(run_dir):
+        raise ValueError(
+            f"The run {run_dir} has saved step {saved.step.max()} and no checkpoint is there any more; put its checkpoints back, "
+            f"or move {run_dir / FILE_NAME} away to start over."
+        )
     if newest is None and init is not None:
         checkpoints.check_sound(paths.resolve(init))
     if newest and resume == "never":

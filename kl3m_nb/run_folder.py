@@ -19,10 +19,12 @@ from pathlib import Path
 
 from kl3m_nb import distributed, paths, profiles
 from kl3m_nb.metrics import FILE_NAME
+from kl3m_nb.model_folder import STATE_FOLDER, read_stack
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
 
 RUN_FILE, LOCK_FILE, SAVE_REQUEST = "run.json", "run.lock", "save-now"
+_CHECKPOINTS = "checkpoints/step-*"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -135,7 +137,11 @@ def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -
     A run that ended before it began, for instance because its source was not found, may be begun with others.
     """
     begun = any((run_dir / name).exists() for name in (FILE_NAME, "checkpoints", LOCK_FILE))
-    if not begun or not (run_dir / RUN_FILE).is_file():
+    if not (run_dir / RUN_FILE).is_file():
+        if any(run_dir.glob(_CHECKPOINTS)):
+            raise ValueError(f"{run_dir} holds checkpoints and no {RUN_FILE} that says of which run; {_remedy(run_dir)}.")
+        return
+    if not begun:
         return
     record = _record(run_dir)
     was, now = _settings(record["profile"]), _settings(profile.to_dict())
@@ -149,6 +155,12 @@ def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -
         raise ValueError(
             f"The run folder {run_dir} was started from {record['init']}, now from {init_name(init)}; use another run folder."
         )
+    for key, value in _stack_facts(init).items():
+        if record["stack"].get(key, value) != value:
+            raise ValueError(
+                f"The run folder {run_dir} was started from another stack than {record['init']} is now: its {key} was "
+                f"{record['stack'][key]!r} and is {value!r}; use another run folder."
+            )
 
 
 def _settings(profile: dict) -> dict[str, object]:
@@ -158,11 +170,24 @@ def _settings(profile: dict) -> dict[str, object]:
 
 
 def write_run_file(run_dir: Path, profile: Profile, init: str | Path | None, runtime: str) -> str:
-    """Writes run.json and returns the run's identity, which stays what it was."""
-    identity = run_identity(run_dir) or uuid.uuid4().hex
-    record = {"profile": profile.to_dict(), "init": init_name(init), "runtime": runtime, "identity": identity}
-    replace_text(run_dir / RUN_FILE, json.dumps(record, indent=2) + "\n")
+    """Writes run.json and returns the run's identity, which stays what it was, as do the facts of the stack it started from."""
+    before = _record(run_dir) if (run_dir / RUN_FILE).is_file() else {}
+    identity = before.get("identity") or uuid.uuid4().hex
+    record = {
+        "profile": profile.to_dict(),
+        "init": init_name(init),
+        "stack": _stack_facts(init) or (before["stack"] if before.get("init") == init_name(init) else {}),
+        "runtime": runtime,
+        "identity": identity,
+    }
+    replace_text(run_dir / RUN_FILE, json.dumps(record, indent=2) + "\n", durable=True)
     return identity
+
+
+def _stack_facts(init: str | Path | None) -> dict:
+    """What tells one stack from another that is made in its place; empty for any other start, and where it is gone."""
+    record = read_stack(paths.resolve(init)) if init else {}
+    return {key: record[key] for key in ("source_sha256", "order", "noise", "seed") if key in record}
 
 
 def _record(run_dir: str | Path) -> dict:
@@ -180,10 +205,17 @@ def _record(run_dir: str | Path) -> dict:
         for key in ("init", "runtime", "identity"):
             if not isinstance(record.get(key), str):
                 raise ValueError(f"it has no text for {key!r}")
+        if not isinstance(record.setdefault("stack", {}), dict):
+            raise ValueError("its 'stack' is no mapping")
         return record | {"profile": profiles.profile_from_dict(record.get("profile")).to_dict()}
     except ValueError as error:
         reason = str(error).rstrip(".")
-        raise ValueError(f"{path} cannot be read ({reason}); put back the run.json that the run was begun with.") from error
+        raise ValueError(f"{path} cannot be read ({reason}); {_remedy(path.parent)}.") from error
+
+
+def _remedy(run_dir: Path) -> str:
+    copies = sorted(run_dir.glob(f"{_CHECKPOINTS}/{STATE_FOLDER}/{RUN_FILE}"))
+    return f"put back a copy of it, such as {copies[-1]}" if copies else "put back the run.json that the run was begun with"
 
 
 def lock_exclusively(descriptor: int) -> None:

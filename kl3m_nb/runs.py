@@ -106,7 +106,7 @@ def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
 
 def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:
     """A row per run folder: run, profile, layers, init, step, max_steps, held_out_loss (nats per token), tokens, seconds,
-    checkpoint.
+    checkpoint. All are those of the newest checkpoint, the loss of the last evaluation before it.
 
     Without `runs_dir` the project's own folder is read. A run without evaluations yet has NaN as its loss. Warns of a folder that
     cannot be read and leaves it out.
@@ -123,18 +123,23 @@ def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:
 
 def _row(run_dir: Path) -> dict:
     profile = read_run_profile(run_dir)
-    held_out = read_metrics(run_dir, "held_out")
-    last = held_out.iloc[-1] if len(held_out) else {}
     checkpoint = checkpoints.latest_checkpoint(run_dir)
+    step = checkpoints.checkpoint_step(checkpoint) if checkpoint else 0
+    held_out, saved, trained = (_last_up_to(step, read_metrics(run_dir, kind)) for kind in ("held_out", "checkpoint", "train"))
     return {
         "run": run_dir.name,
         "profile": profile.name,
         "layers": profile.model.layers,
         "init": init_name(read_run_init(run_dir)),
-        "step": checkpoints.checkpoint_step(checkpoint) if checkpoint else 0,
+        "step": step,
         "max_steps": profile.schedule.max_steps,
-        "held_out_loss": last.get("held_out_loss", float("nan")),
-        "tokens": last.get("tokens", 0),
-        "seconds": last.get("seconds", 0.0),
+        "held_out_loss": held_out.get("held_out_loss", float("nan")),
+        "tokens": max(row.get("tokens", 0) for row in (saved, trained)),
+        "seconds": max(row.get("seconds", 0.0) for row in (saved, trained)),
         "checkpoint": str(checkpoint) if checkpoint else "",
     }
+
+
+def _last_up_to(step: int, rows: pd.DataFrame) -> dict:
+    rows = rows[rows["step"] <= step] if len(rows) else rows
+    return dict(rows.iloc[-1]) if len(rows) else {}

@@ -20,8 +20,9 @@ from kl3m_nb.profiles import RuntimeSpec
 class CheckpointSaver:
     """Saves the checkpoints of one run.
 
-    `newest` is the one the run goes on from, if any. `on_written(step, waited_seconds)` is called once for each that is on the
-    disk, with the time that training waited for it. Where a step's state is asked for, `contents()` gives it and the card.
+    `newest` is the one the run goes on from, if any. `on_written(counters, waited_seconds)` is called once for each that is on
+    the disk, with the counters in it and the time that training waited for it. Where a step's state is asked for, `contents()`
+    gives it and the card.
     """
 
     def __init__(
@@ -32,13 +33,13 @@ class CheckpointSaver:
         tokenizer: PreTrainedTokenizerBase,
         runtime: RuntimeSpec,
         newest: Path | None,
-        on_written: Callable[[int, float], None],
+        on_written: Callable[[dict, float], None],
     ):
         self._run_dir, self._identity, self._model, self._tokenizer = run_dir, identity, model, tokenizer
         self._runtime, self._newest, self._on_written = runtime, newest, on_written
         self._saved_step = checkpoints.checkpoint_step(newest) if newest else None
         self._retry_at: int | None = None
-        self._waited_seconds = 0.0
+        self._waited_seconds, self._counters = 0.0, {}
         self._writer = checkpoints.BackgroundWriter()
 
     def newest(self, step: int) -> Path | None:
@@ -64,7 +65,7 @@ class CheckpointSaver:
             keep = self._runtime.keep_checkpoints, self._runtime.keep_every
             arguments = self._run_dir, snapshot, self._model, self._tokenizer, card, self._identity, *keep
             self._writer.start(checkpoints.write_checkpoint, *arguments)
-            self._saved_step, self._retry_at = step, None
+            self._saved_step, self._retry_at, self._counters = step, None, state["counters"]
         self._waited_seconds = time.perf_counter() - began
 
     def save_and_wait(self, step: int, contents: Callable[[], tuple[dict, str]]) -> Path:
@@ -93,4 +94,4 @@ class CheckpointSaver:
     def _note(self, written: Path | None) -> None:
         if written is not None:
             self._newest = written
-            self._on_written(checkpoints.checkpoint_step(written), self._waited_seconds)
+            self._on_written(self._counters, self._waited_seconds)

@@ -20,20 +20,22 @@ CLIP_MODES = ("adaptive", "fixed", "off")
 _LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)  # the square of a larger one overflows in AdamW's second moment
 
 
-def lr_factor(step: int, spec: ScheduleSpec) -> float:
+def lr_factor(step: int, spec: ScheduleSpec, first_step: int = 0) -> float:
     """Factor of the peak learning rate for the update number `step`, counted from 0.
 
     Linear warmup reaches 1 at the update `warmup_steps - 1` (the first update is already above zero), then half a cosine falls to
-    `min_lr_ratio` at `max_steps` and stays there. Raises ValueError for a negative step.
+    `min_lr_ratio` at `max_steps` and stays there. Fresh optimizers that begin at `first_step` get a warmup of their own from
+    there, below the schedule. Raises ValueError for a negative step.
     """
     if step < 0:
         raise ValueError(f"The step is {step}; updates are counted from 0.")
+    warmup = (step - first_step + 1) / max(1, spec.warmup_steps)
     if step >= spec.max_steps:
-        return spec.min_lr_ratio
+        return min(warmup, spec.min_lr_ratio)
     if step < spec.warmup_steps:
-        return (step + 1) / spec.warmup_steps
+        return warmup
     progress = (step - spec.warmup_steps) / (spec.max_steps - spec.warmup_steps)
-    return spec.min_lr_ratio + (1.0 - spec.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return min(warmup, spec.min_lr_ratio + (1.0 - spec.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -133,13 +134,31 @@ def _read_folder(folder: Path) -> PreTrainedTokenizerBase:
     What a tokenizer has once cut into tokens, its library remembers for each thread and forgets only when the thread ends: with a
     new tokenizer at every resume a process would grow by a megabyte each time.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".model", ".txt"))
-    return _read_once(folder, tuple((path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files))
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".model", ".txt")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return _read_once(_Content(digest.hexdigest(), folder))
+
+
+@dataclass(frozen=True)
+class _Content:
+    """Folders with the same files are equal: every checkpoint of a run has those of the one before."""
+
+    sha256: str
+    folder: Path = field(compare=False)
 
 
 @functools.lru_cache(maxsize=4)
-def _read_once(folder: Path, files: tuple[tuple[str, int, int], ...]) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+def _read_once(content: _Content) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(str(content.folder), trust_remote_code=False)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`tokenizer.save_pretrained(folder)`, which raises OSError when there is no room."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # for a full disk the tokenizers library has no class of its own
+        raise OSError(f"the tokenizer could not be saved to {folder}: {error}") from error
 
 
 def check_same_entries(tokenizer: PreTrainedTokenizerBase, checkpoint: str | Path) -> None:
@@ -172,7 +191,7 @@ def _corpus_tokenizer(name: str, source: str, vocabulary: int) -> PreTrainedToke
         trained = train_tokenizer(texts, vocabulary, CORPUS_NAMES[name])
         try:
             with model_folder.written_whole(folder) as temporary:
-                trained.save_pretrained(temporary)
+                save_tokenizer(trained, temporary)
         except OSError:  # another process was first; its tokenizer is the same
             if not folder.is_dir():
                 raise

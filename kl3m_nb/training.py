@@ -30,7 +30,7 @@ from kl3m_nb.saving import CheckpointSaver
 from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
 from kl3m_nb.stopping import StopRequest, interrupted
 from kl3m_nb.streams import PrefetchedStream, SourceBroke, open_stream, take_share
-from kl3m_nb.tokenizer import load_tokenizer
+from kl3m_nb.tokenizer import load_tokenizer, read_tokenizer
 from kl3m_nb.training_loss import training_loss
 
 MOST_SKIPS_IN_A_ROW = 10
@@ -85,7 +85,9 @@ class _Run:
             raise ValueError(
                 f"{init} has {carried.step:,} steps behind it and max_steps is {profile.schedule.max_steps:,}; raise max_steps."
             )
-        self.tokenizer = load_tokenizer(profile.data.tokenizer, profile.data.source, profile.model.vocabulary)
+        named = profile.data.tokenizer, profile.data.source, profile.model.vocabulary
+        # The checkpoint's own: text that was added to the source since would give another, or the named one may be gone.
+        self.tokenizer = read_tokenizer(str(checkpoint)) if checkpoint else load_tokenizer(*named)
         self.stream = PrefetchedStream(open_stream(profile.data, self.tokenizer), profile.runtime.prefetch_batches)
         self.held_out = held_out_windows(profile.data, self.tokenizer)
         start = checkpoint or init
@@ -104,7 +106,7 @@ class _Run:
             "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0, "clipped_since_row": 0,
         }  # fmt: skip
         self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
-        self.last_held_out = self.last_cross_entropy = float("nan")
+        self.losses = {"held_out_loss": float("nan"), "held_out_step": carried.step, "cross_entropy": float("nan")}
         self.conditions: dict = {"step": 0, "by_role": {}}
         self.stack = read_stack(paths.resolve(init)) if init and not checkpoint else {}
         state = checkpoints.load_state(checkpoint) if checkpoint else None
@@ -118,7 +120,8 @@ class _Run:
         self.saver = CheckpointSaver(
             run_dir, identity, self.model, self.tokenizer, profile.runtime, checkpoint, self._record_checkpoint
         )
-        self.log = MetricsLog(run_dir, state["metrics_position"] if state else 0) if self.world.is_first else None
+        position = state["metrics_position"] if state else 0
+        self.log = MetricsLog(run_dir, position, self.counters["step"]) if self.world.is_first else None
 
     def to_the_end(self) -> TrainResult:
         with StopRequest() as stop:
@@ -140,7 +143,11 @@ class _Run:
                     whole_step = not stopping and self._step(stop)
                 except SourceBroke as broken:
                     reason = f"the data of step {self.counters['step'] + 1} could not be read ({broken})"
-                    raise self._stopped(reason, before) from broken.__cause__
+                    if self._begins and self.counters["step"] == self.counters["first_step"]:
+                        stopped = TrainingStopped(f"Training has not begun: {reason}. Another source takes another run folder.")
+                    else:
+                        stopped = self._stopped(reason, before)
+                    raise stopped from broken.__cause__
                 if not whole_step:
                     self._save_and_wait(before)
                     raise interrupted(self.counters["step"])
@@ -162,7 +169,9 @@ class _Run:
             if self.log is not None:
                 self.log.close()
             self._tell({"kind": "end", "step": self.counters["step"], "max_steps": schedule.max_steps})
-        return TrainResult(self.run_dir, checkpoint, self.counters["step"], self.last_held_out, self.counters["seconds"])
+        return TrainResult(
+            self.run_dir, checkpoint, self.counters["step"], self.losses["held_out_loss"], self.counters["seconds"]
+        )
 
     def _parallel_model(self) -> distributed.ParallelModel:
         """The model, held as the profile says. FSDP2 shards it before it is moved, as it may be too large for one device."""
@@ -197,7 +206,7 @@ class _Run:
         if share is None:
             return False
         micro_batches, valid_tokens = share
-        factor = self._lr_factor(self.counters["step"])
+        factor = lr_factor(self.counters["step"], self.profile.schedule, self.counters["first_step"])
         for group in (*self.muon.param_groups, *self.aux.param_groups):
             group["lr"] = group["peak_lr"] * factor
         terms: dict[str, torch.Tensor] = {}
@@ -239,7 +248,7 @@ class _Run:
         if counters["step"] % self.profile.runtime.log_every == 0 or is_last or not clipped.finite:
             self._record(
                 {
-                    "kind": "train", **self._progress(), "valid_tokens": counters["valid_tokens"], **values,
+                    "kind": "train", **_progress(self.counters), "valid_tokens": counters["valid_tokens"], **values,
                     "lr_muon": self.profile.muon_lr * factor, "lr_aux": self.profile.optimizer.aux_lr * factor,
                     "grad_norm": clipped.norm, "clip_threshold": clipped.threshold, "clipped": counters["clipped_since_row"],
                     "skipped": int(not clipped.finite), "tokens_per_second": self.profile.tokens_per_step / seconds,
@@ -247,10 +256,11 @@ class _Run:
                 }
             )  # fmt: skip
             counters["clipped_since_row"] = 0
-        self.last_cross_entropy = values["cross_entropy"]
+        if clipped.finite:
+            self.losses["cross_entropy"] = values["cross_entropy"]
         if expert_counts.numel() and self._evaluates_after(counters["step"]):
             counts = torch.tensor(distributed.sum_over_ranks(expert_counts.flatten().tolist())).view_as(expert_counts)
-            self._record({"kind": "experts", **self._progress(), **experts.expert_columns(counts)})
+            self._record({"kind": "experts", **_progress(self.counters), **experts.expert_columns(counts)})
         return True
 
     def _stopped(self, reason: str, stream_state: dict | None = None) -> TrainingStopped:
@@ -288,12 +298,6 @@ class _Run:
             (total * self.world.size).backward()  # the mean over the ranks is then the sum of their parts
         return values
 
-    def _lr_factor(self, step: int) -> float:
-        """The schedule's factor, below a warmup of its own where a run with fresh optimizers begins far from step 0."""
-        schedule = self.profile.schedule
-        begun = step - self.counters["first_step"] + 1
-        return min(lr_factor(step, schedule), begun / max(1, schedule.warmup_steps))
-
     def _evaluates_after(self, step: int) -> bool:
         return step % self.profile.runtime.eval_every == 0 or step == self.profile.schedule.max_steps
 
@@ -317,17 +321,17 @@ class _Run:
             events = self.clamp.clamp()
         seconds = time.perf_counter() - began
         self.counters["seconds"] += seconds
-        row = {"kind": "clamp", **self._progress(), "clamp_seconds": seconds, **roles.clamp_columns(events, self.rules)}
+        row = {"kind": "clamp", **_progress(self.counters), "clamp_seconds": seconds, **roles.clamp_columns(events, self.rules)}
         self._record(row)
         self.conditions = {"step": self.counters["step"], "by_role": cards.conditions_by_group(row)}
 
     def _evaluate(self) -> None:
         precision = torch.bfloat16 if self.runtime.precision == "bfloat16" else None
         held_out = self.parallel.evaluate(evaluation.held_out_loss, self.model, self.held_out, 8, precision)
-        self.last_held_out = held_out.loss
+        self.losses |= {"held_out_loss": held_out.loss, "held_out_step": self.counters["step"]}
         self._record(
             {
-                "kind": "held_out", **self._progress(), "flops": self.counters["tokens"] * self.flops_per_token,
+                "kind": "held_out", **_progress(self.counters), "flops": self.counters["tokens"] * self.flops_per_token,
                 "held_out_loss": held_out.loss, "held_out_entropy_bits": held_out.entropy_bits,
             }
         )  # fmt: skip
@@ -341,8 +345,7 @@ class _Run:
         self._require_finite_weights()
         state = {
             "counters": dict(self.counters),
-            "last_held_out": self.last_held_out,
-            "last_cross_entropy": self.last_cross_entropy,
+            "losses": dict(self.losses),
             "conditions": self.conditions,
             "stack": self.stack,
             "muon": self.muon.state_dict(),
@@ -361,8 +364,7 @@ class _Run:
             counts=counts,
             init=run_folder.init_name(self.init),
             runtime=self._described(),
-            held_out_loss=self.last_held_out,
-            cross_entropy=self.last_cross_entropy,
+            **self.losses,
             conditions=self.conditions["by_role"],
             conditions_step=self.conditions["step"],
             stack=self.stack,
@@ -370,9 +372,8 @@ class _Run:
 
     def _load_state(self, state: dict) -> None:
         self.counters.update(state["counters"])
-        self.last_held_out = state["last_held_out"]
-        self.last_cross_entropy, self.conditions = state["last_cross_entropy"], state["conditions"]
-        self.stack = state["stack"]
+        self.losses |= state.get("losses", {})  # checkpoints of earlier versions have none
+        self.conditions, self.stack = state["conditions"], state["stack"]
         distributed.load_optimizer_state(self.muon, state["muon"])
         distributed.load_optimizer_state(self.aux, state["aux"])
         self.clip.load_state_dict(state["clip"])
@@ -380,11 +381,8 @@ class _Run:
         self.stream.load_state_dict(state["stream"])
         set_random_state(state["random"])
 
-    def _record_checkpoint(self, step: int, waited_seconds: float) -> None:
-        self._record({"kind": "checkpoint", **self._progress(), "step": step, "waited_seconds": waited_seconds})
-
-    def _progress(self) -> dict:
-        return {key: self.counters[key] for key in ("step", "tokens", "seconds")}
+    def _record_checkpoint(self, counters: dict, waited_seconds: float) -> None:
+        self._record({"kind": "checkpoint", **_progress(counters), "waited_seconds": waited_seconds})
 
     def _record(self, row: dict) -> None:
         if self.log is not None:
@@ -394,3 +392,7 @@ class _Run:
     def _tell(self, row: Mapping) -> None:
         if self.world.is_first:
             tell(self.callbacks, row)
+
+
+def _progress(counters: Mapping) -> dict:
+    return {key: counters[key] for key in ("step", "tokens", "seconds")}

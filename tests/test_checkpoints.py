@@ -64,6 +64,11 @@ def test_every_file_is_in_the_manifest_and_none_can_run_code(run_dir):
     torch.load(newest / "training_state" / "state.pt", weights_only=True)
 
 
+def test_who_may_read_a_checkpoint_may_read_its_weights(run_dir):
+    newest = checkpoints.latest_checkpoint(run_dir)
+    assert (newest / "model.safetensors").stat().st_mode == (newest / "README.md").stat().st_mode
+
+
 def test_the_state_is_plain_data(run_dir):
     state = checkpoints.load_state(checkpoints.latest_checkpoint(run_dir))
 

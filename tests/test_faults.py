@@ -20,8 +20,9 @@ import pytest
 import torch
 from conftest import at_step, files_up_to, small_profile
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
-from kl3m_nb import checkpoints, corpus, run_folder, training, training_loss
+from kl3m_nb import checkpoints, corpus, run_folder, stacking, tokenizer, training, training_loss
 from kl3m_nb.document_stream import DocumentStream
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.packing import PackedStream
@@ -429,3 +430,96 @@ def test_memory_files_and_threads_do_not_grow_with_checkpoints_clamps_and_resume
         time.sleep(0.01)  # threads that nobody waits for end by themselves
     assert counts()[0] <= seen[1][0] and counts()[1] <= seen[1][1]
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 3
+
+
+def _lose(run_dir: Path, how: str) -> None:
+    if how == "moved away":
+        (run_dir / "checkpoints").rename(run_dir.parent / "moved")
+    else:
+        (run_dir / "checkpoints").rename(run_dir.parent / "disk")
+        (run_dir / "checkpoints").symlink_to(run_dir.parent / "not mounted")
+
+
+@pytest.mark.parametrize("how", ["moved away", "behind a link to a disk that is not mounted"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_whose_checkpoints_are_out_of_sight_is_not_begun_anew(run_dir, tmp_path, how, resumed):
+    if resumed:  # from step 3, of which the log knew only behind the place it is cut back to
+        shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+        with pytest.raises(KeyboardInterrupt):
+            training.train(small_profile(), run_dir, callbacks=[at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+        shutil.rmtree(run_dir / "checkpoints" / "step-000004")
+    saved = 4 if resumed else 6
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    _lose(run_dir, how)
+    with pytest.raises(ValueError, match=f"has saved step {saved} and no checkpoint is there.*put its checkpoints back, or move"):
+        training.train(small_profile(), run_dir)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_lost_run_file_is_asked_for_and_each_checkpoint_has_a_copy(run_dir, trained_run):
+    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+    for lose in (lambda path: path.unlink(), lambda path: path.write_text("")):
+        lose(run_dir / run_folder.RUN_FILE)
+        copy = run_dir / "checkpoints" / "step-000003" / "training_state" / "run.json"
+        with pytest.raises(ValueError, match=rf"run\.json.*put back a copy of it, such as {copy}\.$"):
+            training.train(small_profile(base_lr=0.05), run_dir)
+        shutil.copy(copy, run_dir)
+    training.train(small_profile(), run_dir)
+    _assert_same_run(run_dir, trained_run[0])
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_comes_is_a_failed_checkpoint(tmp_path, trained_run, monkeypatch):
+    """The tokenizers library then raises an `Exception` without a class of its own."""
+    original, tries = type(tokenizer.read_tokenizer(str(trained_run[1].checkpoint))).save_pretrained, []
+
+    def full_at_first(self, folder, *arguments, **options):
+        tries.append(folder)
+        if len(tries) == 1:
+            raise Exception("No space left on device (os error 28)")
+        return original(self, folder, *arguments, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full_at_first)
+    with pytest.warns(UserWarning, match=r"step-000003 could not be written.*No space left on device.*next try is at step"):
+        training.train(small_profile(), tmp_path / "run")
+    _assert_same_run(tmp_path / "run", trained_run[0])
+
+
+def test_a_source_that_has_grown_does_not_change_the_tokenizer_of_a_run(tmp_path):
+    texts = [f"{document.text}\n" for document in corpus.iterate_documents("package:licensedcode-data", held_out=False)][:60]
+    source = tmp_path / "texts"
+    source.mkdir()
+    (source / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    profile = small_profile(source=f"files:{source}/*.jsonl", held_out_windows=2)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(profile, tmp_path / "run", callbacks=[at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    entries = tokenizer.read_tokenizer(str(checkpoints.latest_checkpoint(tmp_path / "run"))).get_vocab()
+    (source / "b.jsonl").write_text("".join(json.dumps({"text": text[::-1]}) + "\n" for text in texts))
+    assert tokenizer.load_tokenizer("corpus", profile.data.source, 512).get_vocab() != entries
+    result = training.train(profile, tmp_path / "run")
+    assert result.step == 6 and tokenizer.read_tokenizer(str(result.checkpoint)).get_vocab() == entries
+
+
+def test_data_that_are_not_there_at_the_first_step_leave_no_checkpoint(tmp_path, monkeypatch):
+    def broken(self, windows):
+        raise ValueError("no document is long enough")
+
+    monkeypatch.setattr(PackedStream, "take", broken)
+    with pytest.raises(training.TrainingStopped, match=r"has not begun: the data of step 1 .*long enough.*another run folder"):
+        training.train(small_profile(), tmp_path / "run")
+    assert not checkpoints.has_checkpoints(tmp_path / "run")
+    monkeypatch.undo()
+    assert training.train(small_profile(), tmp_path / "run").step == 6
+
+
+def test_a_stack_that_was_made_anew_is_not_taken_for_the_one_a_run_began_with(trained_run, tmp_path):
+    stack, profile = tmp_path / "stack", small_profile(layers=4, growth_factor=2)
+    stacking.stack_checkpoint(trained_run[1].checkpoint, stack, 2)
+    training.train(profile, tmp_path / "run", init=stack)
+    shutil.rmtree(stack)
+    assert training.train(profile, tmp_path / "run", init=stack).step == 6  # what a run began with may be gone
+    stacking.stack_checkpoint(trained_run[1].checkpoint, stack, 2, order="interpolated")
+    with pytest.raises(ValueError, match=r"another stack than .* its order was 'cyclic' and is 'interpolated'; use another run"):
+        training.train(profile, tmp_path / "run", init=stack)
+    shutil.rmtree(stack)
+    stacking.stack_checkpoint(trained_run[1].checkpoint, stack, 2)
+    assert training.train(profile, tmp_path / "run", init=stack).step == 6

@@ -33,6 +33,23 @@ def test_reopening_at_a_position_forgets_what_came_later(tmp_path):
     assert list(read_metrics(tmp_path, "train").step) == [1, 20]
 
 
+def test_that_a_checkpoint_was_written_is_kept_with_it(tmp_path):
+    """It is logged behind the position that the checkpoint holds, and behind steps that a resume drops."""
+    log = MetricsLog(tmp_path)
+    log.append({"kind": "train", "step": 3})
+    position = log.position
+    log.append({"kind": "train", "step": 4})
+    log.append({"kind": "checkpoint", "step": 3, "waited_seconds": 0.5})
+    log.append({"kind": "checkpoint", "step": 4, "waited_seconds": 0.5})
+    log.close()
+    for _ in range(2):
+        again = MetricsLog(tmp_path, position, step=3)
+        again.append({"kind": "train", "step": 4})
+        again.close()
+        assert list(read_metrics(tmp_path, "checkpoint").step) == [3] and list(read_metrics(tmp_path, "train").step) == [3, 4]
+        assert again.position == (tmp_path / "metrics.jsonl").stat().st_size
+
+
 def test_a_clamp_event_becomes_a_row_per_matrix(tmp_path):
     log = MetricsLog(tmp_path)
     log.append({"kind": "clamp", "step": 5, "name": ["a", "b"], "sigma_max": [1.0, 2.0], "raised": [0, 3]})
@@ -61,7 +78,7 @@ def test_a_line_cut_before_the_position_is_dropped_with_a_warning(tmp_path):
     log.close()
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.warns(UserWarning, match=f"lost its end, {position - 10} bytes are left of {position}"):
+    with pytest.warns(UserWarning, match=f"lost its end, {position - 10} of {position} bytes are left"):
         again = MetricsLog(tmp_path, position)
     again.append({"kind": "train", "step": 4})
     again.close()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 
 import pytest
+from conftest import at_step
 
-from kl3m_nb import checkpoints, run_folder, runs, stacking
+from kl3m_nb import checkpoints, run_folder, runs, stacking, training
+from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import get_profile
 
 
@@ -84,6 +88,22 @@ def test_a_checkpoint_is_known_by_the_run_it_lies_in(trained_run, tmp_path):
     (lost / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"metrics\.jsonl has no evaluation that tells at which step the run began"):
         runs.trained_on(lost / "checkpoints" / result.checkpoint.name)
+
+
+def test_the_table_tells_of_the_newest_checkpoint_and_of_nothing_later(trained_run, tmp_path):
+    run_dir = shutil.copytree(trained_run[0], tmp_path / "runs" / "run")
+    profile = run_folder.read_run_profile(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+    with pytest.raises(KeyboardInterrupt):
+        training.train(profile, run_dir, callbacks=[at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+    row = runs.load_runs(run_dir.parent).iloc[0]
+    held_out = read_metrics(run_dir, "held_out").set_index("step")
+    assert (row.step, row.tokens, row.held_out_loss) == (4, 4 * profile.tokens_per_step, held_out.held_out_loss[3])
+    saved = read_metrics(run_dir, "checkpoint")
+    assert row.seconds == saved.seconds.iloc[-1] >= read_metrics(run_dir, "train").seconds.iloc[-1]
+    assert list(saved.step * profile.tokens_per_step) == list(saved.tokens) and list(saved.step) == [3, 4]
+    card = (checkpoints.latest_checkpoint(run_dir) / "README.md").read_text()
+    assert f"**Held-out loss**: {row.held_out_loss:.4f} nats per token at step 3" in card
 
 
 def test_the_table_of_runs_has_the_columns_that_are_named(trained_run):

@@ -61,6 +61,13 @@ def test_negative_step_is_refused():
         lr_factor(-1, CARD)
 
 
+def test_fresh_optimizers_warm_up_wherever_a_run_begins():
+    begun = [lr_factor(step, CARD, first_step=37_000) for step in range(37_000, 37_200)]
+    assert begun[:3] == pytest.approx([0.01, 0.02, 0.03])
+    assert begun[100:] == [lr_factor(step, CARD) for step in range(37_100, 37_200)]
+    assert [lr_factor(step, CARD, first_step=0) for step in range(300)] == [lr_factor(step, CARD) for step in range(300)]
+
+
 def test_a_torch_scheduler_can_use_it():
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": 2.0}])
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, CARD))
