@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from kl3m_nb import paths
 from kl3m_nb.memory import count_parameters
-from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, Profile
+from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, PROFILES, Profile
 
 CARD_FILE = "README.md"
 _STEP_IN_NAME = re.compile(r"-(?:step|checkpoint-)(\d+)$")
@@ -62,8 +62,16 @@ class CardFacts:
 
 
 def published_name(profile: Profile, step: int) -> str:
-    """The family's way of naming a checkpoint: kl3m-007-500m-step37000."""
-    return f"{profile.name}-step{step}"
+    """The family's way of naming a checkpoint: kl3m-007-500m-step37000.
+
+    A model that is not as deep as the profile's name says, such as the source it is grown from, is named after the profile of its
+    own shape, kl3m-006-170m-step63000; where there is none its depth stands in the name, tiny-3-layers-step240.
+    """
+    name, named = profile.name, PROFILES.get(profile.name)
+    if named and named.model.layers != profile.model.layers:
+        alike = (other.name for other in PROFILES.values() if other.model == profile.model)
+        name = next(alike, f"{name}-{profile.model.layers}-layers")
+    return f"{name}-step{step}"
 
 
 def conditions_by_group(clamped: Mapping) -> dict[str, tuple[float, float]]:
