@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from kl3m_nb import paths
 from kl3m_nb.memory import count_parameters
-from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, Profile
+from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, PROFILES, Profile
 
 CARD_FILE = "README.md"
 _STEP_IN_NAME = re.compile(r"-(?:step|checkpoint-)(\d+)$")
@@ -48,9 +48,7 @@ class CardFacts:
     """What a card says of a run beyond its profile. Losses are in nats per token; NaN stands for one that was not measured.
 
     `conditions` is {role group: (median, maximum)} of σ₁/σ_min over the matrices of attention, MLP and head at the clamp of
-    `conditions_step`, empty before the first clamp. `stack` is the `stack.json` of the checkpoint the run started from, or {}.
-
-    How a model was grown is told by its `stack`. Of a model of the family, which comes without one, the profile says it.
+    `conditions_step`, empty before the first clamp. `stack` says how the model was grown, as `stack_facts` gives it.
     """
 
     counts: Counts
@@ -65,8 +63,16 @@ class CardFacts:
 
 
 def published_name(profile: Profile, step: int) -> str:
-    """The family's way of naming a checkpoint: kl3m-007-500m-step37000."""
-    return f"{profile.name}-step{step}"
+    """The family's way of naming a checkpoint: kl3m-007-500m-step37000.
+
+    A model that is not as deep as the profile's name says, such as the source it is grown from, is named after the profile of its
+    own shape, kl3m-006-170m-step63000; where there is none its depth stands in the name, tiny-3-layers-step240.
+    """
+    name, named = profile.name, PROFILES.get(profile.name)
+    if named and named.model.layers != profile.model.layers:
+        alike = (other.name for other in PROFILES.values() if other.model == profile.model)
+        name = next(alike, f"{name}-{profile.model.layers}-layers")
+    return f"{name}-step{step}"
 
 
 def conditions_by_group(clamped: Mapping) -> dict[str, tuple[float, float]]:
@@ -126,7 +132,7 @@ def _fetch_card(hub_id: str) -> str:
 
 def model_card(profile: Profile, facts: CardFacts) -> str:
     """The Markdown of a checkpoint's README.md, with the metadata block that the hub reads."""
-    name, grown = published_name(profile, facts.counts.step), _source_layers(profile, facts) > 0
+    name, grown = published_name(profile, facts.counts.step), _source_layers(facts) > 0
     metadata = {
         "model_name": name,
         "language": "en",
@@ -159,7 +165,7 @@ def model_card(profile: Profile, facts: CardFacts) -> str:
 def _summary(profile: Profile, facts: CardFacts) -> str:
     total = count_parameters(profile.model).total
     kind = "mixture-of-experts" if profile.model.experts else "dense"
-    layers = _source_layers(profile, facts)
+    layers = _source_layers(facts)
     grown = f", grown from {layers} layers by {_manner(facts.stack)}" if layers else ""
     return (
         f"A {kind} language model of {_millions(total)} parameters and {profile.model.layers} layers{grown}, after "
@@ -177,7 +183,7 @@ def _details(profile: Profile, facts: CardFacts) -> str:
             "Architecture": "Mixtral" if spec.experts else "Llama with grouped-query attention",
             "Parameters": f"{count.total:,}{active}; {count.total - vocabulary:,} without embedding and LM head ({tied})",
             "Layers": str(spec.layers),
-            "Started from": _public(facts.init),
+            "Started from": public_name(facts.init),
             "Training status": f"{facts.counts.step:,} of {profile.schedule.max_steps:,} steps",
             "Precision": f"float32 weights, trained on {facts.runtime}",
         }
@@ -213,33 +219,30 @@ def _architecture(profile: Profile) -> str:
     return _items(rows)
 
 
-def _source_layers(profile: Profile, facts: CardFacts) -> int:
-    """Depth of the model that this one was grown from, by what it started from; 0 when that was not grown."""
-    if facts.stack:
-        return facts.stack["source_layers"] if facts.stack["factor"] > 1 else 0
-    continues_the_family = profile.growth_factor > 1 and _steps_by_name(facts.init) > 0
-    return profile.model.layers // profile.growth_factor if continues_the_family else 0
+def _source_layers(facts: CardFacts) -> int:
+    """Depth of the model that this one was grown from; 0 when it was not grown."""
+    return facts.stack["source_layers"] if facts.stack and facts.stack["factor"] > 1 else 0
 
 
 def _manner(stack: dict) -> str:
-    return "random blocks" if stack and stack["order"] == "random" else "stacking"
+    return "random blocks" if stack.get("order") == "random" else "stacking"
 
 
 def _stacking(profile: Profile, facts: CardFacts) -> str:
-    stack, layers = facts.stack, _source_layers(profile, facts)
+    stack, layers = facts.stack, _source_layers(facts)
     times = profile.model.layers // layers
     blocks = f"The model has {times} times the {layers} blocks of its source (G_stack, arXiv:2405.15319)."
-    if not stack:
+    if stack.get("order") == "random":
+        blocks = f"The first {layers} of its {profile.model.layers} blocks are its source's, the others were drawn at random."
+    if "source" not in stack:  # a card has told of it
         return f"{blocks} This run continues the grown model with a fresh optimizer."
     order, noise = stack["order"], stack["noise"]
-    if order == "random":
-        blocks = f"The first {layers} of its {profile.model.layers} blocks are its source's, the others were drawn at random."
     changed = "nothing was rescaled"
     if order == "zero_initialised":
         changed = f"o_proj and down_proj of all blocks after the first {layers} were set to zero"
     if noise:
         changed = f"every matrix of the copied blocks was mixed with {noise:.0%} of noise"
-    rows = {"Source": _public(stack["source"]), "Order": order, "Noise": f"{noise:.0%}"}
+    rows = {"Source": public_name(stack["source"]), "Order": order, "Noise": f"{noise:.0%}"}
     rows |= {f"SHA-256 of {name}": digest for name, digest in stack["source_sha256"].items()}
     text = f"{blocks} Embedding, final norm and LM head were copied once, {changed}, and the optimizer started fresh."
     return f"{text}\n\n{_items(rows)}"
@@ -289,7 +292,7 @@ def _training_details(profile: Profile, facts: CardFacts) -> str:
         marks = "padded segments, `<|start|>` and `<|end|>` at a document's own borders"
     return _items(
         {
-            "Data": f"{data.source}, tokenizer {_public(data.tokenizer)}, shuffle buffer {data.shuffle_buffer}, {marks}",
+            "Data": f"{data.source}, tokenizer {public_name(data.tokenizer)}, shuffle buffer {data.shuffle_buffer}, {marks}",
             "Schedule": f"linear warmup over {schedule.warmup_steps} steps, cosine to {schedule.min_lr_ratio:g} of the peak at "
             f"step {schedule.max_steps:,}",
             "Gradient clipping": f"{schedule.clip_mode}, maximum {schedule.clip_max_norm:g}, coefficient "
@@ -337,7 +340,7 @@ def _temperature(profile: Profile) -> float:
     return 0.5 if profile.model.experts else 0.8
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """A hub id or a path in the project as it is; of any other path the last part, since a card is read elsewhere."""
     return Path(name).name if Path(name).is_absolute() else name
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb import distributed
 from kl3m_nb.metrics import FILE_NAME
-from kl3m_nb.model_folder import STATE_FOLDER, sha256
+from kl3m_nb.model_folder import STATE_FOLDER, TRAINED_STEPS, read_stack, sha256
 from kl3m_nb.run_folder import RUN_FILE
 from kl3m_nb.tokenizer import save_tokenizer
 
@@ -226,6 +226,17 @@ def checkpoint_step(checkpoint: Path) -> int:
 def load_state(checkpoint: Path) -> dict:
     """The training state saved with `checkpoint`, which `newest_sound_checkpoint` has looked through."""
     return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
+
+
+def stack_record(folder: Path) -> dict:
+    """The `stack.json` of a model, for a run's checkpoint from its training state; empty where there is none.
+
+    Raises ValueError for a file that is broken.
+    """
+    if not (folder / _STATE).is_file():
+        return read_stack(folder)
+    state = torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)  # leaves gigabytes of optimizer unread
+    return state["stack"] | {TRAINED_STEPS: state["counters"]["step"]} if state["stack"] else {}
 
 
 def _candidates(run_dir: Path) -> list[Path]:

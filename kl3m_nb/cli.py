@@ -141,10 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", help="a run folder, or its name below runs/; it may still be training")
     command.set_defaults(command=_report)
 
-    command = commands.add_parser("export", help="copy a checkpoint as a model under the family's name, without training state")
+    command = commands.add_parser("export", help="copy a checkpoint as a model under a name of its own, without training state")
     command.add_argument("checkpoint")
     command.add_argument("folder", help="where the model's folder is made")
-    command.add_argument("--push-to-hub", metavar="OWNER", help="also upload it, as a private repository of OWNER")
+    command.add_argument("--name", help="what folder, card and repository call the model, with the -stepN that it has (default: "
+                         "the family's name, as in the checkpoint's card)")  # fmt: skip
+    command.add_argument("--push-to-hub", metavar="OWNER", help="also upload it, as a private repository of OWNER that holds no "
+                         "model yet")  # fmt: skip
     command.set_defaults(command=_export)
 
     command = commands.add_parser("runs", help="a table of all runs")
@@ -342,9 +345,12 @@ def _estimate(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     checkpoint = Path.cwd() / options.checkpoint
-    print(f"the model is in {publishing.export_model(checkpoint, Path.cwd() / options.folder)}")
+    if options.push_to_hub:  # asked before gigabytes are copied
+        publishing.free_repository(checkpoint, options.push_to_hub, options.name)
+    model = publishing.export_model(checkpoint, Path.cwd() / options.folder, options.name)
+    print(f"the model is in {model}")
     if options.push_to_hub:
-        print(f"uploaded to {publishing.push_to_hub(checkpoint, options.push_to_hub)}")
+        print(f"uploaded to {publishing.push_to_hub(model, options.push_to_hub)}")
     return 0
 
 

@@ -19,7 +19,7 @@ import xxhash
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from kl3m_nb.model_folder import STACK_RECORD, read_json, weight_files
+from kl3m_nb.model_folder import STACK_RECORD, TRAINED_STEPS, read_json, read_stack, weight_files
 from kl3m_nb.profiles import ATTENTION_ROLES
 
 BLOCK_ROLES = (*ATTENTION_ROLES, "gate_proj", "up_proj", "down_proj")
@@ -226,11 +226,15 @@ def model_name(model_or_checkpoint: Checkpoint) -> str:
 
 
 def model_step(model_or_checkpoint: Checkpoint) -> int:
-    """Optimizer steps behind a checkpoint: the number in `step-000200`, 0 for a fresh stack, -1 where nothing says."""
+    """Optimizer steps behind a checkpoint, -1 where nothing says.
+
+    It is the number in `step-000200`, 0 for a fresh stack, and what `stack.json` says of a model that was trained from one.
+    Raises ValueError for a `stack.json` that is broken.
+    """
     if isinstance(model_or_checkpoint, torch.nn.Module):
         return UNKNOWN_STEP
     path = Path(model_or_checkpoint)
     folder = path.parent if path.is_file() else path
     if match := _STEP_NAME.fullmatch(folder.resolve().name):
         return int(match[1])
-    return 0 if (folder / STACK_RECORD).is_file() else UNKNOWN_STEP
+    return read_stack(folder).get(TRAINED_STEPS, 0) if (folder / STACK_RECORD).is_file() else UNKNOWN_STEP

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from kl3m_nb import paths
 
-STACK_RECORD = "stack.json"  # what a fresh stack was made of
+STACK_RECORD = "stack.json"  # what a stack was made of, beside it or beside a model that was trained from it
+TRAINED_STEPS = "trained_steps"  # the entry of a stack.json that tells such a model from a fresh stack
+WEIGHT_ENDINGS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")  # of any format
 STATE_FOLDER = "training_state"  # optimizer states, for resuming on this machine
 SPECTRA_FOLDER = ".spectra"  # kept singular values
 
@@ -58,7 +60,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_stack(folder: Path) -> dict:
-    """The `stack.json` of a fresh stack's folder; empty when there is none. Raises ValueError for one that is broken."""
+    """The `stack.json` of a folder; empty when there is none. Raises ValueError for one that is broken.
+
+    With `trained_steps` in it the folder holds a model that was trained from the stack, and not the stack itself.
+    """
     path = folder / STACK_RECORD
     return read_json(path) if path.is_file() else {}
 

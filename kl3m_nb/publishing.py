@@ -1,54 +1,77 @@
-"""A checkpoint as a model for others: copied under the name that the family gives it, or uploaded to the hub.
+"""A checkpoint as a model for others: copied under the name that the family gives it or another, or uploaded to the hub.
 
-Training state and kept spectra stay here. A checkpoint that is not as it was written is refused.
+Training state and kept spectra stay here; what the state tells of the stack that the model was trained from goes along, as
+stack.json. A checkpoint that is not as it was written is refused, and no model is written over.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 
 from kl3m_nb import checkpoints, model_folder, paths
-from kl3m_nb.cards import CARD_FILE, read_card
+from kl3m_nb.cards import CARD_FILE, public_name, read_card
 
-_NOT_PUBLISHED = (model_folder.STATE_FOLDER, model_folder.SPECTRA_FOLDER)
+_NOT_PUBLISHED = {model_folder.STATE_FOLDER, model_folder.SPECTRA_FOLDER}
+_NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")  # what both a folder and the hub take
+_STEP_ENDING = re.compile(r"-step\d+$")
 
 
-def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
-    """Copies `checkpoint` to `folder`/NAME, NAME as the family names it, and returns that folder.
+def export_model(checkpoint: str | Path, folder: str | Path, name: str | None = None) -> Path:
+    """Copies `checkpoint` to `folder`/NAME and returns that folder. NAME is `name`, else the one that its card has.
 
-    Training state and kept spectra stay here. What is copied has the layout of a published model: it loads with transformers
-    alone, and `init` continues from it. Raises ValueError when the checkpoint is damaged or has no card, or the target exists,
+    What is copied has the layout of a published model, with NAME in its card: it loads with transformers alone, and `init`
+    continues from it. Raises ValueError when the checkpoint is damaged or has no card, the name is none or the target exists,
     OSError when there is no room; nothing half copied stays then.
     """
     checkpoint = paths.resolve(checkpoint)
     checkpoints.check_sound(checkpoint)
-    target = paths.resolve(folder) / card_name(checkpoint)
+    name = _checked_name(checkpoint, name)
+    target = paths.resolve(folder) / name
     if target.exists():
-        raise ValueError(f"{target} exists; remove it or choose another folder.")
+        raise ValueError(f"{target} exists; remove it, choose another folder, or give the model another name (--name).")
     try:
         with model_folder.written_whole(target) as folder:
-            shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*_NOT_PUBLISHED), dirs_exist_ok=True)
-    except shutil.Error as error:  # a list of (from, to, reason)
-        raise OSError(f"{checkpoint} could not be copied to {target}: {error.args[0][0][2]}.") from error
+            for file, content in _published(checkpoint, name).items():
+                _write(folder / file, content)
+    except OSError as error:
+        raise OSError(f"{checkpoint} could not be copied to {target}: {error.strerror or error}.") from error
     return target
 
 
-def push_to_hub(checkpoint: str | Path, owner: str, private: bool = True) -> str:
-    """Uploads `checkpoint`, without training state and kept spectra, to OWNER/NAME on the hub and returns that id.
+def push_to_hub(checkpoint: str | Path, owner: str, private: bool = True, name: str | None = None) -> str:
+    """Uploads to OWNER/NAME on the hub what `export_model` would copy, in one commit, and returns that id.
 
-    Nothing else in the project uploads anything. The login is huggingface_hub's own. Raises ValueError when the checkpoint is
-    damaged or has no card.
+    Nothing else in the project uploads anything. The login is huggingface_hub's own. Raises ValueError as `free_repository`.
+    """
+    repository = free_repository(checkpoint, owner, name)
+    files = _published(paths.resolve(checkpoint), repository.rpartition("/")[2])
+    api = HfApi()
+    api.create_repo(repository, private=private, exist_ok=True)
+    additions = [CommitOperationAdd(file, content) for file, content in files.items()]
+    api.create_commit(repository, additions, commit_message="Add the model")
+    return repository
+
+
+def free_repository(checkpoint: str | Path, owner: str, name: str | None = None) -> str:
+    """The id OWNER/NAME that `push_to_hub` uploads `checkpoint` to.
+
+    Raises ValueError when the checkpoint is damaged or has no card, the name is none, or the repository holds a model already,
+    this one or another; one without weights may be there.
     """
     checkpoint = paths.resolve(checkpoint)
     checkpoints.check_sound(checkpoint)
-    repository = f"{owner}/{card_name(checkpoint)}"
-    api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=checkpoint, ignore_patterns=[f"{name}/*" for name in _NOT_PUBLISHED])
+    repository, api = f"{owner}/{_checked_name(checkpoint, name)}", HfApi()
+    held = api.list_repo_files(repository) if api.repo_exists(repository) else []
+    if weights := [file for file in held if file.endswith(model_folder.WEIGHT_ENDINGS)]:
+        raise ValueError(
+            f"The repository {repository} on the hub holds a model already ({weights[0]}), which is not written over; give this "
+            "one another name (--name), or delete the repository first."
+        )
     return repository
 
 
@@ -58,3 +81,49 @@ def card_name(checkpoint: Path) -> str:
     if match is None:
         raise ValueError(f"{checkpoint} holds no {CARD_FILE} with a model_name; name a checkpoint folder of a run.")
     return match[1]
+
+
+def _checked_name(checkpoint: Path, name: str | None) -> str:
+    """`name`, or that of the card. ValueError when it is no name, or says other steps than the card's."""
+    own = card_name(checkpoint)
+    if name is None:
+        return own
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"The model cannot be named {name!r}; a name of a folder and repository is made of letters and digits, with single "
+            ". _ or - between them."
+        )
+    ending = _STEP_ENDING.search(own)
+    if ending and not name.endswith(ending[0]):
+        raise ValueError(
+            f"The model cannot be named {name!r}; give a name that ends in {ending[0]}, because training that continues from it "
+            "counts on from there."
+        )
+    return name
+
+
+def _published(checkpoint: Path, name: str) -> dict[str, Path | bytes]:
+    """What others get of a checkpoint: by its path in the model's folder, the file to copy or the content."""
+    paths_within = (path.relative_to(checkpoint) for path in sorted(checkpoint.rglob("*")) if path.is_file())
+    files: dict[str, Path | bytes] = {
+        path.as_posix(): checkpoint / path for path in paths_within if path.parts[0] not in _NOT_PUBLISHED
+    }
+    files[CARD_FILE] = _named_card(read_card(checkpoint), card_name(checkpoint), name).encode()
+    record = checkpoints.stack_record(checkpoint)
+    if "source" in record:  # what only a card told stands in the card
+        shown = {key: public_name(record[key]) for key in ("source", "target") if key in record}
+        files[model_folder.STACK_RECORD] = (json.dumps(record | shown, indent=2) + "\n").encode()
+    return files
+
+
+def _named_card(card: str, own: str, name: str) -> str:
+    """The card with `name` where it names its model; a start of the same name stays."""
+    return re.sub(rf'(^model_name: |^# |["`]){re.escape(own)}(?=$|["`])', rf"\g<1>{name}", card, flags=re.MULTILINE)
+
+
+def _write(path: Path, content: Path | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        shutil.copy(content, path)

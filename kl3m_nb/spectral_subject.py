@@ -1,7 +1,8 @@
 """What a report on a checkpoint can compare it with: its run, the stack it was begun from, the source of the stack.
 
-The run folder is the truth: run.json names what a run was begun from, stack.json what a stack was made of. Where neither stands
-beside a checkpoint, the model that is given for comparison decides by its depth.
+The run folder is the truth: run.json names what a run was begun from, stack.json what a stack was made of; an exported model has
+that of the stack it was trained from. Where neither stands beside a checkpoint, the model that is given for comparison decides by
+its depth.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kl3m_nb.matrices import (
     model_name,
     model_step,
 )
-from kl3m_nb.model_folder import read_stack, stack_source
+from kl3m_nb.model_folder import TRAINED_STEPS, read_stack, stack_source
 from kl3m_nb.profiles import ClampSpec, Profile
 from kl3m_nb.run_folder import RUN_FILE, read_run_init, read_run_profile
 
@@ -91,7 +92,8 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     layers = layer_count(find_matrices(place))
     profile = read_run_profile(run_dir) if run_dir else None
     start = _begun_from(run_dir) if run_dir else ""
-    if _record(place):
+    own = _record(place)
+    if own and not own.get(TRAINED_STEPS):  # a fresh stack
         start = str(place)
     begun, source = start, ""
     if against:
@@ -107,7 +109,7 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
             )
         else:
             source, source_layers = other, source_layers or depth
-    record = next((record for path in (start, begun) if path and (record := _record(Path(path)))), {})
+    record = next((record for path in (start, begun) if path and (record := _record(Path(path)))), own)
     if (order := record.get("order", "cyclic")) != "cyclic":
         if source_layers:
             raise ValueError(

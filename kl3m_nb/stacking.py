@@ -22,7 +22,7 @@ import torch
 
 from kl3m_nb import model_folder, paths
 from kl3m_nb.display import table_html
-from kl3m_nb.model_folder import STACK_RECORD, weight_files
+from kl3m_nb.model_folder import STACK_RECORD, TRAINED_STEPS, WEIGHT_ENDINGS, weight_files
 from kl3m_nb.models import check_checkpoint
 
 ORDERS = ("cyclic", "interpolated", "zero_initialised", "random")
@@ -30,19 +30,7 @@ NEW_BLOCK = -1  # the "source" of a block that is drawn at random
 
 _BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
 _COPY_CHUNK = 16 * 2**20
-_NOT_COPIED = (
-    ".safetensors",
-    ".index.json",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    STACK_RECORD,
-    "README.md",
-)
+_NOT_COPIED = (*WEIGHT_ENDINGS, STACK_RECORD, "README.md")
 # What writes into the residual stream; with these at zero a block passes its input on unchanged. w2 is Mixtral's down_proj.
 _WRITES_RESIDUAL = re.compile(r"\.(o_proj|down_proj|w2)(\.(weight|bias))?$")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -158,12 +146,14 @@ def stack_checkpoint(
 def verify_stack(source: str | Path, target: str | Path) -> int:
     """Compares every tensor of a stack, byte by byte, with what its `stack.json` says it is, and returns how many.
 
-    Raises ValueError naming the first tensor that differs, or for a target that is no stack.
+    Raises ValueError naming the first tensor that differs, or for a target that is no stack or was trained since.
     """
     source, target = paths.resolve(source), paths.resolve(target)
     made = model_folder.read_stack(target)
     if not made:
         raise ValueError(f"{target} holds no {STACK_RECORD}, so it is no stack; name the folder that stacking wrote.")
+    if steps := made.get(TRAINED_STEPS):
+        raise ValueError(f"{target} was trained for {steps:,} steps since it was stacked; name the folder that stacking wrote.")
     tensors, found = _read_headers(weight_files(source)), _read_headers(weight_files(target))
     scale = json.loads((source / "config.json").read_text()).get("initializer_range", 0.02)
     plan = _plan(tensors, tuple(made["block_sources"]), made["order"], made["noise"], made["seed"], scale)
@@ -331,9 +321,9 @@ def _target_config(config: dict, blocks: tuple[int, ...]) -> dict:
 
 def _require_same_stack(target: Path, summary: StackSummary) -> None:
     made = model_folder.read_stack(target)
-    for key in ("source_sha256", "factor", "order", "noise", "seed"):
-        if made.get(key) != getattr(summary, key):
-            raise ValueError(f"{target} already holds something else than this stack; remove it or choose another target.")
+    same = all(made.get(key) == getattr(summary, key) for key in ("source_sha256", "factor", "order", "noise", "seed"))
+    if not same or made.get(TRAINED_STEPS):
+        raise ValueError(f"{target} already holds something else than this stack; remove it or choose another target.")
 
 
 def _shown(path: Path) -> str:

@@ -19,7 +19,6 @@ from kl3m_nb import cards, checkpoints, distributed, evaluation, experts, finite
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import Callback, MetricsLog, tell
 from kl3m_nb.model_clamp import SpectralClamp
-from kl3m_nb.model_folder import read_stack
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
 from kl3m_nb.random_state import random_state, set_random_state
@@ -28,6 +27,7 @@ from kl3m_nb.run_folder import RunLock
 from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.saving import CheckpointSaver
 from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
+from kl3m_nb.stack_facts import carried_stack
 from kl3m_nb.stopping import StopRequest, interrupted
 from kl3m_nb.streams import PrefetchedStream, SourceBroke, open_stream, take_share
 from kl3m_nb.tokenizer import load_tokenizer, read_tokenizer
@@ -108,7 +108,7 @@ class _Run:
         self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
         self.losses = {"held_out_loss": float("nan"), "held_out_step": carried.step, "cross_entropy": float("nan")}
         self.conditions: dict = {"step": 0, "by_role": {}}
-        self.stack = read_stack(paths.resolve(init)) if init and not checkpoint else {}
+        self.stack = {} if checkpoint else carried_stack(init, profile)
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
             self._load_state(state)

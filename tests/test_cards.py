@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from kl3m_nb import cards
-from kl3m_nb.profiles import PROFILES, get_profile
+from kl3m_nb.profiles import PROFILES, get_profile, source_profile
 
 SECTIONS = [
     "Model Details", "Training Progress", "Model Architecture", "G_stack", "Training Configuration", "Training Details",
@@ -80,10 +80,40 @@ def test_the_card_tells_how_the_stack_was_made(stack, said, not_said):
 
 
 def test_a_continued_model_of_the_family_is_a_grown_one_of_which_no_more_is_known():
-    continued = dataclasses.replace(FACTS, init="alea-institute/kl3m-007-500m-step37000", stack={})
+    start = "alea-institute/kl3m-007-500m-step37000"
+    continued = dataclasses.replace(FACTS, init=start, stack={"source_layers": 30, "factor": 4})
     text = cards.model_card(get_profile("kl3m-007-500m"), continued)
     assert "grown from 30 layers by stacking" in text and "4 times the 30 blocks" in text and "g_stack" in text
     assert "rescaled" not in text and "copied once" not in text
+    random = dataclasses.replace(continued, stack={**continued.stack, "order": "random"})
+    text = cards.model_card(get_profile("kl3m-007-500m"), random)
+    assert "grown from 30 layers by random blocks" in text and "The first 30 of its 120 blocks are its source's" in text
+
+
+def test_a_start_is_not_called_grown_for_its_name():
+    """Every model that the project exports is named like the family's, those from random weights too."""
+    continued = dataclasses.replace(SCRATCH, init="models/tiny-step4")
+    text = cards.model_card(get_profile("tiny"), continued)
+    assert "models/tiny-step4" in text
+    for word in ("grown", "stack", "2405.15319"):
+        assert word not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("profile", "name"),
+    [
+        (get_profile("kl3m-007-500m"), "kl3m-007-500m-step5"),
+        (source_profile(get_profile("kl3m-007-500m")), "kl3m-006-170m-step5"),  # as the family calls it
+        (source_profile(get_profile("kl3m-007-500m", growth_factor=2)), "kl3m-007-500m-60-layers-step5"),
+        (get_profile("tiny", max_steps=9, seed=3), "tiny-step5"),
+        (source_profile(get_profile("tiny")), "tiny-3-layers-step5"),
+        (source_profile(get_profile("tiny-moe")), "tiny-moe-2-layers-step5"),
+    ],
+)
+def test_a_model_and_the_source_it_is_grown_from_have_names_of_their_own(profile, name):
+    assert cards.published_name(profile, 5) == name
+    facts = dataclasses.replace(SCRATCH, counts=cards.Counts(5, 10, 10))
+    assert f"\n# {name}\n" in cards.model_card(profile, facts)
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -170,8 +170,8 @@ def test_train_stack_and_runs_work_from_the_shell(tmp_path):
     assert "Finished at step 2" in call("train", "runs/a", "--set", "keep_checkpoints", "1")
     assert "verified" in call("stack", "runs/a/checkpoints/step-000002", "grown", "--factor", "2", "--noise", "0.1")
     assert '"noise": 0.1' in (tmp_path / "grown" / "stack.json").read_text()
-    assert "tiny-step2" in call("export", "runs/a/checkpoints/step-000002", "models")
-    assert (tmp_path / "models" / "tiny-step2" / "model.safetensors").is_file()
+    assert "tiny-2-layers-step2" in call("export", "runs/a/checkpoints/step-000002", "models")
+    assert (tmp_path / "models" / "tiny-2-layers-step2" / "model.safetensors").is_file()
     assert "tiny" in call("runs")
     table = runs.load_runs(tmp_path / "runs")
     assert table.loc[0, ["run", "layers", "step", "max_steps", "tokens"]].tolist() == ["a", 2, 2, 2, 512]

@@ -185,6 +185,8 @@ def test_a_step_is_read_from_the_name_or_the_stack_record(tmp_path):
             (tmp_path / name / "stack.json").write_text("{}")
         assert matrices.model_step(tmp_path / name) == step
     assert matrices.model_step(torch.nn.Linear(2, 2)) == -1
+    (tmp_path / "fresh" / "stack.json").write_text('{"trained_steps": 240}')  # as an exported model has it
+    assert matrices.model_step(tmp_path / "fresh") == matrices.model_step(tmp_path / "fresh" / "stack.json") == 240
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):

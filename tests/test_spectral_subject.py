@@ -98,6 +98,17 @@ def test_what_a_run_was_stacked_from_is_known_whatever_it_is_compared_with(train
     assert subject.source_layers == 1 and subject.source == str(source) and list(subject.steps) == [3, 6]
 
 
+def test_a_trained_model_with_the_record_of_its_stack_has_a_source_and_is_no_start(known, tmp_path):
+    exported = shutil.copytree(known.trained, tmp_path / "model-step5")
+    record = json.loads((known.stack / "stack.json").read_text())
+    (exported / "stack.json").write_text(json.dumps(record | {"trained_steps": 5}))
+    subject = find_subject(exported)
+    assert (subject.start, subject.source, subject.source_layers, subject.last_step) == ("", str(known.source), 2, 5)
+    assert find_subject(known.trained, against=str(exported)).source == str(known.source)
+    (exported / "stack.json").write_text(json.dumps(record | {"trained_steps": 5, "order": "random"}))
+    assert (find_subject(exported).order, find_subject(exported).copies) == ("random", 1)
+
+
 def test_ceilings_are_those_of_a_run_that_clamps(known, trained_run):
     subject = find_subject(trained_run[0])
     assert subject.ceilings["q_proj"] == small_profile().clamp.attention_max_condition

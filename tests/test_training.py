@@ -411,7 +411,7 @@ def test_every_checkpoint_has_a_card_of_its_own(trained_run):
     for checkpoint in checkpoints.whole_checkpoints(run_dir):
         text = (checkpoint / "README.md").read_text()
         step = checkpoints.checkpoint_step(checkpoint)
-        assert f"# tiny-step{step}\n" in text and f"**Tokens Processed**: {128 * step:,}\n" in text
+        assert f"# tiny-2-layers-step{step}\n" in text and f"**Tokens Processed**: {128 * step:,}\n" in text
     assert f"**Held-out loss**: {result.held_out_loss:.4f} nats per token" in text
     assert "| attention |" in text and "random weights" in text
 
