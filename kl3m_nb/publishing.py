@@ -6,12 +6,15 @@ stack.json. A checkpoint that is not as it was written is refused, and no model 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import httpx  # the library it asks with, which is another in its second version
 
 from kl3m_nb import checkpoints, model_folder, paths
 from kl3m_nb.cards import CARD_FILE, public_name, read_card
@@ -51,9 +54,10 @@ def push_to_hub(checkpoint: str | Path, owner: str, private: bool = True, name: 
     repository = free_repository(checkpoint, owner, name)
     files = _published(paths.resolve(checkpoint), repository.rpartition("/")[2])
     api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
     additions = [CommitOperationAdd(file, content) for file, content in files.items()]
-    api.create_commit(repository, additions, commit_message="Add the model")
+    with _asking_the_hub(repository):
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_commit(repository, additions, commit_message="Add the model")
     return repository
 
 
@@ -61,18 +65,30 @@ def free_repository(checkpoint: str | Path, owner: str, name: str | None = None)
     """The id OWNER/NAME that `push_to_hub` uploads `checkpoint` to.
 
     Raises ValueError when the checkpoint is damaged or has no card, the name is none, or the repository holds a model already,
-    this one or another; one without weights may be there.
+    this one or another; one without weights may be there. Raises ConnectionError when the hub does not answer or refuses.
     """
     checkpoint = paths.resolve(checkpoint)
     checkpoints.check_sound(checkpoint)
     repository, api = f"{owner}/{_checked_name(checkpoint, name)}", HfApi()
-    held = api.list_repo_files(repository) if api.repo_exists(repository) else []
+    with _asking_the_hub(repository):
+        held = api.list_repo_files(repository) if api.repo_exists(repository) else []
     if weights := [file for file in held if file.endswith(model_folder.WEIGHT_ENDINGS)]:
         raise ValueError(
             f"The repository {repository} on the hub holds a model already ({weights[0]}), which is not written over; give this "
             "one another name (--name), or delete the repository first."
         )
     return repository
+
+
+@contextlib.contextmanager
+def _asking_the_hub(repository: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:  # no answer, or an error for an answer
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConnectionError(
+            f"The hub could not be asked for {repository} ({reason}); check the network, and the login with `hf auth whoami`."
+        ) from error
 
 
 def card_name(checkpoint: Path) -> str:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -201,6 +200,7 @@ class HubReader(_RowReader):
     def __iter__(self) -> Iterator[Document]:
         import datasets
         from huggingface_hub import constants
+        from huggingface_hub.utils import httpx  # the library it asks with, which is another in its second version
 
         failures = 0
         while True:

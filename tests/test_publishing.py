@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import files_up_to, small_profile
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl3m_nb import cards, cli, matrices, publishing, stacking, training
@@ -242,6 +243,15 @@ def test_a_damaged_checkpoint_is_taken_for_a_model_by_no_command(trained_run, tm
     assert cli.main([command, *arguments]) == 2
     assert "name another checkpoint of its run" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"step-000006"}
+
+
+def test_a_hub_that_does_not_answer_is_one_sentence_and_nothing_is_copied(trained_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(publishing, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:1"))
+    assert cli.main(["export", str(trained_run[1].checkpoint), str(tmp_path / "models"), "--push-to-hub", "someone"]) == 2
+    words = capsys.readouterr().err
+    assert "The hub could not be asked for someone/tiny-2-layers-step6 (" in words and words.count("\n") == 1
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_full_disk_leaves_no_half_model(trained_run, tmp_path, capsys):

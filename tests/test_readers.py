@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.utils import get_session
 
 from kl3m_nb import readers, sources
 from kl3m_nb.instructions import load_pairs
@@ -262,8 +263,8 @@ def test_slow_skipping_says_how_long_it_takes(tmp_path, monkeypatch, caplog):
 class _Flaky:
     """A hub stream that breaks off after `good` rows, each time it is opened, `failures` times."""
 
-    def __init__(self, failures, good):
-        self.failures, self.good, self.opened = failures, good, 0
+    def __init__(self, failures, good, error):
+        self.failures, self.good, self.error, self.opened = failures, good, error, 0
 
     def load(self, name, split, streaming):
         assert split == "train" and streaming
@@ -276,22 +277,31 @@ class _Flaky:
                 for number, row in enumerate(original()):
                     if outer.failures and number == outer.good:
                         outer.failures -= 1
-                        raise ConnectionError("the line went dead")
+                        raise outer.error
                     yield row
 
         stream.__class__ = Broken
         return stream
 
 
-def test_a_hub_that_fails_is_tried_again_with_growing_pauses(monkeypatch, caplog):
-    flaky, pauses = _Flaky(failures=2, good=60), []
+def _refused() -> Exception:
+    """What the hub's own library makes of a server that is not there; it is no OSError."""
+    try:
+        get_session().get("http://127.0.0.1:1")
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize("error", [lambda: ConnectionError("the line went dead"), _refused])
+def test_a_hub_that_fails_is_tried_again_with_growing_pauses(monkeypatch, caplog, error):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    flaky, pauses = _Flaky(failures=2, good=60, error=error()), []
     monkeypatch.setattr(datasets, "load_dataset", flaky.load)
     monkeypatch.setattr(readers.time, "sleep", pauses.append)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     report = SourceReport()
     assert [document.identifier for document in _open("hub:o/n", report=report)] == [row["identifier"] for row in ROWS]
     assert flaky.opened == 3 and report.retries == 2 and pauses == [1.0, 1.0]
-    assert "the line went dead" in caplog.text
+    assert str(flaky.error) in caplog.text
     flaky.failures, flaky.good = 99, 0
     with pytest.raises(ConnectionError, match="hub:o/n could not be reached in 4 attempts"):
         list(_open("hub:o/n"))
