@@ -33,14 +33,19 @@ def side_by_side(table: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
 
 
 def steps_table(predictions: Mapping[int, Prediction]) -> pd.DataFrame:
-    """A row per step: `bits_per_byte` with its 95% interval, `_low` to `_high`, on the documents that all `predictions` have."""
+    """A row per step, on the documents that all `predictions` have: `bits_per_byte`, and `difference` from the first step's.
+
+    The difference is paired by document, with its 95% interval, `low` to `high`.
+    """
     shared = set.intersection(*(set(prediction.documents["identifier"]) for prediction in predictions.values()))
-    rows = []
+    rows, first = [], None
     for step, prediction in sorted(predictions.items()):
-        documents = prediction.documents[prediction.documents["identifier"].isin(shared)]
-        bits = bootstrap_interval(documents["bits_per_byte"], documents["bytes"])
-        rows.append((step, len(documents), *bits))
-    return pd.DataFrame(rows, columns=["step", "documents", "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high"])
+        documents = prediction.documents[prediction.documents["identifier"].isin(shared)].set_index("identifier")
+        bits = documents["bits_per_byte"]
+        first = bits if first is None else first
+        mean = float(np.average(bits, weights=documents["bytes"]))
+        rows.append((step, len(documents), mean, *bootstrap_interval(bits - first[bits.index], documents["bytes"])))
+    return pd.DataFrame(rows, columns=["step", "documents", "bits_per_byte", "difference", "low", "high"])
 
 
 def paired_difference(first: Prediction, second: Prediction) -> Interval:

@@ -4,9 +4,10 @@ Everything follows from a profile's numbers, so the real models are estimated on
 `memory`; operations are those of `flops`. On a GPU of `GPUS`, this machine's or a named one, the time is the sum of three:
 matrix products at 80% of the data sheet's rate, attention at 40% of it, and what the element-wise work moves at 90% of the
 memory's rate. The shares, and the bytes moved, are what was measured on an H200 for single operations of kl3m-007-500m in
-bfloat16; whole training steps reached 84% of the speed that follows for the 500M there and 79% for the 170M. What a mixture moves
-to route its tokens was taken from the 520M, so that it is as far off (85%). Take a GPU's time as good to a quarter. In float32
-twice the bytes are moved, and products run at half the rate in TF32. Any other machine's rate is measured, with one product.
+bfloat16. Whole training steps reached 105% of the speed that follows for the 500M there and 103% for the 170M, with a faster
+attention than the one that the share is of, and 85% for the 520M, from which the bytes that a mixture moves to route its tokens
+were taken. Take a GPU's time as good to a quarter. In float32 twice the bytes are moved, and products run at half the rate in
+TF32. Any other machine's rate is measured, with one product.
 
 Windows are taken as full: where segments are padded, fewer tokens have a label. A sliding window saves time with flash-attn
 alone; to sdpa it is a mask, and all keys are computed, as is assumed for a named GPU unless the profile asks for flash-attn.

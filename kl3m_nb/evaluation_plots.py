@@ -77,19 +77,19 @@ def _domain_row(axes: Axes, prediction: Prediction, offset: float, name: str, lo
 
 
 @styled
-def plot_differences(differences: pd.DataFrame, reference: str) -> Figure:
+def plot_differences(differences: pd.DataFrame, reference: str, models: Sequence[str]) -> Figure:
     """How far each model is from `reference` in bits per byte, paired by document; left of the line is better.
 
-    `differences` is what `comparison.differences_table` returns. Raises ValueError when it is empty.
+    `differences` is what `comparison.differences_table` returns, `models` the names in the order in which the other figures draw
+    them, whose colours they have. Raises ValueError when there are no differences.
     """
     if differences.empty:
         raise ValueError("There are no differences to draw; compare at least two models.")
     figure, axes = plt.subplots(figsize=(9, 1.6 + 0.55 * len(differences)))
     axes.axvline(0, color=BLACK, linewidth=1)
     for place, row in enumerate(differences.itertuples()):
-        color = {"better": BLUE, "worse": VERMILLION}.get(row.verdict, GREY)
         spread = [[row.difference - row.low], [row.high - row.difference]]
-        axes.errorbar([row.difference], [place], xerr=spread, color=color, marker="o", capsize=4)
+        axes.errorbar([row.difference], [place], xerr=spread, capsize=4, **_look(models.index(row.model)))
         text = f"{row.difference:+.3f}, {row.verdict}; better on {row.better_on:.0%} of the documents".replace("-", "−")
         axes.annotate(text, (row.difference, place), (0, 8), textcoords="offset points", ha="center", fontsize=9)
     axes.set_yticks(range(len(differences)), differences["model"])
@@ -236,10 +236,10 @@ def plot_recital(gaps: Mapping[str, pd.DataFrame]) -> Figure:
 
 @styled
 def plot_over_training(curves: Mapping[str, pd.DataFrame], checkpoints: pd.DataFrame) -> Figure:
-    """Held-out loss of each run over its steps as it was logged, and bits per byte of checkpoints evaluated afterwards.
+    """Held-out loss of each run over its steps as it was logged, and how checkpoints evaluated afterwards differ from the first.
 
-    `curves` maps labels to tables with step and held_out_loss. `checkpoints` has a row per checkpoint of one run: step,
-    bits_per_byte, bits_per_byte_low, bits_per_byte_high; more columns are passed over. Raises ValueError when it is empty.
+    `curves` maps labels to tables with step and held_out_loss. `checkpoints`, as `comparison.steps_table` gives it, has a row per
+    checkpoint of one run: step, difference, low, high. Raises ValueError when it is empty.
     """
     if checkpoints.empty:
         raise ValueError("There are no evaluated checkpoints to draw; evaluate at least one.")
@@ -248,10 +248,12 @@ def plot_over_training(curves: Mapping[str, pd.DataFrame], checkpoints: pd.DataF
         logged.plot(curve["step"], curve["held_out_loss"], DASHES[number % 4], markersize=4, label=name, **_look(number))
     logged.set(title="As logged", ylabel="held-out loss (nats per token)")
     logged.legend()
-    mean = checkpoints["bits_per_byte"]
-    spread = [mean - checkpoints["bits_per_byte_low"], checkpoints["bits_per_byte_high"] - mean]
-    evaluated.errorbar(checkpoints["step"], mean, yerr=spread, color=BLACK, marker="o", capsize=4)
-    evaluated.set(title="Checkpoints, on whole documents", ylabel="bits per byte")
+    difference = checkpoints["difference"]
+    spread = [difference - checkpoints["low"], checkpoints["high"] - difference]
+    evaluated.axhline(0, color=GREY, linewidth=1)
+    evaluated.errorbar(checkpoints["step"], difference, yerr=spread, color=BLACK, marker="o", capsize=4)
+    first = f"step {checkpoints['step'].min():,}"
+    evaluated.set(title="Checkpoints, on the same whole documents", ylabel=f"bits per byte more than at {first}")
     for axes in (logged, evaluated):
         step_axis(axes)
     return figure

@@ -69,7 +69,7 @@ def write_report(
     table["model"] = subject.name
     table.to_csv(folder / "spectra.csv", index=False)
     ceilings = subject.ceilings
-    page.sentences += spectral_summary.describe_model(table, ceilings)
+    page.sentences += spectral_summary.describe_model(table, ceilings, subject.steps_since_clamp)
     if subject.order != "cyclic":
         page.sentences.append(f"It was begun from an {subject.order} stack; copies are compared for cyclic stacks only.")
     if subject.run_dir and not (subject.start or subject.source) and (init := read_run_init(subject.run_dir)):
@@ -87,7 +87,7 @@ def write_report(
         _add_clamp(page, subject)
     if windows:
         _add_function(page, subject, windows, progress)
-    ill = spectral_summary.ill_matrices(table, ceilings)
+    ill = spectral_summary.ill_matrices(table, ceilings, subject.steps_since_clamp)
     _add_ill(page, ill, table, values, ceilings, sources)
     settings = _settings(subject) | {
         "compared subspaces": f"{top_k} largest and {top_k} smallest singular values",

@@ -65,6 +65,11 @@ class Subject:
         return math.inf if step == UNKNOWN_STEP else step
 
     @property
+    def steps_since_clamp(self) -> int:
+        """Optimizer steps after the run's last clamp; 0 right after one, and where nothing is clamped or no step is known."""
+        return int(self.last_step % self.clamp.clamp_every) if self.ceilings and math.isfinite(self.last_step) else 0
+
+    @property
     def reference_ceilings(self) -> dict[str, float]:
         """max_condition by role as `clamp` has it, whether or not it was ever applied."""
         return {role: self.clamp.max_condition(role) for role in ROLES}

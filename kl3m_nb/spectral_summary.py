@@ -21,13 +21,16 @@ _OUTLIER_SPREADS = 6.0  # deviations, in units of the role's own, from which a m
 _OUTLIER_FACTOR = 4.0  # and by so much at least: 120 equal layers have no spread to speak of
 
 
-def ill_matrices(table: pd.DataFrame, ceilings: Mapping[str, float]) -> pd.DataFrame:
+def ill_matrices(table: pd.DataFrame, ceilings: Mapping[str, float], since_clamp: int = 0) -> pd.DataFrame:
     """The rows of `table` (from `spectra.model_spectra`) that need a look, with columns `reason` and `metric`, worst first.
 
     In this order: not finite; zero or singular; more than 15% above its clamp ceiling (`ceilings` by role, 0 for none); condition
     or σ₁ far from what is usual in its role (6 times the median deviation of its logarithm and a factor of 4). Sitting at the
-    ceiling is what the clamp is for and no reason, nor is a condition that cannot be trusted.
+    ceiling is what the clamp is for and no reason, nor is a condition that cannot be trusted. Nor, `since_clamp` steps after the
+    last clamp, is one above it: conditions drift until the next.
     """
+    if since_clamp:
+        ceilings = {}
     usual = {role: _usual(of_role) for role, of_role in table.groupby("role")}
     findings = [_finding(row, ceilings, usual[row.role]) for row in table.itertuples()]
     severities, metrics, reasons = zip(*findings, strict=True)
@@ -69,8 +72,11 @@ def _finding(row, ceilings: Mapping[str, float], usual: Mapping[str, tuple[float
     return 0.0, "", ""
 
 
-def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float]) -> list[str]:
-    """Sentences on one checkpoint: what it is made of, what cannot be trusted, ceilings, conditions, ranks, ill matrices."""
+def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float], since_clamp: int = 0) -> list[str]:
+    """Sentences on one checkpoint: what it is made of, what cannot be trusted, ceilings, conditions, ranks, ill matrices.
+
+    ceilings, since_clamp: as for `ill_matrices`.
+    """
     blocks = table[table["layer"] != HEAD_LAYER]
     layers = blocks["layer"].nunique()
     dtypes = ", ".join(sorted(table["dtype"].unique()))
@@ -89,7 +95,12 @@ def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float]) -> list[s
             condition = f"condition {size_text(head.condition)} and " if head.condition_reliable else ""
             share = head.effective_rank / min(head.rows, head.cols)
             sentences.append(f"The LM head has {condition}an effective rank of {share:.0%} of its shorter side.")
-    ill = ill_matrices(table, ceilings)
+    if since_clamp and (table["condition"] > table["role"].map(ceilings)).any():
+        sentences.append(
+            f"The last clamp was {since_clamp:,} step{'s' * (since_clamp > 1)} before; what has drifted above its ceiling "
+            "since is put back by the next."
+        )
+    ill = ill_matrices(table, ceilings, since_clamp)
     if ill.empty:
         sentences.append("No matrix is ill.")
     for row in ill.head(5).itertuples():

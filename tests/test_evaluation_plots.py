@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kl3m_nb import evaluation_plots as plots
+from kl3m_nb.figures import SEQUENCE
 from kl3m_nb.growth import forecast_match
 from kl3m_nb.prediction import Prediction
 
@@ -82,14 +83,15 @@ DIFFERENCES = pd.DataFrame(
 
 
 def test_differences_stand_at_their_place_with_their_verdict():
-    figure = plots.plot_differences(DIFFERENCES, "source")
+    figure = plots.plot_differences(DIFFERENCES, "source", ["source", "stack", "trained"])
     [axes] = drawn(figure)
+    marked = [line for line in axes.lines if line.get_marker() in "sD"]
+    assert [line.get_color() for line in marked] == [SEQUENCE[2], SEQUENCE[1]]  # as in the figures that draw all three
     assert axes.get_xlabel() == "bits per byte more than source"
     assert "−0.150, better; better on 100% of the documents" in texts(figure)
-    points = sorted(line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o")
-    assert points == [-0.15, 0.16]
+    assert [line.get_xdata()[0] for line in marked] == [-0.15, 0.16]
     with pytest.raises(ValueError, match="at least two models"):
-        plots.plot_differences(DIFFERENCES.head(0), "source")
+        plots.plot_differences(DIFFERENCES.head(0), "source", ["source"])
 
 
 MEASURES = {
@@ -168,12 +170,12 @@ def curve(losses) -> pd.DataFrame:
 
 
 def test_over_training_shows_what_was_logged_and_what_was_evaluated():
-    checkpoints = pd.DataFrame({"step": [0, 100], "bits_per_byte": [2.2, 2.0]})
-    checkpoints["bits_per_byte_low"], checkpoints["bits_per_byte_high"] = [2.1, 1.9], [2.3, 2.1]
+    checkpoints = pd.DataFrame({"step": [0, 100], "difference": [0.0, -0.2], "low": [0.0, -0.25], "high": [0.0, -0.15]})
     logged, evaluated = drawn(plots.plot_over_training({"grown": curve([5.0, 4.0])}, checkpoints))
     np.testing.assert_array_equal(logged.lines[0].get_xydata(), [[100, 5.0], [200, 4.0]])
-    np.testing.assert_array_equal(evaluated.lines[0].get_xydata(), [[0, 2.2], [100, 2.0]])
-    assert "nats per token" in logged.get_ylabel() and evaluated.get_ylabel() == "bits per byte"
+    points = next(line for line in evaluated.lines if line.get_marker() == "o")
+    np.testing.assert_array_equal(points.get_xydata(), [[0, 0.0], [100, -0.2]])
+    assert "nats per token" in logged.get_ylabel() and evaluated.get_ylabel() == "bits per byte more than at step 0"
     with pytest.raises(ValueError, match="no evaluated checkpoints"):
         plots.plot_over_training({}, checkpoints.head(0))
 

@@ -59,7 +59,8 @@ def test_a_run_brings_its_start_its_ceilings_and_its_checkpoints(known, trained_
     assert subject.copies == 1 and not subject.steps  # begun from random weights: no stack
     earlier = find_subject(run_dir / "checkpoints" / "step-000003")
     assert earlier.run_dir == run_dir and earlier.checkpoint.name == "step-000003" and earlier.last_step == 3
-    assert find_subject(known.trained).last_step == math.inf
+    assert earlier.steps_since_clamp == 1 and subject.steps_since_clamp == 0  # it clamps every two steps
+    assert find_subject(known.trained).last_step == math.inf and find_subject(known.trained).steps_since_clamp == 0
 
 
 def test_a_run_begun_from_a_stack_has_a_trajectory(trained_run, tmp_path):

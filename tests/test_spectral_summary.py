@@ -110,6 +110,16 @@ def test_the_ill_are_found_and_ordered_by_how_bad_they_are():
     assert "Layer 3, o_proj is above its ceiling" in " ".join(spectral_summary.describe_model(table, CEILINGS))
 
 
+def test_between_two_clamps_a_matrix_above_its_ceiling_is_not_ill():
+    table = model_table(12, 3)
+    table.loc[at(table, 3, "o_proj"), "condition"] = 4500.0
+    assert len(spectral_summary.ill_matrices(table, CEILINGS)) == 1
+    assert spectral_summary.ill_matrices(table, CEILINGS, since_clamp=1).empty
+    text = " ".join(spectral_summary.describe_model(table, CEILINGS, since_clamp=39))
+    assert "The last clamp was 39 steps before; what has drifted above its ceiling since" in text and "No matrix is ill" in text
+    assert "The last clamp" not in " ".join(spectral_summary.describe_model(model_table(12, 3), CEILINGS, since_clamp=39))
+
+
 def divergence(distance, cosine, overlap=(0.75, 0.25)) -> pd.DataFrame:
     return pd.DataFrame(
         {"role": ["q_proj", "up_proj"] * 3, "distance": distance, "movement_cosine": cosine, "chance_cosine": 0.002,
