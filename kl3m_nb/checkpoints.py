@@ -236,7 +236,8 @@ def stack_record(folder: Path) -> dict:
     if not (folder / _STATE).is_file():
         return read_stack(folder)
     state = torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)  # leaves gigabytes of optimizer unread
-    return state["stack"] | {TRAINED_STEPS: state["counters"]["step"]} if state["stack"] else {}
+    stack = state.get("stack")  # those of earlier versions have none
+    return stack | {TRAINED_STEPS: state["counters"]["step"]} if stack else {}
 
 
 def _candidates(run_dir: Path) -> list[Path]:

@@ -372,8 +372,8 @@ class _Run:
 
     def _load_state(self, state: dict) -> None:
         self.counters.update(state["counters"])
-        self.losses |= state.get("losses", {})  # checkpoints of earlier versions have none
-        self.conditions, self.stack = state["conditions"], state["stack"]
+        self.losses |= state.get("losses", {})  # the checkpoints of earlier versions have neither these nor the stack's facts
+        self.conditions, self.stack = state["conditions"], state.get("stack", {})
         distributed.load_optimizer_state(self.muon, state["muon"])
         distributed.load_optimizer_state(self.aux, state["aux"])
         self.clip.load_state_dict(state["clip"])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from kl3m_nb import cards, checkpoints, models, packing, publishing, run_folder, schedule, tokenizer, training, training_loss
 from kl3m_nb.metrics import read_metrics
+from kl3m_nb.model_folder import sha256
 from kl3m_nb.profiles import get_profile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -428,3 +429,18 @@ def test_a_run_that_another_process_began_and_left_meanwhile_is_not_written_over
     with pytest.raises(ValueError, match=r"Another process has trained in .* meanwhile"):
         training.train(small_profile(), tmp_path / "run")
     assert list(read_metrics(tmp_path / "run", "train").step) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_an_earlier_version_is_continued(trained_run, tmp_path):
+    """It did not hold everything that a card says now."""
+    run_dir = shutil.copytree(trained_run[0], tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+    older = run_dir / "checkpoints" / "step-000003"
+    state = checkpoints.load_state(older)
+    del state["losses"], state["stack"]
+    file = older / "training_state" / "state.pt"
+    torch.save(state, file)
+    manifest = json.loads((older / checkpoints.MANIFEST).read_text())
+    manifest["files"]["training_state/state.pt"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    (older / checkpoints.MANIFEST).write_text(json.dumps(manifest))
+    assert training.train(small_profile(), run_dir).held_out_loss == trained_run[1].held_out_loss
