@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("notebook", help="a path, or the name of one in notebooks/, such as 02_training")
     command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     command.add_argument("-f", "--file", type=Path, metavar="PARAMS.YAML", help="parameters from a YAML file; -p wins over it")
-    command.add_argument("-o", "--output", type=Path, help="the executed notebook (default: in the run's folder)")
+    command.add_argument("-o", "--output", type=Path, help="the executed notebook, or a folder for it that is there "
+                         "(default: in the run's folder)")  # fmt: skip
     command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")
     command.set_defaults(command=_run)
 

@@ -152,6 +152,15 @@ def test_parameters_come_from_a_file_and_the_command_line_wins(tmp_path):
     assert nbformat.read(output, as_version=4).cells[-1].outputs[0].text == "shell 0.0001\n"
 
 
+def test_an_output_folder_that_is_there_gets_the_notebook_and_nothing_stands_beside_it(tmp_path):
+    notebook = _notebook(tmp_path / "a.ipynb", "print(name)")
+    (tmp_path / "out").mkdir()
+    assert cli.main(["run", str(notebook), "-o", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.html", "a.ipynb", "a.status.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ipynb", "out"]
+    assert cli.main(["run", str(notebook), "-o", str(tmp_path)]) == 2  # that is the notebook itself
+
+
 def test_a_failing_cell_is_exit_code_1(tmp_path, capsys):
     notebook = _notebook(tmp_path / "a.ipynb", "1 / 0")
     assert cli.main(["run", str(notebook), "-o", str(tmp_path / "out.ipynb")]) == 1
