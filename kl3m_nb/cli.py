@@ -27,6 +27,7 @@ from kl3m_nb.checkpoints import CheckpointFailed, check_sound
 from kl3m_nb.estimate import GPUS, estimate
 from kl3m_nb.progress import time_left
 from kl3m_nb.runtime import device_memory
+from kl3m_nb.schedule import warmup_remark
 from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
 from kl3m_nb.stopping import EXIT_INTERRUPTED
 from kl3m_nb.training import TrainingStopped, train
@@ -177,7 +178,10 @@ def _run(options: argparse.Namespace) -> int:
         check_values(stage, values)  # the kernel would take seconds, and leave a folder, before it says so
         folder = runs.run_path(values["profile"], stage, values.get("run", ""))
     if stage in ("source", "grown"):
-        _require_gpu_or_consent(notebook_profile(stage, values), options.without_gpu)
+        profile = notebook_profile(stage, values)
+        if remark := warmup_remark(profile.schedule):
+            warnings.warn(remark, stacklevel=1)
+        _require_gpu_or_consent(profile, options.without_gpu)
     return run_notebook(notebook, options.output or folder / "notebooks" / notebook.name, checked)
 
 

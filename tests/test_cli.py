@@ -161,6 +161,16 @@ def test_an_output_folder_that_is_there_gets_the_notebook_and_nothing_stands_bes
     assert cli.main(["run", str(notebook), "-o", str(tmp_path)]) == 2  # that is the notebook itself
 
 
+@pytest.mark.parametrize("steps", [50, 100, 101])
+def test_a_job_that_ends_before_its_warmup_is_told_of_once(steps, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr("kl3m_nb.runner.run_notebook", lambda *arguments: started.append(arguments) or 0)
+    command = ["run", "02_training", "-p", "profile", "kl3m-007-500m", "-p", "max_steps", str(steps), "--without-gpu"]
+    assert cli.main(command) == 0 and len(started) == 1
+    warned = f"kl3m_nb: warning: warmup_steps 100 is not below max_steps {steps}: "
+    assert capsys.readouterr().err.count(warned) == (steps <= 100)
+
+
 def test_a_failing_cell_is_exit_code_1(tmp_path, capsys):
     notebook = _notebook(tmp_path / "a.ipynb", "1 / 0")
     assert cli.main(["run", str(notebook), "-o", str(tmp_path / "out.ipynb")]) == 1
