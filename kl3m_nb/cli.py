@@ -27,6 +27,7 @@ from kl3m_nb.checkpoints import CheckpointFailed, check_sound
 from kl3m_nb.estimate import GPUS, estimate
 from kl3m_nb.progress import time_left
 from kl3m_nb.runtime import device_memory
+from kl3m_nb.schedule import warmup_remark
 from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
 from kl3m_nb.stopping import EXIT_INTERRUPTED
 from kl3m_nb.training import TrainingStopped, train
@@ -94,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("notebook", help="a path, or the name of one in notebooks/, such as 02_training")
     command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     command.add_argument("-f", "--file", type=Path, metavar="PARAMS.YAML", help="parameters from a YAML file; -p wins over it")
-    command.add_argument("-o", "--output", type=Path, help="the executed notebook (default: in the run's folder)")
+    command.add_argument("-o", "--output", type=Path, help="the executed notebook, or a folder for it that is there "
+                         "(default: in the run's folder)")  # fmt: skip
     command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")
     command.set_defaults(command=_run)
 
@@ -162,6 +164,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from kl3m_nb.parameter_checks import check_values, notebook_profile
     from kl3m_nb.parameters import check_parameters, find_notebook, read_parameters
     from kl3m_nb.runner import run_notebook
 
@@ -172,28 +175,14 @@ def _run(options: argparse.Namespace) -> int:
     stage = runs.NOTEBOOK_STAGES.get(notebook.stem)
     folder = Path.cwd()
     if stage:
-        profiles.get_profile(values["profile"])  # the kernel would take seconds, and leave a folder, before it says so
-        runs.run_path(values["profile"], stage, values.get("scratch_run", ""))
+        check_values(stage, values)  # the kernel would take seconds, and leave a folder, before it says so
         folder = runs.run_path(values["profile"], stage, values.get("run", ""))
-        _require_checkpoints(stage, values)
-    if stage == "source":
-        source = profiles.source_profile(_notebook_profile({**values, "source_steps": values["max_steps"]}))
-        _require_gpu_or_consent(source, options.without_gpu)
-    elif stage == "grown":
-        _require_gpu_or_consent(_notebook_profile(values), options.without_gpu)
+    if stage in ("source", "grown"):
+        profile = notebook_profile(stage, values)
+        if remark := warmup_remark(profile.schedule):
+            warnings.warn(remark, stacklevel=1)
+        _require_gpu_or_consent(profile, options.without_gpu)
     return run_notebook(notebook, options.output or folder / "notebooks" / notebook.name, checked)
-
-
-def _require_checkpoints(stage: str, values: dict) -> None:
-    """Refuses a checkpoint that a notebook would look for in vain. A run that has begun does not need its `init` any more."""
-    for key in runs.CHECKPOINT_PARAMETERS.get(stage, ()):
-        for name in runs.listed(values[key]) if key == "others" else [values[key]]:
-            known = not name or Path(name).exists() or paths.resolve(name).exists()
-            if not known and (stage == "stack" or not models.is_hub_id(name)):
-                raise Refused(
-                    f"The parameter {key} names no checkpoint {name} below {paths.project_root()}; give a checkpoint folder"
-                    f"{'' if stage == 'stack' else ' or a hub id OWNER/NAME'}."
-                )
 
 
 def _parameters_file(path: Path) -> dict:
@@ -208,13 +197,6 @@ def _parameters_file(path: Path) -> dict:
     if not isinstance(values, dict):
         raise Refused(f"{path} holds a {type(values).__name__}; give name: value lines.")
     return values
-
-
-def _notebook_profile(values: dict) -> profiles.Profile:
-    """The profile a notebook's parameters ask for: those named like one of its fields change it."""
-    return profiles.profile_with(
-        values["profile"], **{key: value for key, value in values.items() if key in profiles.FIELD_TYPES}
-    )
 
 
 def _set_fields(options: argparse.Namespace) -> profiles.Profile:

@@ -57,6 +57,13 @@ def iterate_documents(source: str, held_out: bool) -> Iterator[Document]:
     return itertools.chain.from_iterable(part_documents(part, held_out) for part in parse_source(source))
 
 
+def check_source(source: str) -> None:
+    """Raises ValueError or FileNotFoundError when `source` is malformed, or files that it names are not there; reads none."""
+    for part in parse_source(source):
+        if part.kind != "package":
+            open_rows(part, SourceReport())
+
+
 def preview_part(part: Part, held_out: bool, most: int = 500) -> Iterator[Document]:
     """Documents of one part to look at: all of a package, of another the first `most`."""
     return itertools.islice(part_documents(part, held_out), None if part.kind == "package" else most)

@@ -26,6 +26,7 @@ from kl3m_nb.memory import StepMemory, count_parameters, largest_micro_batch, st
 from kl3m_nb.profiles import ModelSpec, Profile, RuntimeSpec
 from kl3m_nb.progress import clock
 from kl3m_nb.runtime import Runtime, choose_runtime, device_memory
+from kl3m_nb.schedule import warmup_remark
 
 _GIB = 2**30
 _PRODUCTS, _ATTENTION, _MEMORY = 0.80, 0.40, 0.90  # shares of the data sheet's rates; 790 of 989 TFLOP/s on an H200
@@ -91,6 +92,7 @@ class Estimate:
     tokens_per_step: int
     max_steps: int
     assumed: str
+    remark: str  # of a run that ends before its warmup; else empty
 
     @property
     def memory(self) -> int:
@@ -130,6 +132,7 @@ class Estimate:
             "tokens per second": f"{self.tokens_per_second:,.{0 if self.tokens_per_second >= 10 else 1}f}",
             "a run": f"{self.max_steps:,} steps of {self.tokens_per_step:,} tokens: {clock(self.seconds)}",
             "assumed": self.assumed,
+            **({"warning": self.remark} if self.remark else {}),
         }
 
     def _repr_html_(self) -> str:
@@ -177,6 +180,7 @@ def estimate(profile: Profile, gpu: str = "") -> Estimate:
         tokens_per_step=profile.tokens_per_step,
         max_steps=profile.schedule.max_steps,
         assumed=_assumed(profile, runtime),
+        remark=warmup_remark(profile.schedule),
     )
 
 

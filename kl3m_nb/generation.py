@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -56,14 +57,18 @@ class Sampling:
     max_new_tokens: int = 100
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"The temperature is {self.temperature}; it must be 0 (greedy) or more.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(f"The repetition_penalty is {self.repetition_penalty}; it must be above 0, and 1 for none.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1.")
+        if not (_is_number(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"The temperature is {self.temperature!r}; it must be 0 (greedy) or more.")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1.")
+        if not (_is_number(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"The repetition_penalty is {self.repetition_penalty!r}; it must be above 0, and 1 for none.")
+        if not (_is_number(self.max_new_tokens) and isinstance(self.max_new_tokens, Integral) and self.max_new_tokens >= 1):
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens!r}; it must be a whole number, at least 1.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,18 @@ def advised_sampling(card: str) -> Sampling:
     return Sampling(arguments["temperature"], arguments.get("top_p", 1.0), 1.0, arguments["max_new_tokens"])
 
 
+def chosen_sampling(card: str, temperature: float, top_p: float, repetition_penalty: float, max_new_tokens: int) -> Sampling:
+    """A sampling by a notebook's parameters: what the card advises where the temperature is below 0, or top_p is 0.
+
+    Raises ValueError for a card that advises nothing and values that no sampling has.
+    """
+    advised = advised_sampling(card)
+    takes_advice = _is_number(temperature) and temperature < 0
+    return Sampling(
+        advised.temperature if takes_advice else temperature, top_p or advised.top_p, repetition_penalty, max_new_tokens
+    )
+
+
 def run_card(checkpoint: str | Path, card: str, seed: int) -> list[list[str]]:
     """The card's own call, argument for argument, on `checkpoint` (a folder or hub id): for each prompt the whole texts.
 
@@ -157,6 +174,19 @@ def choose_prompts(count: int) -> list[Prompt]:
     return [*cards, *(others[i * len(others) // wanted] for i in range(wanted))][:count]
 
 
+def check_room(context: int, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sampling: Sampling) -> None:
+    """Raises ValueError for a prompt without tokens, and for one that leaves no room for `max_new_tokens` in `context` tokens."""
+    for prompt in prompts:
+        length = len(tokenizer(prompt)["input_ids"])
+        if length == 0:
+            raise ValueError(f"The prompt {prompt!r} has no tokens; give the model at least one to continue.")
+        if length + sampling.max_new_tokens > context:
+            raise ValueError(
+                f"The prompt {prompt[:40]!r} has {length} tokens, which with max_new_tokens {sampling.max_new_tokens} exceeds "
+                f"the model's context of {context}; shorten the prompt or lower max_new_tokens."
+            )
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -174,7 +204,7 @@ def generate(
     Raises ValueError for a prompt without tokens and for one that leaves no room for `max_new_tokens` in the model's context.
     """
     config = _generation_config(sampling, tokenizer)
-    _check_room(model, tokenizer, prompts, sampling)
+    check_room(model.config.max_position_embeddings, tokenizer, prompts, sampling)
     samples = []
     with evaluation_mode(model), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         _seed(model.device, seed)
@@ -213,7 +243,7 @@ def generate_streaming(
     ValueError like `generate`.
     """
     config = _generation_config(sampling, tokenizer)
-    _check_room(model, tokenizer, [prompt], sampling)
+    check_room(model.config.max_position_embeddings, tokenizer, [prompt], sampling)
 
     class Teller(BaseStreamer):
         def __init__(self) -> None:
@@ -292,19 +322,6 @@ def _generation_config(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -
     if sampling.temperature == 0:
         return GenerationConfig(do_sample=False, **common)
     return GenerationConfig(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, **common)
-
-
-def _check_room(model, tokenizer, prompts: Sequence[str], sampling: Sampling) -> None:
-    context = model.config.max_position_embeddings
-    for prompt in prompts:
-        length = len(tokenizer(prompt)["input_ids"])
-        if length == 0:
-            raise ValueError(f"The prompt {prompt!r} has no tokens; give the model at least one to continue.")
-        if length + sampling.max_new_tokens > context:
-            raise ValueError(
-                f"The prompt {prompt[:40]!r} has {length} tokens, which with max_new_tokens {sampling.max_new_tokens} exceeds "
-                f"the model's context of {context}; shorten the prompt or lower max_new_tokens."
-            )
 
 
 def _seed(device: torch.device, seed: int) -> None:

@@ -50,11 +50,7 @@ def train_with_torchrun(
     Raises ValueError for input that does not fit, TrainingStopped with the last words of the log when the job has failed.
     """
     run_dir = paths.resolve(run_dir)
-    if processes < 1:
-        raise ValueError(f"processes is {processes}; at least 1 is needed.")
-    if torch.cuda.is_available() and processes > torch.cuda.device_count():
-        raise ValueError(f"processes is {processes} and this machine has {torch.cuda.device_count()} GPUs; each needs its own.")
-    check_shares(profile.data.micro_batch * profile.data.grad_accumulation, processes)
+    check_processes(profile, processes)
     run_folder.check_run_folder(run_dir, profile, init)
     run_dir.mkdir(parents=True, exist_ok=True)
     callbacks = list(callbacks)
@@ -82,6 +78,15 @@ def train_with_torchrun(
     if newest is None or checkpoint_step(newest) < max_steps:
         raise TrainingStopped(f"The processes of {run_dir} have ended before the last step: {_last_words(run_dir)}")
     return train(profile, run_dir, init)  # complete: says where it stands
+
+
+def check_processes(profile: Profile, processes: int) -> None:
+    """Raises ValueError when this machine cannot train `profile` in so many processes."""
+    if processes < 1:
+        raise ValueError(f"processes is {processes}; at least 1 is needed.")
+    if torch.cuda.is_available() and processes > torch.cuda.device_count():
+        raise ValueError(f"processes is {processes} and this machine has {torch.cuda.device_count()} GPUs; each needs its own.")
+    check_shares(profile.data.micro_batch * profile.data.grad_accumulation, processes)
 
 
 def is_running(run_dir: Path) -> bool:

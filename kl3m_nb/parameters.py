@@ -50,14 +50,7 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
 
     Raises ValueError when there is no such notebook or cell, or a line of it is not an annotated literal.
     """
-    tagged = [cell for cell in load_notebook(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
-    if not tagged:
-        raise ValueError(f"{notebook} has no cell tagged 'parameters'; tag the cell that holds them.")
-    source = tagged[0].source
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError as error:
-        raise ValueError(f"The parameters cell of {notebook} is not valid Python: {error}.") from None
+    source, statements = _parameters_cell(notebook)
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
@@ -73,6 +66,21 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
             )
         parameters[parameter.name] = parameter
     return parameters
+
+
+def assigned_kinds(notebook: Path) -> dict[str, str]:
+    """{name: type} of all that the parameters cell of `notebook` assigns, whatever the value; "" where a line names no type.
+
+    For what is typed in JupyterLab: a line that was saved there may be any Python. Raises ValueError when there is no such
+    notebook or cell, or it is not valid Python.
+    """
+    kinds = {}
+    for statement in _parameters_cell(notebook)[1]:
+        annotated = isinstance(statement, ast.AnnAssign)
+        targets = [statement.target] if annotated else getattr(statement, "targets", [])
+        kind = ast.unparse(statement.annotation) if annotated else ""
+        kinds |= {target.id: kind if kind in KINDS else "" for target in targets if isinstance(target, ast.Name)}
+    return kinds
 
 
 def check_parameters(notebook: Path, given: dict[str, object]) -> dict[str, int | float | str | bool]:
@@ -105,6 +113,18 @@ def load_notebook(notebook: Path) -> nbformat.NotebookNode:
         return nbformat.read(notebook, as_version=4)
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError):
         raise ValueError(f"{notebook} is not a Jupyter notebook; give the path of an .ipynb file.") from None
+
+
+def _parameters_cell(notebook: Path) -> tuple[str, list[ast.stmt]]:
+    """The text of the parameters cell and its statements."""
+    tagged = [cell for cell in load_notebook(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
+    if not tagged:
+        raise ValueError(f"{notebook} has no cell tagged 'parameters'; tag the cell that holds them.")
+    source = tagged[0].source
+    try:
+        return source, ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(f"The parameters cell of {notebook} is not valid Python: {error}.") from None
 
 
 def _parameter(statement: ast.stmt, comment: str) -> Parameter | None:

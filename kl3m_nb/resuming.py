@@ -16,6 +16,7 @@ from kl3m_nb import checkpoints, distributed, models, paths, run_folder
 from kl3m_nb.metrics import FILE_NAME, read_metrics
 from kl3m_nb.profiles import Profile
 from kl3m_nb.run_folder import RunLock
+from kl3m_nb.schedule import warmup_remark
 from kl3m_nb.tokenizer import check_same_entries
 
 SEEN_SECONDS = 60  # so long a network file system may show one machine what another has written
@@ -33,7 +34,10 @@ class TrainResult:
 
 
 def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, resume: str, lock: RunLock) -> Path | None:
-    """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set aside."""
+    """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set aside.
+
+    Warns of a run that is to end before its warmup.
+    """
     run_folder.check_run_folder(run_dir, profile, init)
     newest, identity = checkpoints.latest_checkpoint(run_dir), run_folder.run_identity(run_dir)
     saved = read_metrics(run_dir, "checkpoint")
@@ -49,6 +53,8 @@ def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, re
     is_complete = newest is not None and checkpoints.checkpoint_step(newest) >= profile.schedule.max_steps
     if is_complete and not checkpoints.flaw_of(newest, identity):
         return newest
+    if remark := warmup_remark(profile.schedule):
+        warnings.warn(remark, stacklevel=2)
     if not run_dir.exists():
         return None  # made, and locked, once the pieces are known to fit
     lock.acquire()

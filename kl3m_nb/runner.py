@@ -56,6 +56,8 @@ def run_notebook(
 ) -> int:
     """Run `notebook` with `parameters` into `output_path`, with its status and, if `html`, a page beside it.
 
+    A folder that is there gets the executed notebook under its own name.
+
     To be called from the main thread, which receives the signals. The kernel works in the caller's folder.
 
     Args:
@@ -72,6 +74,8 @@ def run_notebook(
     notebook, output_path = Path(notebook), Path(output_path)
     checked = check_parameters(notebook, parameters)
     _check_kernel(notebook)
+    if output_path.is_dir():
+        output_path /= notebook.name
     if output_path.resolve() == notebook.resolve():
         raise ValueError(f"The executed notebook would overwrite its source {notebook}; choose another output path.")
     output_path.parent.mkdir(parents=True, exist_ok=True)

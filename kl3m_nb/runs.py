@@ -38,10 +38,12 @@ def run_path(profile_name: str, stage: str, run: str = "") -> Path:
     """The folder `run` below runs/, or when it is empty the one a stage of a profile writes by itself.
 
     run_path("tiny", "grown") is runs/demo-grown, run_path("kl3m-007-500m", "grown") runs/kl3m-007-500m-grown. Raises ValueError
-    for a `run` that lies elsewhere: `load_runs` would not find it.
+    for a `run` that is no text or lies elsewhere, where `load_runs` would not find it, and without one for an unknown profile.
     """
-    if os.sep in run or run in (".", ".."):
+    if not isinstance(run, str) or os.sep in run or run in (".", ".."):
         raise ValueError(f"The run {run!r} is no name of a folder right below {paths.runs_dir()}; give one such as my-run.")
+    if not run:
+        get_profile(profile_name)
     return paths.runs_dir() / (run or f"{'demo' if profile_name == 'tiny' else profile_name}-{stage}")
 
 
@@ -73,6 +75,7 @@ def named_checkpoints(profile_name: str, given: Mapping[str, str], others: str =
     """{name: checkpoint}: that of every stage of a profile that has one, then those listed in `others`, named as given.
 
     A checkpoint in `given`, by a name of `CHECKPOINT_STAGES`, is taken in place of its stage's; an empty string names none.
+    Raises ValueError for an unknown profile, a stage without a sound checkpoint, and `others` that are no text.
     """
     found = {name: given.get(name) or stage_checkpoint(profile_name, stage) for name, stage in CHECKPOINT_STAGES.items()}
     named = {name: checkpoint for name, checkpoint in found.items() if checkpoint}
@@ -80,7 +83,9 @@ def named_checkpoints(profile_name: str, given: Mapping[str, str], others: str =
 
 
 def listed(others: str) -> list[str]:
-    """The checkpoints that a notebook's parameter `others` names, between commas or blanks."""
+    """The checkpoints that a notebook's parameter `others` names, between commas or blanks. Raises ValueError for no text."""
+    if not isinstance(others, str):
+        raise ValueError(f"others is {others!r}; give checkpoint folders or hub ids as one text, separated by commas.")
     return others.replace(",", " ").split()
 
 

@@ -38,6 +38,16 @@ def lr_factor(step: int, spec: ScheduleSpec, first_step: int = 0) -> float:
     return min(warmup, spec.min_lr_ratio + (1.0 - spec.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
+def warmup_remark(spec: ScheduleSpec) -> str:
+    """What is said of a run that ends before its warmup; empty for any other. A trial of a few steps may well be one."""
+    if spec.warmup_steps < spec.max_steps:
+        return ""
+    return (
+        f"warmup_steps {spec.warmup_steps} is not below max_steps {spec.max_steps}: the learning rate rises to the last step and "
+        "has no time at its peak; raise max_steps or lower warmup_steps."
+    )
+
+
 @dataclass(frozen=True)
 class ClipOutcome:
     """What clipping saw and did at one step. `threshold` is infinite in the mode "off".

@@ -53,9 +53,11 @@ def write_report(
 
     `top_k` is the size of the compared subspaces (lowered to the smallest matrix). `windows` is the number of held-out windows of
     the subject's run on which CKA and the loss of swapped copies are measured; 0 leaves them out, since they run the model.
-    `progress` makes a progress bar from a label. Raises ValueError as `find_matrices`, for a `top_k` below 1, and for `windows`
-    without a run.
+    `progress` makes a progress bar from a label. Raises ValueError as `find_matrices`, for a `top_k` below 1, for `windows` below
+    0, and for `windows` without a run.
     """
+    if windows < 0:
+        raise ValueError(f"windows is {windows}; it is the number of held-out windows for CKA and swapped copies, 0 for none.")
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it is the number of singular directions that are compared, 1 at least.")
     if windows and not (subject.profile and subject.copies > 1):

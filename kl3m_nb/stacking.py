@@ -83,14 +83,21 @@ def block_order(source_layers: int, factor: int, order: str = "cyclic") -> tuple
     """
     if factor < 1:
         raise ValueError(f"factor {factor} cannot grow a model; it is the number of copies of each block, at least 1.")
-    if order not in ORDERS:
-        raise ValueError(f"The order {order!r} is not known; choose one of {', '.join(ORDERS)}.")
+    check_order(order)
     blocks = range(factor * source_layers)
     if order == "interpolated":
         return tuple(block // factor for block in blocks)
     if order == "random":
         return tuple(block if block < source_layers else NEW_BLOCK for block in blocks)
     return tuple(block % source_layers for block in blocks)
+
+
+def check_order(order: str, noise: float = 0.0) -> None:
+    """Raises ValueError for an order that there is not, and for noise that is no share or that the order does not take."""
+    if not 0.0 <= noise < 1.0 or (noise and order not in ("cyclic", "interpolated")):
+        raise ValueError(f"noise {noise} with the order {order!r}: it is a share from 0 to below 1, for cyclic or interpolated.")
+    if order not in ORDERS:
+        raise ValueError(f"The order {order!r} is not known; choose one of {', '.join(ORDERS)}.")
 
 
 def stack_checkpoint(
@@ -108,8 +115,7 @@ def stack_checkpoint(
     anything else is refused. Raises ValueError when the source is no such checkpoint or the arguments do not fit together.
     """
     source, target = paths.resolve(source), paths.resolve(target)
-    if not 0.0 <= noise < 1.0 or (noise and order not in ("cyclic", "interpolated")):
-        raise ValueError(f"noise {noise} with the order {order!r}: it is a share from 0 to below 1, for cyclic or interpolated.")
+    check_order(order, noise)
     config = check_checkpoint(source)
     files = weight_files(source)
     tensors = _read_headers(files)

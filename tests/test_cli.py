@@ -48,6 +48,13 @@ def _notebook(path: Path, code: str) -> Path:
         (["run", "04_generation_evaluation", "-p", "others", "OWNER/NAME, no/where/x"], "no checkpoint no/where/x"),
         *((["run", name, "-p", "run", "a/b"], "no name of a folder right below") for name in runs.NOTEBOOK_STAGES),
         (["run", "05_growth_comparison", "-p", "scratch_run", ".."], "no name of a folder right below"),
+        (["run", "00_source_model", "-p", "source", "files:nope/*"], "No file matches"),
+        (["run", "02_training", "-p", "processes", "-1"], "processes is -1"),
+        (["run", "03_spectral_analysis", "-p", "role", "qproj"], "no role 'qproj'"),
+        (["run", "03_spectral_analysis", "-p", "windows", "-1"], "windows is -1"),
+        (["run", "04_generation_evaluation", "-p", "document_count", "0"], "document_count is 0"),
+        (["run", "04_generation_evaluation", "-p", "top_p", "1.5"], "top_p is 1.5"),
+        (["run", "05_growth_comparison", "-p", "scratch_steps", "-1"], "scratch_steps is -1"),
         (["run", "06_unknown"], "02_training"),
         (["run", "02_training", "-f", "nowhere.yaml"], "no parameter file"),
         (["train", "kl3m-007-500m"], "--without-gpu"),
@@ -143,6 +150,25 @@ def test_parameters_come_from_a_file_and_the_command_line_wins(tmp_path):
     output = tmp_path / "out" / "a.ipynb"
     assert cli.main(["run", str(notebook), "-f", str(tmp_path / "p.yaml"), "-p", "name", "shell", "-o", str(output)]) == 0
     assert nbformat.read(output, as_version=4).cells[-1].outputs[0].text == "shell 0.0001\n"
+
+
+def test_an_output_folder_that_is_there_gets_the_notebook_and_nothing_stands_beside_it(tmp_path):
+    notebook = _notebook(tmp_path / "a.ipynb", "print(name)")
+    (tmp_path / "out").mkdir()
+    assert cli.main(["run", str(notebook), "-o", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.html", "a.ipynb", "a.status.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ipynb", "out"]
+    assert cli.main(["run", str(notebook), "-o", str(tmp_path)]) == 2  # that is the notebook itself
+
+
+@pytest.mark.parametrize("steps", [50, 100, 101])
+def test_a_job_that_ends_before_its_warmup_is_told_of_once(steps, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr("kl3m_nb.runner.run_notebook", lambda *arguments: started.append(arguments) or 0)
+    command = ["run", "02_training", "-p", "profile", "kl3m-007-500m", "-p", "max_steps", str(steps), "--without-gpu"]
+    assert cli.main(command) == 0 and len(started) == 1
+    warned = f"kl3m_nb: warning: warmup_steps 100 is not below max_steps {steps}: "
+    assert capsys.readouterr().err.count(warned) == (steps <= 100)
 
 
 def test_a_failing_cell_is_exit_code_1(tmp_path, capsys):

@@ -36,6 +36,12 @@ def test_no_gpu_is_faster_than_its_products_and_its_memory_allow():
         )
 
 
+def test_a_run_that_ends_before_its_warmup_is_warned_of():
+    short, enough = (get_profile("kl3m-007-500m", max_steps=steps, warmup_steps=100) for steps in (100, 101))
+    assert estimate(short, "h200").table()["warning"].startswith("warmup_steps 100 is not below max_steps 100: ")
+    assert "warning" not in estimate(enough, "h200").table()
+
+
 def test_checkpointing_is_switched_on_where_memory_asks_for_it():
     large, small = (estimate(get_profile("kl3m-007-500m"), gpu) for gpu in ("h200", "4090"))
     assert not large.recompute and large.largest_kept >= 5

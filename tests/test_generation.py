@@ -207,6 +207,10 @@ def test_a_strong_repetition_penalty_leaves_no_token_twice(model, tokenizer):
         {"top_p": 1.1},
         {"repetition_penalty": 0.0},
         {"max_new_tokens": 0},
+        {"max_new_tokens": 5.5},
+        {"max_new_tokens": True},
+        {"temperature": "hot"},
+        {"top_p": None},
     ],
 )
 def test_impossible_sampling_is_refused(wrong):

@@ -62,6 +62,19 @@ def test_a_run_lies_right_below_the_folder_of_runs(tmp_path, monkeypatch, name):
         runs.run_path("tiny", "train", name)
 
 
+def test_a_run_of_no_known_profile_and_no_name_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
+    assert runs.run_path("", "", "my-run") == tmp_path / "my-run"
+    with pytest.raises(ValueError, match="no profile 'tniy'"):
+        runs.run_path("tniy", "grown")
+    with pytest.raises(ValueError, match="no profile 'tniy'"):
+        runs.named_checkpoints("tniy", {})
+    with pytest.raises(ValueError, match="The run 3 is no name of a folder"):
+        runs.run_path("tiny", "grown", 3)
+    with pytest.raises(ValueError, match=r"others is \['a', 'b'\]; give .* as one text"):
+        runs.named_checkpoints("tiny", {}, ["a", "b"])
+
+
 def test_a_run_that_cannot_be_read_is_named_and_the_others_are_shown(tmp_path):
     for name in ("a", "b", "c", "d"):
         (tmp_path / name).mkdir()

@@ -179,9 +179,11 @@ def test_the_checkpoints_of_a_run_are_drawn_over_its_steps(known, tmp_path, unsa
     assert f"lie {known.divergence.distance.mean():.1%} of their norm apart" in text  # at the last step
 
 
-def test_a_subspace_of_nothing_is_refused_before_any_work(known, tmp_path):
+def test_counts_that_cannot_be_meant_are_refused_before_any_work(known, tmp_path):
     with pytest.raises(ValueError, match="top_k is 0"):
         spectral_report.write_report(find_subject(known.trained), tmp_path / "report", top_k=0)
+    with pytest.raises(ValueError, match="windows is -1"):
+        spectral_report.write_report(find_subject(known.trained), tmp_path / "report", windows=-1)
     assert not (tmp_path / "report").exists()
 
 

@@ -49,6 +49,22 @@ def test_training_learns_and_logs_every_step(trained_run):
     assert set(read_metrics(run_dir, "clamp").step) == {2, 4, 6}
 
 
+def test_a_run_that_ends_before_its_warmup_is_warned_of_once_and_trains(tmp_path, recwarn):
+    def told() -> list[str]:
+        return [
+            text for warned in recwarn if (text := str(warned.message)).startswith("warmup_steps 9 is not below max_steps 3:")
+        ]
+
+    profile = small_profile(max_steps=3, warmup_steps=9)
+    assert training.train(profile, tmp_path / "run").step == 3
+    assert len(told()) == 1
+    rates = list(read_metrics(tmp_path / "run", "train").lr_muon)
+    assert rates == sorted(rates) and rates[-1] < profile.muon_lr
+    training.train(profile, tmp_path / "run")  # complete: nothing is trained any more
+    training.train(small_profile(max_steps=3, warmup_steps=2), tmp_path / "other")
+    assert len(told()) == 1
+
+
 def test_the_logged_cross_entropy_is_the_models_own_on_the_streams_first_windows(tmp_path):
     profile = small_profile(max_steps=1, grad_accumulation=2)
     training.train(profile, tmp_path / "run")

@@ -1,0 +1,130 @@
+"""What the parameters of each notebook accept beyond their types, checked before any work is done.
+
+`run` asks before it starts a kernel, and each notebook in its configuration cell, for what was typed in JupyterLab. What a
+notebook hands to a function that can judge it without work is judged by that function.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from kl3m_nb import corpus, generation, launch, models, paths, runs, stacking
+from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER, find_matrices
+from kl3m_nb.parameters import assigned_kinds, find_notebook
+from kl3m_nb.profiles import FIELD_TYPES, Profile, get_profile, profile_with, source_profile
+from kl3m_nb.run_folder import RUN_FILE
+from kl3m_nb.spectra import spectrum_key
+from kl3m_nb.tokenizer import read_tokenizer
+
+_RANGES = {  # what is accepted, in words: the test, and the parameters
+    "a whole number, at least 1": (lambda value: isinstance(value, int) and value >= 1, "document_count prompt_count"),
+    "a whole number, at least 0": (lambda value: isinstance(value, int) and value >= 0, "windows processes scratch_steps"),
+    "at least 0 and finite": (lambda value: isinstance(value, (int, float)) and 0 <= value < math.inf, "reference_loss"),
+}
+
+_TEXT_PARAMETERS = {"source": "source", "stack": "documents", "grown": "source"}  # by stage: which names documents to read
+
+
+def check_notebook(name: str, namespace: Mapping[str, object]) -> None:
+    """`check_values` for a notebook's own cell: `name` is "02_training", `namespace` its `globals()`.
+
+    Raises ValueError for a value that is not of the type its parameter is declared with, too: papermill casts none.
+    """
+    kinds = assigned_kinds(find_notebook(name))
+    values = {key: namespace[key] for key in kinds if key in namespace}
+    for key, value in values.items():
+        found = type(value).__name__
+        if kinds[key] and found != kinds[key] and (found, kinds[key]) != ("int", "float"):
+            raise ValueError(f"The parameter {key!r} of {name} is of type {kinds[key]}; {value!r} is not.")
+    check_values(runs.NOTEBOOK_STAGES[name], values)
+
+
+def check_values(stage: str, values: Mapping[str, object]) -> None:
+    """Raises ValueError or FileNotFoundError, in one sentence, for the first of a notebook's parameters that cannot be meant.
+
+    `stage` is the notebook's of `runs.NOTEBOOK_STAGES`. Nothing is downloaded: what a hub id names is found out by the work.
+    """
+    profile = notebook_profile(stage, values)
+    for words, (accepts, keys) in _RANGES.items():
+        for key in keys.split():
+            if key in values and not accepts(values[key]):
+                raise ValueError(f"The parameter {key} is {values[key]!r}; it must be {words}.")
+    for key, of_stage in (("run", stage), ("scratch_run", "scratch")):
+        runs.run_path(values["profile"], of_stage, values.get(key, ""))
+    _check_checkpoints(stage, values)
+    if stage in _TEXT_PARAMETERS and (text := values[_TEXT_PARAMETERS[stage]]):
+        corpus.check_source(text)
+    if stage == "stack":
+        stacking.check_order(values["order"], values["noise"])
+    elif stage == "grown" and values["processes"]:
+        launch.check_processes(profile, values["processes"])
+    elif stage == "spectra":
+        _check_role(values)
+    elif stage == "generation":
+        _check_writing(values, profile)
+
+
+def notebook_profile(stage: str, values: Mapping[str, object]) -> Profile:
+    """The profile that a notebook's parameters ask for; where it builds a model, those named like a profile's field change it.
+
+    Raises ValueError as `get_profile`.
+    """
+    if stage not in _TEXT_PARAMETERS:
+        return get_profile(values["profile"])
+    fields = {key: value for key, value in values.items() if key in FIELD_TYPES}
+    fields["source"] = values[_TEXT_PARAMETERS[stage]]
+    if stage == "source":
+        return source_profile(profile_with(values["profile"], **fields, source_steps=values["max_steps"]))
+    return profile_with(values["profile"], **fields)
+
+
+def _check_checkpoints(stage: str, values: Mapping[str, object]) -> None:
+    """Refuses a checkpoint that a notebook would look for in vain. A run that has begun does not need its `init` any more."""
+    keys = runs.CHECKPOINT_PARAMETERS.get(stage, ())
+    if stage == "grown" and not (runs.run_path(values["profile"], stage, values["run"]) / RUN_FILE).exists():
+        keys = ("init",) if values["init"] != "random" else ()
+    for key in keys:
+        for name in runs.listed(values[key]) if key == "others" else [values[key]]:
+            if name and not _place(name) and (stage == "stack" or not models.is_hub_id(name)):
+                raise ValueError(
+                    f"The parameter {key} names no checkpoint {name} below {paths.project_root()}; give a checkpoint folder"
+                    f"{'' if stage == 'stack' else ' or a hub id OWNER/NAME'}."
+                )
+
+
+def _place(checkpoint: str | Path) -> Path | None:
+    """Where a checkpoint lies, seen from here or from the project's root; None where it does not, as a hub id."""
+    return next((place for place in (Path(checkpoint), paths.resolve(checkpoint)) if place.exists()), None)
+
+
+def _check_role(values: Mapping[str, object]) -> None:
+    """Refuses a role that the trained model does not have, or one that no model has where it is not on this disk yet."""
+    role, known = values["role"], BLOCK_ROLES
+    trained = values["trained"] or runs.stage_checkpoint(values["profile"], "grown")
+    if trained and (place := _place(trained)):
+        matrices = [matrix for matrix in find_matrices(place) if matrix.layer != HEAD_LAYER]
+        known = tuple(dict.fromkeys(spectrum_key(matrix.layer, matrix.role, matrix.expert)[1] for matrix in matrices))
+    elif role.endswith("]"):  # of an expert
+        role = role.partition("[")[0]
+    if role not in known:
+        raise ValueError(f"There is no role {values['role']!r}; choose one of {', '.join(known)}.")
+
+
+def _check_writing(values: Mapping[str, object], profile: Profile) -> None:
+    """Refuses a sampling that cannot be, texts that are longer than a model's context, and lm-eval where it is not installed."""
+    card = generation.card_of(mixture=bool(profile.model.experts))
+    sampling = generation.chosen_sampling(
+        card, values["temperature"], values["top_p"], values["repetition_penalty"], values["max_new_tokens"]
+    )
+    if values["with_lm_eval"] and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("with_lm_eval is set and lm-eval is not installed; pip install -e '.[harness]', or leave it at false.")
+    prompts = [prompt.text for prompt in generation.choose_prompts(values["prompt_count"])]
+    given = {"source": values["source"], "stack, step 0": values["stack"], "trained": values["trained"]}
+    for checkpoint in runs.named_checkpoints(values["profile"], given, values["others"]).values():
+        if place := _place(checkpoint):
+            config = models.check_checkpoint(place.absolute())
+            if context := config.get("max_position_embeddings"):  # GPT-2 has another name for it
+                generation.check_room(context, read_tokenizer(str(place.absolute())), prompts, sampling)

@@ -1,0 +1,149 @@
+"""What the notebooks' parameters accept: the same before a kernel starts and in the kernel, of each notebook."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import execute_notebook, small_profile
+
+from kl3m_nb import checkpoints, models, parameter_checks, run_folder, runs
+from kl3m_nb.parameter_checks import check_notebook
+from kl3m_nb.parameters import find_notebook, read_parameters
+
+SOURCE, STACKING, TRAINING, SPECTRA, GENERATION, GROWTH = runs.NOTEBOOK_STAGES
+OF_ANOTHER_TYPE = {"str": 3, "int": 2.5, "float": "hot", "bool": "false"}
+
+
+@pytest.fixture(autouse=True)
+def empty_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path / "runs"))
+
+
+def _check(notebook: str, **changes) -> None:
+    defaults = {name: parameter.default for name, parameter in read_parameters(find_notebook(notebook)).items()}
+    assert changes.keys() <= defaults.keys()
+    check_notebook(notebook, {"name": "of the notebook's own", **defaults, **changes})
+
+
+@pytest.mark.parametrize("notebook", runs.NOTEBOOK_STAGES)
+def test_the_defaults_are_accepted_and_no_parameter_takes_another_type(notebook, tmp_path):
+    _check(notebook)
+    for name, parameter in read_parameters(find_notebook(notebook)).items():
+        with pytest.raises(ValueError, match=f"The parameter '{name}' of {notebook} is of type {parameter.kind}; "):
+            _check(notebook, **{name: OF_ANOTHER_TYPE[parameter.kind]})
+        if parameter.kind == "float":
+            _check(notebook, **{name: int(parameter.default)})
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("notebook", "changes", "words"),
+    [
+        *((notebook, {"profile": "tniy"}, "There is no profile 'tniy'") for notebook in runs.NOTEBOOK_STAGES),
+        *((notebook, {"run": "a/b"}, "no name of a folder right below") for notebook in runs.NOTEBOOK_STAGES),
+        (SOURCE, {"source": "files:nope/*"}, "No file matches .*/nope/"),
+        (SOURCE, {"source": "0.5*package:licensedcode-data + 0.5*files:nope/*"}, "No file matches .*/nope/"),
+        (SOURCE, {"source": "nope"}, "The source 'nope' is not known"),
+        (SOURCE, {"max_steps": -1}, "'max_steps' is -1"),
+        (SOURCE, {"packing": "tight"}, "'packing' is 'tight'"),
+        (STACKING, {"documents": "files:nope/*"}, "No file matches .*/nope/"),
+        (STACKING, {"source": "owner/name"}, "The parameter source names no checkpoint"),
+        (STACKING, {"order": "spiral"}, "The order 'spiral' is not known"),
+        (STACKING, {"noise": 1.0}, "a share from 0 to below 1"),
+        (STACKING, {"order": "random", "noise": 0.2}, "for cyclic or interpolated"),
+        (STACKING, {"seq_len": 4096}, "context of 256"),
+        (TRAINING, {"source": "files:nope/*"}, "No file matches .*/nope/"),
+        (TRAINING, {"processes": -1}, "The parameter processes is -1; it must be a whole number, at least 0"),
+        (TRAINING, {"processes": 3}, "3 processes"),
+        (TRAINING, {"ns_steps": 9}, "'ns_steps' is 9"),
+        (TRAINING, {"init": "nowhere"}, "The parameter init names no checkpoint nowhere"),
+        (SPECTRA, {"role": "qproj"}, "There is no role 'qproj'; choose one of q_proj, k_proj"),
+        (SPECTRA, {"role": "lm_head"}, "There is no role 'lm_head'"),
+        (SPECTRA, {"windows": -1}, "The parameter windows is -1"),
+        (GENERATION, {"document_count": 0}, "The parameter document_count is 0; it must be a whole number, at least 1"),
+        (GENERATION, {"document_count": -5, "prompt_count": -1}, "The parameter document_count is -5"),
+        (GENERATION, {"prompt_count": -1}, "The parameter prompt_count is -1"),
+        (GENERATION, {"top_p": 1.5}, "top_p is 1.5"),
+        (GENERATION, {"top_p": -0.5}, "top_p is -0.5"),
+        (GENERATION, {"temperature": float("nan")}, "The temperature is nan"),
+        (GENERATION, {"repetition_penalty": 0.0}, "The repetition_penalty is 0.0"),
+        (GENERATION, {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        (GROWTH, {"scratch_run": ".."}, "no name of a folder right below"),
+        (GROWTH, {"scratch_steps": -1}, "The parameter scratch_steps is -1"),
+        (GROWTH, {"reference_loss": -0.5}, "The parameter reference_loss is -0.5; it must be at least 0 and finite"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_sentence(notebook, changes, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as refusal:
+        _check(notebook, **changes)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("notebook", runs.NOTEBOOK_STAGES)
+def test_what_is_typed_into_the_cell_is_checked_before_the_notebook_works(notebook, tmp_path):
+    with pytest.raises(ValueError, match=f"The parameter 'run' of {notebook} is of type str; 3 is not"):
+        execute_notebook(notebook, {"run": 3})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_line_that_was_saved_without_its_type_is_judged_by_its_value(monkeypatch):
+    monkeypatch.setattr(parameter_checks, "assigned_kinds", lambda notebook: {"profile": "str", "run": "", "scratch_steps": ""})
+    namespace = {"profile": "tiny", "run": "a", "scratch_steps": 5}
+    check_notebook(GROWTH, namespace)
+    for wrong in ({"run": 3}, {"scratch_steps": 2.5}, {"scratch_steps": "5"}):
+        with pytest.raises(ValueError, match=next(iter(wrong)) + "|no name of a folder"):
+            check_notebook(GROWTH, namespace | wrong)
+
+
+def test_the_roles_are_those_of_the_trained_model(trained_run, tmp_path):
+    _check(SPECTRA, role="up_proj[3]")  # may be an expert's: there is no model yet
+    newest = str(trained_run[1].checkpoint)
+    _check(SPECTRA, role="down_proj", trained=newest)
+    with pytest.raises(ValueError, match=r"no role 'up_proj\[0\]'; choose one of q_proj, .*, down_proj\.$"):
+        _check(SPECTRA, role="up_proj[0]", trained=newest)
+    mixture = small_profile(experts=2, active_experts=1, heads=4, mlp=16)
+    models.build_model(mixture).save_pretrained(tmp_path / "mixture")
+    _check(SPECTRA, role="up_proj[1]", trained=str(tmp_path / "mixture"))
+    with pytest.raises(ValueError, match=r"no role 'up_proj'; .*, up_proj\[0\], up_proj\[1\], "):
+        _check(SPECTRA, role="up_proj", trained=str(tmp_path / "mixture"))
+    _check(SPECTRA, trained="owner/name")
+
+
+def test_texts_that_are_longer_than_a_models_context_are_refused(trained_run, tmp_path):
+    shutil.copytree(trained_run[0], runs.run_path("tiny", "grown"))
+    with pytest.raises(ValueError, match="max_new_tokens 63 exceeds the model's context of 64"):
+        _check(GENERATION, max_new_tokens=63)
+    with pytest.raises(ValueError, match="max_new_tokens 63 exceeds the model's context of 64"):
+        _check(GENERATION, max_new_tokens=63, trained="owner/name", others=str(trained_run[1].checkpoint))
+    _check(GENERATION, max_new_tokens=63, trained="owner/name", others="owner/other")
+
+
+def test_lm_eval_is_asked_for_only_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"lm-eval is not installed; pip install -e '.\[harness\]'"):
+        _check(GENERATION, with_lm_eval=True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    _check(GENERATION, with_lm_eval=True)
+
+
+def test_a_run_that_has_begun_does_not_need_its_start_any_more():
+    _check(TRAINING, init="random")
+    _check(TRAINING, init="owner/name")
+    run_dir = runs.run_path("tiny", "grown")
+    run_dir.mkdir(parents=True)
+    run_folder.write_run_file(run_dir, small_profile(), None, "cpu")
+    _check(TRAINING, init="nowhere")
+
+
+def test_files_and_folders_that_are_there_are_accepted(trained_run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for notebook, name in ((SOURCE, "source"), (STACKING, "documents"), (TRAINING, "source")):
+        _check(notebook, **{name: f"files:{tmp_path}/*.jsonl"})
+        _check(notebook, **{name: "hub:owner/name"})
+    checkpoint = checkpoints.latest_checkpoint(Path(trained_run[0]))
+    _check(STACKING, source=str(checkpoint))
+    _check(TRAINING, init=str(checkpoint))
