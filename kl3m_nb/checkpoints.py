@@ -235,9 +235,19 @@ def stack_record(folder: Path) -> dict:
     """
     if not (folder / _STATE).is_file():
         return read_stack(folder)
-    state = torch.load(folder / _STATE, map_location="cpu", weights_only=True, mmap=True)  # leaves gigabytes of optimizer unread
+    state = _unread_state(folder)
     stack = state.get("stack")  # those of earlier versions have none
     return stack | {TRAINED_STEPS: state["counters"]["step"]} if stack else {}
+
+
+def start_record(checkpoint: Path) -> dict:
+    """What the run of a checkpoint took over of how its start was grown; with `trained_steps` when that had been trained."""
+    return _unread_state(checkpoint).get("stack", {})  # an earlier version did not keep it
+
+
+def _unread_state(checkpoint: Path) -> dict:
+    """The training state with gigabytes of optimizer left on the disk."""
+    return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _candidates(run_dir: Path) -> list[Path]:

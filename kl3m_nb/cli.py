@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 import yaml
 
-from kl3m_nb import distributed, models, paths, profiles, publishing, run_folder, runs
+from kl3m_nb import distributed, growth_runs, models, paths, profiles, publishing, run_folder, runs
 from kl3m_nb.checkpoints import CheckpointFailed, check_sound
 from kl3m_nb.estimate import GPUS, estimate
 from kl3m_nb.progress import time_left
@@ -182,6 +182,10 @@ def _run(options: argparse.Namespace) -> int:
         if remark := warmup_remark(profile.schedule):
             warnings.warn(remark, stacklevel=1)
         _require_gpu_or_consent(profile, options.without_gpu)
+    if stage == "growth":
+        plan = growth_runs.plan_comparison(runs.run_path(values["profile"], "grown"), values["scratch_steps"])
+        if values["train_scratch"]:
+            _require_gpu_or_consent(plan.scratch, options.without_gpu, lower="scratch_steps")
     return run_notebook(notebook, options.output or folder / "notebooks" / notebook.name, checked)
 
 
@@ -215,7 +219,7 @@ def _changes(options: argparse.Namespace) -> dict:
     return changes
 
 
-def _require_gpu_or_consent(profile: profiles.Profile, consent: bool) -> None:
+def _require_gpu_or_consent(profile: profiles.Profile, consent: bool, lower: str = "max_steps, seq_len or micro_batch") -> None:
     if torch.cuda.is_available():
         return
     needed = estimate(profile)
@@ -225,7 +229,7 @@ def _require_gpu_or_consent(profile: profiles.Profile, consent: bool) -> None:
     if not consent:
         raise Refused(
             f"{needed.sentence()}, which has no GPU and {memory / 2**30:.0f} GiB of memory; "
-            "lower max_steps, seq_len or micro_batch, or add --without-gpu to start all the same."
+            f"lower {lower}, or add --without-gpu to start all the same."
         )
     if distributed.torchrun_rank() == 0:
         print(f"{needed.sentence()}; starting, as asked.", flush=True)

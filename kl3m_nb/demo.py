@@ -13,9 +13,8 @@ import shutil
 import time
 from pathlib import Path
 
-from kl3m_nb import report, runs
+from kl3m_nb import growth_runs, report, runs
 from kl3m_nb.html import IndexEntry, write_index
-from kl3m_nb.metrics import read_metrics
 from kl3m_nb.parameters import find_notebook, load_notebook
 from kl3m_nb.progress import clock, replace_text
 from kl3m_nb.run_folder import RunLock
@@ -66,9 +65,7 @@ def run_demo(fresh: bool = False) -> int:
             finished[name] = fingerprint
             replace_text(report_dir / "finished.json", json.dumps(finished, indent=1) + "\n")
         entries.append(_entry(notebook, page, _read_json(status_path), report_dir))
-    comparison = report.compare_growth(
-        *(read_metrics(runs.run_path(PROFILE, stage), "held_out") for stage in ("source", "grown", "scratch"))
-    )
+    comparison = report.compare_growth(**growth_runs.curves(*(runs.run_path(PROFILE, stage) for stage in ("grown", "scratch"))))
     conditions = f"{versions()} · {clock(sum(entry.seconds for entry in entries))} for all notebooks"
     index = report_dir / "index.html"
     write_index(

@@ -28,6 +28,12 @@ class GrowthComparison:
         self.losses.to_csv(folder / "losses.csv", index=False)
         self.costs.to_csv(folder / "speedups.csv")
 
+    def verdict(self) -> str:
+        """Which run took how many optimizer steps to the target, in one line. That growing loses is a result too."""
+        steps = {"from scratch": self.scratch_step, "grown": self.grown_step}
+        told = (f"{name} {'never' if math.isnan(step) else f'after {step:.0f} steps'}" for name, step in steps.items())
+        return f"held-out loss {self.target_loss:.3f}, the best from scratch: reached {', '.join(told)}"
+
     def loss_table(self) -> pd.DataFrame:
         """The held-out losses in words, one row per run."""
         counts = {name: self.losses[name].map("{:,}".format) for name in ("steps", "tokens")}

@@ -12,7 +12,7 @@ import pandas as pd
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.metrics import FILE_NAME, read_metrics
 from kl3m_nb.model_folder import read_stack, stack_source
-from kl3m_nb.profiles import Profile, get_profile
+from kl3m_nb.profiles import Profile, get_profile, profile_with
 from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
 
 # What each notebook writes; the laptop profile's runs are the demonstration.
@@ -89,17 +89,42 @@ def listed(others: str) -> list[str]:
     return others.replace(",", " ").split()
 
 
+def profile_of(checkpoint: str | Path) -> Profile | None:
+    """The profile a checkpoint was trained with; None for one that no run here wrote."""
+    folder = paths.resolve(checkpoint)
+    run_dir = folder.parent.parent
+    known = (run_dir / RUN_FILE).is_file() and folder in checkpoints.whole_checkpoints(run_dir)
+    return read_run_profile(run_dir) if known else None
+
+
+def profile_to_judge(profile_name: str, checkpoint: str | Path, documents: str = "", tokenizer: str = "", **changes) -> Profile:
+    """The named profile with the held-out text and the tokenizer that a `checkpoint` to be stacked can be judged on.
+
+    Unless `documents` and `tokenizer` are given, they are those the checkpoint was trained with: told by its run, its tokenizer
+    by the checkpoint itself, and by the named profile where neither says. `changes` are as in `profile_with`, 0 being the
+    profile's own. Raises ValueError for values that no profile can have.
+    """
+    folder, made_with = paths.resolve(checkpoint), profile_of(checkpoint) or get_profile(profile_name)
+    own = str(folder) if (folder / "tokenizer.json").is_file() else made_with.data.tokenizer
+    return profile_with(
+        profile_name,
+        source=documents or made_with.data.source,
+        tokenizer=tokenizer or own,
+        vocabulary=made_with.model.vocabulary,
+        **changes,
+    )
+
+
 def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
     """The profile a checkpoint was trained with and the windows it had seen; None for a checkpoint that no run here wrote.
 
     Steps that a run carries on from a published checkpoint read other data and are not counted. Raises ValueError when the run's
     metrics, which tell at which step it began, are lost.
     """
-    folder = paths.resolve(checkpoint)
-    run_dir = folder.parent.parent
-    if not (run_dir / RUN_FILE).is_file() or folder not in checkpoints.whole_checkpoints(run_dir):
+    profile, folder = profile_of(checkpoint), paths.resolve(checkpoint)
+    if profile is None:
         return None
-    profile = read_run_profile(run_dir)
+    run_dir = folder.parent.parent
     held_out = read_metrics(run_dir, "held_out")
     if held_out.empty:
         raise ValueError(

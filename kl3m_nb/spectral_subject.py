@@ -38,7 +38,8 @@ class Subject:
     strings where nothing names them. `steps` holds the checkpoints of its run by step up to this one, and before them the start:
     at 0, or at its own step when it is not what the run was begun from. It is empty without a run or a start. `run_dir` and
     `profile` are those of the run it belongs to, if any; `clamp` is the run's, the kl3m-007 card's where there is no run. `order`
-    is that of the stack; copies and source of one that is not cyclic are not looked for. `name` is what a title calls it.
+    and `noise` are those of the stack; copies and source of one that is not cyclic are not looked for. `name` is what a title
+    calls it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Subject:
     run_dir: Path | None = None
     profile: Profile | None = None
     order: str = "cyclic"
+    noise: float = 0.0
 
     @property
     def copies(self) -> int:
@@ -115,6 +117,7 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
         else:
             source, source_layers = other, source_layers or depth
     record = next((record for path in (start, begun) if path and (record := _record(Path(path)))), own)
+    noise = record.get("noise", 0.0)
     if (order := record.get("order", "cyclic")) != "cyclic":
         if source_layers:
             raise ValueError(
@@ -133,7 +136,17 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     clamp = profile.clamp if profile else ClampSpec()
     if run_dir:
         name = f"{run_dir.name}, {place.name}"
-    return Subject(name, place, layers, source_layers, clamp, start, source, steps, run_dir, profile, order)
+    return Subject(name, place, layers, source_layers, clamp, start, source, steps, run_dir, profile, order, noise)
+
+
+def find_grown(trained: str | Path, stack: str | Path, source_layers: int) -> Subject:
+    """`find_subject` of a model that was trained from `stack`; `source_layers` is what the source had where no record tells.
+
+    Raises ValueError like `find_subject`, but not for a stack that is not cyclic: that has no copies to be compared.
+    """
+    subject = find_subject(trained, str(stack))
+    told = subject.copies > 1 or subject.order != "cyclic"
+    return subject if told else find_subject(trained, str(stack), source_layers)
 
 
 def _run_folder(place: Path) -> Path | None:

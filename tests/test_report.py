@@ -40,6 +40,7 @@ def test_losses_are_told_as_held_out_and_to_one_precision():
 def test_what_was_never_reached_is_said(tmp_path):
     comparison = compare_growth(_curve([8, 5]), _curve([6, 5, 4.5]), _curve([8, 6, 4]))
     assert math.isnan(comparison.grown_step)
+    assert comparison.verdict() == "held-out loss 4.000, the best from scratch: reached from scratch after 20 steps, grown never"
     assert "never reached" in comparison.speedup_table().to_string()
     comparison.save(tmp_path)
     assert pd.read_csv(tmp_path / "speedups.csv").grown.isna().all()

@@ -8,7 +8,7 @@ import shutil
 import signal
 
 import pytest
-from conftest import at_step
+from conftest import at_step, small_profile
 
 from kl3m_nb import checkpoints, run_folder, runs, stacking, training
 from kl3m_nb.metrics import read_metrics
@@ -101,6 +101,21 @@ def test_a_checkpoint_is_known_by_the_run_it_lies_in(trained_run, tmp_path):
     (lost / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"metrics\.jsonl has no evaluation that tells at which step the run began"):
         runs.trained_on(lost / "checkpoints" / result.checkpoint.name)
+
+
+def test_a_checkpoint_is_judged_on_what_it_was_trained_on_unless_told_otherwise(tmp_path):
+    settings = small_profile(tokenizer="corpus-001", source="package:licensedcode-data(min_tokens=4)", max_steps=1)
+    checkpoint = training.train(settings, tmp_path / "run").checkpoint
+    judged = runs.profile_to_judge("tiny", checkpoint, seq_len=0, held_out_windows=4)
+    assert (judged.data.source, judged.data.tokenizer) == (settings.data.source, str(checkpoint))
+    assert (judged.data.held_out_windows, judged.data.seq_len, judged.growth_factor) == (4, 256, 4)
+    assert judged.model.vocabulary == 512 and judged.model.layers == get_profile("tiny").model.layers
+    told = runs.profile_to_judge("tiny", str(checkpoint), "files:texts/*.jsonl", "OWNER/NAME").data
+    assert (told.source, told.tokenizer) == ("files:texts/*.jsonl", "OWNER/NAME")
+    foreign = shutil.copytree(checkpoint, tmp_path / "foreign" / "model")
+    assert runs.profile_to_judge("tiny", foreign).data.tokenizer == str(foreign)
+    (foreign / "tokenizer.json").unlink()
+    assert runs.profile_to_judge("tiny", foreign) == get_profile("tiny")
 
 
 def test_the_table_tells_of_the_newest_checkpoint_and_of_nothing_later(trained_run, tmp_path):

@@ -10,9 +10,9 @@ import shutil
 import pytest
 from conftest import small_profile
 
-from kl3m_nb import known_spectra, matrices, run_folder
+from kl3m_nb import known_spectra, matrices, run_folder, stacking
 from kl3m_nb.profiles import ModelSpec
-from kl3m_nb.spectral_subject import find_subject
+from kl3m_nb.spectral_subject import find_grown, find_subject
 
 SPEC = ModelSpec(layers=4, hidden=32, mlp=48, heads=2, kv_heads=1, head_size=16, vocabulary=80, context=32)
 
@@ -108,6 +108,23 @@ def test_a_trained_model_with_the_record_of_its_stack_has_a_source_and_is_no_sta
     assert find_subject(known.trained, against=str(exported)).source == str(known.source)
     (exported / "stack.json").write_text(json.dumps(record | {"trained_steps": 5, "order": "random"}))
     assert (find_subject(exported).order, find_subject(exported).copies) == ("random", 1)
+
+
+def test_a_grown_model_is_what_the_record_of_its_stack_says_and_else_what_is_taken_for_it(known, tmp_path):
+    stack = shutil.copytree(known.stack, tmp_path / "stack")
+    assert find_grown(known.trained, stack, 1).source_layers == 2
+    record = json.loads((stack / "stack.json").read_text())
+    (stack / "stack.json").write_text(json.dumps(record | {"noise": 0.2}))
+    noisy = find_grown(known.trained, stack, 1)
+    assert (noisy.order, noisy.noise, noisy.copies) == ("cyclic", 0.2, 2)
+    for order in stacking.ORDERS[1:]:
+        (stack / "stack.json").write_text(json.dumps(record | {"order": order}))
+        other = find_grown(known.trained, stack, 2)
+        assert (other.order, other.copies, other.start) == (order, 1, str(stack))
+    (stack / "stack.json").unlink()
+    assert find_grown(known.trained, stack, 1).copies == 4
+    with pytest.raises(ValueError, match="is not made of copies of 3"):
+        find_grown(known.trained, stack, 3)
 
 
 def test_ceilings_are_those_of_a_run_that_clamps(known, trained_run):

@@ -30,7 +30,7 @@ FLOORS = {
     "known_spectra prediction comparison writing legal_form extraction memorisation toxicity harness",
     5: "figures plots data_plots spectral_plots launch live runs report report_page run_report html run_status runner demo "
     "cli __main__ matrix_plots spectral_explorer spectral_report spectral_subject progress_bar evaluation_plots token_view "
-    "prompt_box parameter_checks",
+    "prompt_box growth_runs parameter_checks",
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 

@@ -1,0 +1,131 @@
+"""Which source a growth comparison counts in, and up to where: what the grown run's record says, and no other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import at_step, small_profile
+
+from kl3m_nb import checkpoints, growth_runs, stacking, training
+from kl3m_nb.growth_runs import Source
+from kl3m_nb.metrics import read_metrics
+from kl3m_nb.profiles import get_profile, source_profile
+from kl3m_nb.run_folder import write_run_file
+
+GROWN = {"layers": 4, "max_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """A folder with the run `short`, stopped after four of its six steps, and `grown`, from a stack of what was saved then."""
+    folder = tmp_path_factory.mktemp("grown")
+    with pytest.raises(KeyboardInterrupt):
+        training.train(small_profile(), folder / "short", callbacks=[at_step(4, lambda: os.kill(os.getpid(), signal.SIGINT))])
+    stacking.stack_checkpoint(folder / "short" / "checkpoints" / "step-000004", folder / "stack", 2)
+    training.train(small_profile(), folder / "short")
+    training.train(small_profile(**GROWN), folder / "grown", folder / "stack")
+    return folder
+
+
+@pytest.fixture
+def moved(grown, tmp_path):
+    """A copy of it to change, in which every record names the copy."""
+    folder = shutil.copytree(grown, tmp_path / "moved")
+    for path in (folder / "grown" / "run.json", folder / "stack" / "stack.json"):
+        path.write_text(path.read_text().replace(str(grown), str(folder)))
+    shutil.rmtree(folder / "grown" / "checkpoints")  # their states name the original
+    return folder
+
+
+def test_the_source_is_what_was_stacked_at_the_step_that_was_stacked(grown):
+    assert growth_runs.find_source(grown / "grown") == Source(grown / "short", 4)
+    curve = growth_runs.source_curve(Source(grown / "short", 4))
+    evaluated, profile = read_metrics(grown / "short", "held_out").set_index("step"), small_profile()
+    assert list(curve.step) == [0, 3, 4] and list(evaluated.index) == [0, 3, 6]
+    assert list(curve.tokens) == [step * profile.tokens_per_step for step in curve.step]
+    assert curve.flops.iloc[2] == pytest.approx(evaluated.flops[3] * 4 / 3)
+    assert evaluated.seconds[3] < curve.seconds.iloc[2] < evaluated.seconds[6]
+    assert curve.held_out_loss.iloc[2] == evaluated.held_out_loss[3]
+    assert growth_runs.source_curve(Source(grown / "short", 3)).equals(read_metrics(grown / "short", "held_out")[:2])
+
+
+def test_the_grown_run_remembers_its_source_when_the_stack_is_gone_or_another(grown, tmp_path):
+    copy = shutil.copytree(grown / "grown", tmp_path / "copy")
+    record = json.loads((copy / "run.json").read_text())
+    for start in ("gone", "other"):
+        (copy / "run.json").write_text(json.dumps(record | {"init": str(tmp_path / start)}))
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "stack.json").write_text('{"source": "elsewhere"}')
+        assert growth_runs.find_source(copy) == Source(grown / "short", 4)
+
+
+def test_a_source_whose_cost_nobody_knows_is_named(moved, grown, tmp_path):
+    assert growth_runs.find_source(moved / "grown") == Source(moved / "short", 4)
+    (moved / "short").rename(moved / "away")
+    with pytest.raises(ValueError, match=r"grown from .*/short/checkpoints/step-000004, which no run here has written as it was"):
+        growth_runs.find_source(moved / "grown")
+    shutil.copytree(grown / "short", moved / "short")
+    manifest = moved / "short" / "checkpoints" / "step-000004" / checkpoints.MANIFEST
+    described = json.loads(manifest.read_text())
+    described["files"]["model.safetensors"]["sha256"] = "of a run that was trained anew"
+    manifest.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="which no run here has written as it was then"):
+        growth_runs.find_source(moved / "grown")
+    shutil.rmtree(manifest.parent.parent)  # what a run keeps only for a while
+    assert growth_runs.find_source(moved / "grown") == Source(moved / "short", 4)
+    (moved / "short" / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl does not tell what the source had cost at step 4"):
+        growth_runs.plan_comparison(moved / "grown")
+
+
+def test_what_was_not_grown_from_random_weights_by_one_stack_is_refused(grown, moved, tmp_path):
+    with pytest.raises(ValueError, match="short was started from random weights, so nothing was grown"):
+        growth_runs.find_source(grown / "short")
+    write_run_file(moved / "short", small_profile(), "OWNER/NAME", "")
+    with pytest.raises(ValueError, match=r"short, which .* was grown from, was itself started from OWNER/NAME"):
+        growth_runs.find_source(moved / "grown")
+    (moved / "stack" / "stack.json").unlink()
+    with pytest.raises(ValueError, match=r"Nothing says what the start of .*grown, .*stack, was made of"):
+        growth_runs.find_source(moved / "grown")
+    trained = checkpoints.latest_checkpoint(grown / "grown")
+    training.train(small_profile(**GROWN | {"max_steps": 1}), tmp_path / "on", trained)
+    with pytest.raises(ValueError, match="had been trained since it was stacked"):
+        growth_runs.find_source(tmp_path / "on")
+
+
+def test_the_run_from_scratch_has_the_grown_runs_profile_and_the_steps_that_are_asked_for(grown):
+    assert growth_runs.plan_comparison(grown / "grown").scratch == small_profile(**GROWN)
+    plan = growth_runs.plan_comparison(grown / "grown", 7)
+    assert plan.scratch == small_profile(**GROWN | {"max_steps": 7}) and plan.source.step == 4
+    with pytest.raises(ValueError, match="is no run folder"):
+        growth_runs.plan_comparison(grown / "nowhere")
+
+
+def _laptop_run(folder: Path, source=None, step=240, order="cyclic", noise=0.0, **changes) -> Path:
+    """The folder of a grown run as the laptop's notebooks leave it, without what they compute."""
+    laptop = get_profile("tiny")
+    checkpoint = folder / "source" / "checkpoints" / f"step-{step:06d}"
+    for name in ("source", "stack", "grown"):
+        (folder / name).mkdir(parents=True)
+    record = {"source": str(checkpoint), "source_sha256": {}, "order": order, "noise": noise}
+    (folder / "stack" / "stack.json").write_text(json.dumps(record))
+    write_run_file(folder / "source", source or source_profile(laptop), None, "")
+    write_run_file(folder / "grown", get_profile("tiny", **changes), folder / "stack", "")
+    return folder / "grown"
+
+
+def test_the_laptops_run_is_known_by_all_that_it_was_made_with(tmp_path, grown):
+    assert growth_runs.is_laptop_run(_laptop_run(tmp_path / "as-it-is"))
+    others = [
+        {"order": "random"}, {"noise": 0.2}, {"step": 100}, {"base_lr": 0.02},
+        {"source": source_profile(get_profile("tiny", tokenizer="corpus-001"))},
+    ]  # fmt: skip
+    for number, other in enumerate(others):
+        assert not growth_runs.is_laptop_run(_laptop_run(tmp_path / str(number), **other)), other
+    for folder in (grown / "grown", grown / "short", grown / "nowhere"):
+        assert not growth_runs.is_laptop_run(folder)
