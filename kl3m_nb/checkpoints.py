@@ -146,11 +146,6 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return checkpoints[-1] if checkpoints else None
 
 
-def has_checkpoints(run_dir: Path) -> bool:
-    """Whether anything is there that was a checkpoint of the run, whole, damaged or set aside."""
-    return any((Path(run_dir) / "checkpoints").glob("step-*"))
-
-
 def require_checkpoint(run_dir: Path) -> Path:
     """The newest checkpoint whose every byte is as it was written. A damaged one is passed over with a warning that names it.
 

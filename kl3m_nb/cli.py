@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from kl3m_nb import distributed, growth_runs, models, paths, profiles, publishing, run_folder, runs
-from kl3m_nb.checkpoints import CheckpointFailed, check_sound
+from kl3m_nb.checkpoints import CheckpointFailed, check_sound, checkpoint_step, latest_checkpoint
 from kl3m_nb.estimate import GPUS, estimate
 from kl3m_nb.progress import time_left
 from kl3m_nb.runtime import device_memory
@@ -181,11 +181,12 @@ def _run(options: argparse.Namespace) -> int:
         profile = notebook_profile(stage, values)
         if remark := warmup_remark(profile.schedule):
             warnings.warn(remark, stacklevel=1)
-        _require_gpu_or_consent(profile, options.without_gpu)
+        _require_gpu_or_consent(folder, profile, options.without_gpu)
     if stage == "growth":
         plan = growth_runs.plan_comparison(runs.run_path(values["profile"], "grown"), values["scratch_steps"])
         if values["train_scratch"]:
-            _require_gpu_or_consent(plan.scratch, options.without_gpu, lower="scratch_steps")
+            scratch = runs.run_path(values["profile"], "scratch", values["scratch_run"])
+            _require_gpu_or_consent(scratch, plan.scratch, options.without_gpu, lower="scratch_steps")
     return run_notebook(notebook, options.output or folder / "notebooks" / notebook.name, checked)
 
 
@@ -219,8 +220,12 @@ def _changes(options: argparse.Namespace) -> dict:
     return changes
 
 
-def _require_gpu_or_consent(profile: profiles.Profile, consent: bool, lower: str = "max_steps, seq_len or micro_batch") -> None:
-    if torch.cuda.is_available():
+def _require_gpu_or_consent(
+    run_dir: Path, profile: profiles.Profile, consent: bool, lower: str = "max_steps, seq_len or micro_batch"
+) -> None:
+    newest = latest_checkpoint(run_dir)
+    is_complete = newest is not None and checkpoint_step(newest) >= profile.schedule.max_steps
+    if torch.cuda.is_available() or is_complete:
         return
     needed = estimate(profile)
     memory = device_memory(torch.device("cpu"))
@@ -282,7 +287,7 @@ def _train(options: argparse.Namespace) -> int:
 
     def prepare() -> tuple[profiles.Profile, Path, str | None]:
         profile, folder, init = _what_to_train(options)
-        _require_gpu_or_consent(profile, options.without_gpu)
+        _require_gpu_or_consent(folder, profile, options.without_gpu)
         return profile, folder, init
 
     def report(row) -> None:

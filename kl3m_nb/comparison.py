@@ -35,12 +35,18 @@ def side_by_side(table: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
 def steps_table(predictions: Mapping[int, Prediction]) -> pd.DataFrame:
     """A row per step, on the documents that all `predictions` have: `bits_per_byte`, and `difference` from the first step's.
 
+    Documents whose identifier is not their own are left out.
+
     The difference is paired by document, with its 95% interval, `low` to `high`.
     """
-    shared = set.intersection(*(set(prediction.documents["identifier"]) for prediction in predictions.values()))
+    tables = {
+        step: prediction.documents.drop_duplicates("identifier", keep=False).set_index("identifier")
+        for step, prediction in sorted(predictions.items())
+    }
+    shared = set.intersection(*(set(documents.index) for documents in tables.values()))
     rows, first = [], None
-    for step, prediction in sorted(predictions.items()):
-        documents = prediction.documents[prediction.documents["identifier"].isin(shared)].set_index("identifier")
+    for step, documents in tables.items():
+        documents = documents[documents.index.isin(shared)]
         bits = documents["bits_per_byte"]
         first = bits if first is None else first
         mean = float(np.average(bits, weights=documents["bytes"]))

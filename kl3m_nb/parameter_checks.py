@@ -31,15 +31,30 @@ _TEXT_PARAMETERS = {"source": "source", "stack": "documents", "grown": "source"}
 def check_notebook(name: str, namespace: Mapping[str, object]) -> None:
     """`check_values` for a notebook's own cell: `name` is "02_training", `namespace` its `globals()`.
 
-    Raises ValueError for a value that is not of the type its parameter is declared with, too: papermill casts none.
+    Raises ValueError for a parameter that is missing, and for a value that is not of the type it is declared with, too: papermill
+    casts none.
     """
-    kinds = assigned_kinds(find_notebook(name))
-    values = {key: namespace[key] for key in kinds if key in namespace}
+    kinds = _declared_kinds(name, namespace)
+    if not kinds:
+        return
+    if missing := [key for key in kinds if key not in namespace]:
+        raise ValueError(f"The parameter {missing[0]!r} of {name} is not set; put its line back into the parameters cell.")
+    values = {key: namespace[key] for key in kinds}
     for key, value in values.items():
         found = type(value).__name__
         if kinds[key] and found != kinds[key] and (found, kinds[key]) != ("int", "float"):
             raise ValueError(f"The parameter {key!r} of {name} is of type {kinds[key]}; {value!r} is not.")
     check_values(runs.NOTEBOOK_STAGES[name], values)
+
+
+def _declared_kinds(name: str, namespace: Mapping[str, object]) -> dict[str, str]:
+    """{parameter: type} of the notebook's file; of what the kernel has seen where that is renamed or somewhere else."""
+    try:
+        notebook = find_notebook(name)
+    except ValueError:
+        seen = namespace.get("__annotations__", {})
+        return {key: kind.__name__ for key, kind in seen.items() if kind in (int, float, str, bool)}
+    return assigned_kinds(notebook)
 
 
 def check_values(stage: str, values: Mapping[str, object]) -> None:

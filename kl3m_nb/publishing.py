@@ -85,7 +85,7 @@ def _asking_the_hub(repository: str) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPError as error:  # no answer, or an error for an answer
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConnectionError(
             f"The hub could not be asked for {repository} ({reason}); check the network, and the login with `hf auth whoami`."
         ) from error

@@ -24,7 +24,6 @@ from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
 
 RUN_FILE, LOCK_FILE, SAVE_REQUEST = "run.json", "run.lock", "save-now"
-_CHECKPOINTS = "checkpoints/step-*"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -131,6 +130,11 @@ def init_name(init: str | Path | None) -> str:
     return str(path.relative_to(paths.project_root())) if path.is_relative_to(paths.project_root()) else str(init)
 
 
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether anything is there that was a checkpoint of the run, whole, damaged or set aside."""
+    return any((Path(run_dir) / "checkpoints").glob("step-*"))
+
+
 def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -> None:
     """Raises ValueError when `run_dir` belongs to a run with other settings; how it is carried out may differ.
 
@@ -138,7 +142,7 @@ def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -
     """
     begun = any((run_dir / name).exists() for name in (FILE_NAME, "checkpoints", LOCK_FILE))
     if not (run_dir / RUN_FILE).is_file():
-        if any(run_dir.glob(_CHECKPOINTS)):
+        if has_checkpoints(run_dir):
             raise ValueError(f"{run_dir} holds checkpoints and no {RUN_FILE} that says of which run; {_remedy(run_dir)}.")
         return
     if not begun:
@@ -186,7 +190,10 @@ def write_run_file(run_dir: Path, profile: Profile, init: str | Path | None, run
 
 def _stack_facts(init: str | Path | None) -> dict:
     """What tells one stack from another that is made in its place; empty for any other start, and where it is gone."""
-    record = read_stack(paths.resolve(init)) if init else {}
+    try:
+        record = read_stack(paths.resolve(init)) if init else {}
+    except ValueError:  # a run that begins refuses it; one that has begun does not need it
+        return {}
     return {key: record[key] for key in ("source_sha256", "order", "noise", "seed") if key in record}
 
 
@@ -214,8 +221,14 @@ def _record(run_dir: str | Path) -> dict:
 
 
 def _remedy(run_dir: Path) -> str:
-    copies = sorted(run_dir.glob(f"{_CHECKPOINTS}/{STATE_FOLDER}/{RUN_FILE}"))
-    return f"put back a copy of it, such as {copies[-1]}" if copies else "put back the run.json that the run was begun with"
+    copies = {  # one of a checkpoint that was set aside may be another run's
+        int(number): path
+        for path in run_dir.glob(f"checkpoints/step-*/{STATE_FOLDER}/{RUN_FILE}")
+        if (number := path.parts[-3].removeprefix("step-")).isdigit()
+    }
+    if not copies:
+        return "put back the run.json that the run was begun with"
+    return f"put back a copy of it, such as {copies[max(copies)]}"
 
 
 def lock_exclusively(descriptor: int) -> None:

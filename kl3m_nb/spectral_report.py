@@ -31,7 +31,7 @@ from kl3m_nb.report_page import ReportPage
 from kl3m_nb.run_folder import read_run_init
 from kl3m_nb.spectra import spectrum_key
 from kl3m_nb.spectral_subject import Subject
-from kl3m_nb.tokenizer import load_tokenizer
+from kl3m_nb.tokenizer import read_tokenizer
 
 PAGE = "spectra.html"
 MOST_PAGES = 8  # figures of single matrices; the table marks every ill one
@@ -185,9 +185,7 @@ def _add_clamp(page: ReportPage, subject: Subject) -> None:
 
 
 def _add_function(page: ReportPage, subject: Subject, count: int, progress: Callable[[str], spectra.Progress]) -> None:
-    data = subject.profile.data
-    tokenizer = load_tokenizer(data.tokenizer, data.source, subject.profile.model.vocabulary)
-    held_out = held_out_windows(data, tokenizer)[:count]
+    held_out = held_out_windows(subject.profile.data, read_tokenizer(str(subject.checkpoint)))[:count]
     model = models.load_model(subject.checkpoint)
     similarity = block_function.block_similarity(model, held_out, subject.source_layers)
     swaps = block_function.swap_loss(model, held_out, subject.source_layers, progress=progress("swapped copies"))

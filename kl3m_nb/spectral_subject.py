@@ -68,7 +68,7 @@ class Subject:
 
     @property
     def steps_since_clamp(self) -> int:
-        """Optimizer steps after the run's last clamp; 0 right after one, and where nothing is clamped or no step is known."""
+        """Optimizer steps without a clamp that lie behind it; 0 right after one, where nothing is clamped or no step is known."""
         return int(self.last_step % self.clamp.clamp_every) if self.ceilings and math.isfinite(self.last_step) else 0
 
     @property

@@ -26,8 +26,8 @@ def ill_matrices(table: pd.DataFrame, ceilings: Mapping[str, float], since_clamp
 
     In this order: not finite; zero or singular; more than 15% above its clamp ceiling (`ceilings` by role, 0 for none); condition
     or σ₁ far from what is usual in its role (6 times the median deviation of its logarithm and a factor of 4). Sitting at the
-    ceiling is what the clamp is for and no reason, nor is a condition that cannot be trusted. Nor, `since_clamp` steps after the
-    last clamp, is one above it: conditions drift until the next.
+    ceiling is what the clamp is for and no reason, nor is a condition that cannot be trusted. Nor is one above it with
+    `since_clamp` steps behind it in which there was no clamp: conditions drift until the next.
     """
     if since_clamp:
         ceilings = {}
@@ -97,8 +97,8 @@ def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float], since_cla
             sentences.append(f"The LM head has {condition}an effective rank of {share:.0%} of its shorter side.")
     if since_clamp and (table["condition"] > table["role"].map(ceilings)).any():
         sentences.append(
-            f"The last clamp was {since_clamp:,} step{'s' * (since_clamp > 1)} before; what has drifted above its ceiling "
-            "since is put back by the next."
+            f"{since_clamp:,} step{'s' * (since_clamp > 1)} without a clamp lie behind it; what has drifted above its ceiling is "
+            "put back by the next."
         )
     ill = ill_matrices(table, ceilings, since_clamp)
     if ill.empty:

@@ -372,7 +372,7 @@ class _Run:
 
     def _load_state(self, state: dict) -> None:
         self.counters.update(state["counters"])
-        self.losses |= state.get("losses", {})  # the checkpoints of earlier versions have neither these nor the stack's facts
+        self.losses |= state.get("losses", {})  # earlier versions kept them without their step, and none of the stack's facts
         self.conditions, self.stack = state["conditions"], state.get("stack", {})
         distributed.load_optimizer_state(self.muon, state["muon"])
         distributed.load_optimizer_state(self.aux, state["aux"])

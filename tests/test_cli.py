@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -169,6 +170,17 @@ def test_a_job_that_ends_before_its_warmup_is_told_of_once(steps, monkeypatch, c
     assert cli.main(command) == 0 and len(started) == 1
     warned = f"kl3m_nb: warning: warmup_steps 100 is not below max_steps {steps}: "
     assert capsys.readouterr().err.count(warned) == (steps <= 100)
+
+
+def test_a_long_job_that_is_done_is_not_asked_about(trained_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "LONG_WITHOUT_GPU", 0.0)
+    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: False)
+    run_dir = shutil.copytree(trained_run[0], tmp_path / "run")
+    assert cli.main(["train", str(run_dir)]) == 0
+    assert "Finished at step 6" in capsys.readouterr().out
+    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+    assert cli.main(["train", str(run_dir)]) == 2
+    assert "--without-gpu" in capsys.readouterr().err
 
 
 def test_a_failing_cell_is_exit_code_1(tmp_path, capsys):

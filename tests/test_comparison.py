@@ -97,6 +97,8 @@ def test_a_tie_counts_for_nothing_and_a_missing_figure_has_no_tau():
 
 def test_checkpoints_over_the_steps_are_held_against_each_other_on_the_documents_that_all_have():
     older = prediction(HARD[:9:3] + 1, identifiers=["d0", "d3", "d6"])
+    twice = steps_table({step: prediction(HARD[:3], identifiers=["a", "a", "b"]) for step in (0, 1)})
+    assert set(twice["documents"]) == {1} and set(twice["difference"]) == {0.0}
     table = steps_table({200: MODELS["trained"], 0: MODELS["stack"], 100: older})
     assert list(table["step"]) == [0, 100, 200] and set(table["documents"]) == {3}
     assert table["bits_per_byte"].tolist() == pytest.approx([HARD[:9:3].mean() + more for more in (0.2, 1, -0.1)])

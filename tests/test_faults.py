@@ -468,6 +468,13 @@ def test_a_lost_run_file_is_asked_for_and_each_checkpoint_has_a_copy(run_dir, tr
     _assert_same_run(run_dir, trained_run[0])
 
 
+def test_the_copy_that_is_offered_is_that_of_a_checkpoint_which_counts(run_dir):
+    (run_dir / "checkpoints" / "step-000006").rename(run_dir / "checkpoints" / "step-000006.damaged")
+    (run_dir / run_folder.RUN_FILE).unlink()
+    with pytest.raises(ValueError, match=r"such as \S+/step-000003/training_state/run\.json"):
+        training.train(small_profile(), run_dir)
+
+
 def test_a_disk_that_is_full_when_the_tokenizer_comes_is_a_failed_checkpoint(tmp_path, trained_run, monkeypatch):
     """The tokenizers library then raises an `Exception` without a class of its own."""
     original, tries = type(tokenizer.read_tokenizer(str(trained_run[1].checkpoint))).save_pretrained, []
@@ -506,7 +513,7 @@ def test_data_that_are_not_there_at_the_first_step_leave_no_checkpoint(tmp_path,
     monkeypatch.setattr(PackedStream, "take", broken)
     with pytest.raises(training.TrainingStopped, match=r"has not begun: the data of step 1 .*long enough.*another run folder"):
         training.train(small_profile(), tmp_path / "run")
-    assert not checkpoints.has_checkpoints(tmp_path / "run")
+    assert not run_folder.has_checkpoints(tmp_path / "run")
     monkeypatch.undo()
     assert training.train(small_profile(), tmp_path / "run").step == 6
 
@@ -520,6 +527,8 @@ def test_a_stack_that_was_made_anew_is_not_taken_for_the_one_a_run_began_with(tr
     stacking.stack_checkpoint(trained_run[1].checkpoint, stack, 2, order="interpolated")
     with pytest.raises(ValueError, match=r"another stack than .* its order was 'cyclic' and is 'interpolated'; use another run"):
         training.train(profile, tmp_path / "run", init=stack)
+    (stack / "stack.json").write_text("")  # a run that has begun does not need it
+    assert training.train(profile, tmp_path / "run", init=stack).step == 6
     shutil.rmtree(stack)
     stacking.stack_checkpoint(trained_run[1].checkpoint, stack, 2)
     assert training.train(profile, tmp_path / "run", init=stack).step == 6

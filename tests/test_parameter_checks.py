@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import execute_notebook, small_profile
 
-from kl3m_nb import checkpoints, models, parameter_checks, run_folder, runs
+from kl3m_nb import checkpoints, models, parameter_checks, parameters, run_folder, runs
 from kl3m_nb.parameter_checks import check_notebook
 from kl3m_nb.parameters import find_notebook, read_parameters
 
@@ -147,3 +147,19 @@ def test_files_and_folders_that_are_there_are_accepted(trained_run, tmp_path):
     checkpoint = checkpoints.latest_checkpoint(Path(trained_run[0]))
     _check(STACKING, source=str(checkpoint))
     _check(TRAINING, init=str(checkpoint))
+
+
+def test_a_notebook_that_was_renamed_is_judged_by_what_its_cell_declares(tmp_path, monkeypatch):
+    defaults = {name: parameter.default for name, parameter in read_parameters(find_notebook(TRAINING)).items()}
+    monkeypatch.setattr(parameters, "notebooks_dir", lambda: tmp_path)
+    declared = {"__annotations__": {name: type(value) for name, value in defaults.items()}}
+    check_notebook(TRAINING, {**declared, **defaults})
+    with pytest.raises(ValueError, match="'max_steps' of 02_training is of type int; 'many' is not"):
+        check_notebook(TRAINING, {**declared, **defaults, "max_steps": "many"})
+
+
+def test_a_parameter_that_was_taken_out_is_named():
+    defaults = {name: parameter.default for name, parameter in read_parameters(find_notebook(TRAINING)).items()}
+    del defaults["run"]
+    with pytest.raises(ValueError, match="The parameter 'run' of 02_training is not set; put its line back"):
+        check_notebook(TRAINING, defaults)
