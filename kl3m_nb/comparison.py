@@ -35,9 +35,7 @@ def side_by_side(table: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
 def steps_table(predictions: Mapping[int, Prediction]) -> pd.DataFrame:
     """A row per step, on the documents that all `predictions` have: `bits_per_byte`, and `difference` from the first step's.
 
-    Documents whose identifier is not their own are left out.
-
-    The difference is paired by document, with its 95% interval, `low` to `high`.
+    The difference is paired by document, with its 95% interval, `low` to `high`. Documents that share an identifier are left out.
     """
     tables = {
         step: prediction.documents.drop_duplicates("identifier", keep=False).set_index("identifier")

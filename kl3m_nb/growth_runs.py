@@ -51,7 +51,10 @@ def find_source(grown_dir: Path) -> Source:
     Raises ValueError when the run was not started from a fresh stack, nothing says what that was made of, or it is no checkpoint
     of a run that lies here and began with random weights.
     """
-    record = _stack_of(grown_dir)
+    return _source_in(_stack_of(grown_dir), grown_dir)
+
+
+def _source_in(record: dict, grown_dir: Path) -> Source:
     if "source" not in record:
         raise ValueError(
             f"Nothing says what the start of {grown_dir}, {read_run_init(grown_dir)}, was made of, so its cost cannot be counted "
@@ -107,7 +110,8 @@ def is_laptop_run(grown_dir: Path) -> bool:
     if not (grown_dir / RUN_FILE).is_file() or read_run_profile(grown_dir) != laptop:
         return False
     try:
-        record, source = _stack_of(grown_dir), find_source(grown_dir)
+        record = _stack_of(grown_dir)
+        source = _source_in(record, grown_dir)
     except ValueError:
         return False
     plain = record.get("order") == "cyclic" and not record.get("noise")

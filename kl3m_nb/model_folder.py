@@ -17,6 +17,7 @@ from pathlib import Path
 from kl3m_nb import paths
 
 STACK_RECORD = "stack.json"  # what a stack was made of, beside it or beside a model that was trained from it
+STACK_IDENTITY = ("source_sha256", "factor", "order", "noise", "seed")  # its entries that tell one stack from another
 TRAINED_STEPS = "trained_steps"  # the entry of a stack.json that tells such a model from a fresh stack
 WEIGHT_ENDINGS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")  # of any format
 STATE_FOLDER = "training_state"  # optimizer states, for resuming on this machine

@@ -40,8 +40,7 @@ def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, re
     """
     run_folder.check_run_folder(run_dir, profile, init)
     newest, identity = checkpoints.latest_checkpoint(run_dir), run_folder.run_identity(run_dir)
-    saved = read_metrics(run_dir, "checkpoint")
-    if len(saved) and not run_folder.has_checkpoints(run_dir):
+    if not run_folder.has_checkpoints(run_dir) and len(saved := read_metrics(run_dir, "checkpoint")):
         raise ValueError(
             f"The run {run_dir} has saved step {saved.step.max()} and no checkpoint is there any more; put its checkpoints back, "
             f"or move {run_dir / FILE_NAME} away to start over."

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from kl3m_nb import distributed, paths, profiles
 from kl3m_nb.metrics import FILE_NAME
-from kl3m_nb.model_folder import STATE_FOLDER, read_stack
+from kl3m_nb.model_folder import STACK_IDENTITY, STATE_FOLDER, read_stack
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
 
@@ -194,7 +194,7 @@ def _stack_facts(init: str | Path | None) -> dict:
         record = read_stack(paths.resolve(init)) if init else {}
     except ValueError:  # a run that begins refuses it; one that has begun does not need it
         return {}
-    return {key: record[key] for key in ("source_sha256", "order", "noise", "seed") if key in record}
+    return {key: record[key] for key in STACK_IDENTITY if key in record}
 
 
 def _record(run_dir: str | Path) -> dict:

@@ -22,7 +22,7 @@ import torch
 
 from kl3m_nb import model_folder, paths
 from kl3m_nb.display import table_html
-from kl3m_nb.model_folder import STACK_RECORD, TRAINED_STEPS, WEIGHT_ENDINGS, weight_files
+from kl3m_nb.model_folder import STACK_IDENTITY, STACK_RECORD, TRAINED_STEPS, WEIGHT_ENDINGS, weight_files
 from kl3m_nb.models import check_checkpoint
 
 ORDERS = ("cyclic", "interpolated", "zero_initialised", "random")
@@ -327,7 +327,7 @@ def _target_config(config: dict, blocks: tuple[int, ...]) -> dict:
 
 def _require_same_stack(target: Path, summary: StackSummary) -> None:
     made = model_folder.read_stack(target)
-    same = all(made.get(key) == getattr(summary, key) for key in ("source_sha256", "factor", "order", "noise", "seed"))
+    same = all(made.get(key) == getattr(summary, key) for key in STACK_IDENTITY)
     if not same or made.get(TRAINED_STEPS):
         raise ValueError(f"{target} already holds something else than this stack; remove it or choose another target.")
 
