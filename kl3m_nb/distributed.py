@@ -24,7 +24,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-PARALLEL_MODES = ("ddp", "fsdp")
 # A rank that dies is noticed at once: gloo and torchrun see its connections close. This bounds the wait for one that hangs, and
 # must outlast what rank 0 does alone, such as writing the last checkpoint.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)

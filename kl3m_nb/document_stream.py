@@ -9,7 +9,9 @@ arrays with the stream, so one can be taken for every batch.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import random
+import time
 from collections.abc import Generator, Iterable, Iterator
 from functools import cached_property, lru_cache
 
@@ -24,7 +26,10 @@ from kl3m_nb.shingles import ShingleIndex
 from kl3m_nb.sources import Document, Part, SourceReport, parse_source
 from kl3m_nb.tokenizer import read_tokenizer
 
+log = logging.getLogger(__name__)
+
 _BAD_DOCUMENTS_IN_A_ROW = 100
+_SECONDS_OF_SILENCE = 10.0
 
 
 class DocumentTokenizer:
@@ -156,8 +161,8 @@ class DocumentStream:
 
     def next(self) -> np.ndarray:
         """Token ids of the next document, int32 [length], without anything added."""
-        while len(self._buffer) < self.spec.shuffle_buffer:
-            self._buffer.append(self._read())
+        if len(self._buffer) < self.spec.shuffle_buffer:
+            self._fill_buffer()
         slot = self._random.randrange(len(self._buffer))
         tokens, self._buffer[slot] = self._buffer[slot], self._read()
         return tokens
@@ -188,6 +193,14 @@ class DocumentStream:
         """Closes the files that are open."""
         for part in self._parts:
             part.close()
+
+    def _fill_buffer(self) -> None:
+        size, said = self.spec.shuffle_buffer, time.monotonic()
+        while len(self._buffer) < size:
+            self._buffer.append(self._read())
+            if time.monotonic() - said > _SECONDS_OF_SILENCE:
+                said = time.monotonic()
+                log.warning("The shuffle buffer holds %d of %d documents; the first step waits for it.", len(self._buffer), size)
 
     def _read(self) -> np.ndarray:
         return min(self._parts, key=lambda passes: passes.tokens / passes.part.weight).next()

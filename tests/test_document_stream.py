@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
+import re
 
 import numpy as np
 import pytest
 import torch
 from test_readers import write_family_parquet, write_rows
 
-from kl3m_nb import corpus, packing
+from kl3m_nb import corpus, document_stream, packing
 from kl3m_nb.document_stream import DocumentStream, held_out_documents, preview_texts, token_ids
 from kl3m_nb.profiles import DataSpec
 
@@ -44,6 +46,17 @@ def test_a_mixture_keeps_its_shares_of_tokens(tmp_path):
     laid_out = sum(lengths) + len(lengths)  # in a window each document is followed by the token that ends it
     late = (1 + spec.shuffle_buffer) * 91  # a document of surplus, and what waits in the buffer
     assert 91 * lengths.count(90) / laid_out == pytest.approx(0.75, abs=late / laid_out)
+
+
+def test_a_shuffle_buffer_that_takes_long_to_fill_is_told_of_and_nothing_after_it(tmp_path, monkeypatch, caplog):
+    write_rows(tmp_path / "a.jsonl", _rows("d", 50, 20))
+    clock = itertools.count(0.0, 4.0)  # seconds that pass from one look at the clock to the next
+    monkeypatch.setattr(document_stream.time, "monotonic", lambda: next(clock))
+    stream = DocumentStream(_spec(f"files:{tmp_path}/*.jsonl", shuffle_buffer=10), Letters())
+    for _ in range(20):
+        stream.next()
+    told = [re.search(r"holds (\d+) of 10 documents", message) for message in caplog.messages]
+    assert [int(message[1]) for message in told if message] == [3, 6, 9]
 
 
 def test_what_the_options_leave_out_is_counted(tmp_path):
