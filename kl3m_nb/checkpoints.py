@@ -149,7 +149,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 def require_checkpoint(run_dir: Path) -> Path:
     """The newest checkpoint whose every byte is as it was written. A damaged one is passed over with a warning that names it.
 
-    Raises ValueError that says what to run when there is none.
+    Raises ValueError that says what to run when there is none, OSError like `flaw_of`.
     """
     checkpoint, flaws = newest_sound_checkpoint(run_dir)
     for flaw in flaws.values():
@@ -160,7 +160,10 @@ def require_checkpoint(run_dir: Path) -> Path:
 
 
 def newest_sound_checkpoint(run_dir: Path, identity: str | None = None) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint without a flaw, and the flaws of those that are newer. None when none is sound."""
+    """The newest checkpoint without a flaw, and the flaws of those that are newer. None when none is sound.
+
+    Raises OSError like `flaw_of`: going on from an older one would train again what is saved.
+    """
     flaws = {}
     for path in reversed(_candidates(run_dir)):
         flaw = flaw_of(path, identity)
@@ -173,26 +176,40 @@ def newest_sound_checkpoint(run_dir: Path, identity: str | None = None) -> tuple
 def flaw_of(checkpoint: Path, identity: str | None = None) -> str | None:
     """What keeps `checkpoint` from being loaded, in one sentence; None when each file is as it was written.
 
-    `identity`: the run it has to belong to.
+    `identity`: the run it has to belong to. Raises OSError when a file is there and cannot be read: the disk, the network or
+    permissions may be at fault, and the checkpoint sound.
     """
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files, run = manifest["files"], manifest["run"]
         for name, entry in files.items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{path} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if sha256(path) != entry["sha256"]:
-                return f"{path} is damaged: it is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            if flaw := _flaw_of_file(checkpoint / name, entry):
+                return flaw
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return f"{checkpoint} is no whole checkpoint: it has no readable {MANIFEST}"
+    except OSError as error:
+        raise OSError(
+            f"{error.filename or checkpoint} could not be read ({error.strerror or error}), which need not mean damage; "
+            f"see to its disk or permissions and try again, or move {checkpoint} away to go on without it."
+        ) from error
     return f"{checkpoint} belongs to another run" if identity not in (None, run) else None
 
 
+def _flaw_of_file(path: Path, entry: dict) -> str | None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return f"{path} is missing"
+    if size != entry["bytes"]:
+        return f"{path} has {size} bytes instead of {entry['bytes']}"
+    return None if sha256(path) == entry["sha256"] else f"{path} is damaged: it is not what was written"
+
+
 def check_sound(folder: Path) -> None:
-    """Raises ValueError when `folder` is a checkpoint of a run and a file of it is not as it was written; others pass."""
+    """Raises ValueError when `folder` is a checkpoint of a run and a file of it is not as it was written; others pass.
+
+    Raises OSError like `flaw_of`.
+    """
     if (folder / MANIFEST).is_file() and (flaw := flaw_of(folder)):
         raise ValueError(f"{flaw}; name another checkpoint of its run.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import io
 import json
 import math
 import os
@@ -114,6 +115,28 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run_dir, trai
     _assert_same_run(run_dir, trained_run[0])
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert names == {"step-000003", "step-000006", "step-000006.damaged"}
+
+
+@pytest.mark.parametrize("unread", ["model.safetensors", "manifest.json"])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_just_now_is_neither_set_aside_nor_passed_over(run_dir, monkeypatch, unread, number):
+    names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    metrics_before = (run_dir / "metrics.jsonl").read_bytes()
+    opened = io.open
+
+    def failing(file, *args, **kwargs):
+        if str(file).endswith(f"step-000006/{unread}") or str(file).endswith(f"step-000006/training_state/{unread}"):
+            raise OSError(number, os.strerror(number), str(file))
+        return opened(file, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", failing)
+        patch.setattr("io.open", failing)
+        with pytest.raises(OSError, match=rf"step-000006.*{unread} could not be read \({os.strerror(number)}\).*try again"):
+            training.train(small_profile(), run_dir)
+    assert {path.name for path in (run_dir / "checkpoints").iterdir()} == names
+    assert (run_dir / "metrics.jsonl").read_bytes() == metrics_before
+    assert training.train(small_profile(), run_dir).step == 6
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(run_dir):
