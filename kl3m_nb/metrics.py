@@ -139,3 +139,9 @@ def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
         lists = [column for column in frame.columns if isinstance(frame[column].iloc[0], list)]
         frame = frame.explode(lists, ignore_index=True).infer_objects()
     return frame
+
+
+def first_step(run_dir: str | Path) -> int | None:
+    """The step at which a run began, that of its first evaluation: 0 unless it goes on from a published model. None before it."""
+    held_out = read_metrics(run_dir, "held_out")
+    return int(held_out["step"].iloc[0]) if len(held_out) else None

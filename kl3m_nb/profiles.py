@@ -294,8 +294,9 @@ def get_profile(name: str, /, **overrides) -> Profile:
 
 
 def profile_with(name: str, /, **overrides) -> Profile:
-    """`get_profile` for a notebook's parameters, where 0 and "" mean the profile's own value."""
-    return get_profile(name, **{key: value for key, value in overrides.items() if value != 0 and value != ""})
+    """`get_profile` for a notebook's parameters, where 0 and "" mean the profile's own value, and -1 that of `p_sft`."""
+    own = {"p_sft": (-1,)}  # 0 is a value of its own: no instruction pairs
+    return get_profile(name, **{key: value for key, value in overrides.items() if value not in own.get(key, (0, ""))})
 
 
 def source_profile(profile: Profile, /, **overrides) -> Profile:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from kl3m_nb import checkpoints, paths
-from kl3m_nb.metrics import FILE_NAME, read_metrics
+from kl3m_nb.metrics import FILE_NAME, first_step, read_metrics
 from kl3m_nb.model_folder import read_stack, stack_source
 from kl3m_nb.profiles import Profile, get_profile, profile_with
 from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
@@ -125,12 +125,12 @@ def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
     if profile is None:
         return None
     run_dir = folder.parent.parent
-    held_out = read_metrics(run_dir, "held_out")
-    if held_out.empty:
+    began = first_step(run_dir)
+    if began is None:
         raise ValueError(
             f"{run_dir / FILE_NAME} has no evaluation that tells at which step the run began; put back the file that it wrote."
         )
-    steps = checkpoints.checkpoint_step(folder) - int(held_out["step"].iloc[0])
+    steps = checkpoints.checkpoint_step(folder) - began
     return profile, steps * profile.data.micro_batch * profile.data.grad_accumulation
 
 

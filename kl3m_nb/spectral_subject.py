@@ -25,6 +25,7 @@ from kl3m_nb.matrices import (
     model_name,
     model_step,
 )
+from kl3m_nb.metrics import first_step
 from kl3m_nb.model_folder import TRAINED_STEPS, read_stack, stack_source
 from kl3m_nb.profiles import ClampSpec, Profile
 from kl3m_nb.run_folder import RUN_FILE, read_run_init, read_run_profile
@@ -36,10 +37,10 @@ class Subject:
 
     `source_layers` is the number of layers when it is no stack. `start` (same depth) and `source` (source_layers deep) are empty
     strings where nothing names them. `steps` holds the checkpoints of its run by step up to this one, and before them the start:
-    at 0, or at its own step when it is not what the run was begun from. It is empty without a run or a start. `run_dir` and
-    `profile` are those of the run it belongs to, if any; `clamp` is the run's, the kl3m-007 card's where there is no run. `order`
-    and `noise` are those of the stack; copies and source of one that is not cyclic are not looked for. `name` is what a title
-    calls it.
+    at the step at which the run began, or at its own when it is not what the run was begun from. It is empty without a run or a
+    start. `run_dir` and `profile` are those of the run it belongs to, if any; `clamp` is the run's, the kl3m-007 card's where
+    there is no run. `order` and `noise` are those of the stack; copies and source of one that is not cyclic are not looked for.
+    `name` is what a title calls it.
     """
 
     name: str
@@ -91,7 +92,8 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     """
     place = local_checkpoint(checkpoint).absolute()
     name = model_name(place) if place == Path(checkpoint).absolute() else str(checkpoint)  # a hub id is not its folder's name
-    run_dir, start_step = _run_folder(place), 0
+    run_dir = _run_folder(place)
+    start_step = (first_step(run_dir) or 0) if run_dir else 0
     if run_dir == place:
         place = checkpoints.require_checkpoint(run_dir)
     else:

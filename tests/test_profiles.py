@@ -59,6 +59,9 @@ def test_one_keyword_changes_one_field_wherever_it_stands():
 def test_zero_and_empty_leave_a_notebooks_parameter_at_the_profiles_value():
     assert profile_with("tiny", max_steps=0, source="", base_lr=0.0) == get_profile("tiny")
     assert profile_with("tiny", max_steps=5).schedule.max_steps == 5
+    assert profile_with("kl3m-002-520m", packing="", p_sft=-1.0) == get_profile("kl3m-002-520m")
+    dense = profile_with("kl3m-002-520m", packing="dense", p_sft=0.0).data
+    assert (dense.packing, dense.p_sft) == ("dense", 0.0), "no instruction pairs can be asked for, which dense windows need"
 
 
 def test_the_source_of_a_profile_is_shallower_and_nothing_else():

@@ -20,6 +20,7 @@ from kl3m_nb import cards, checkpoints, models, packing, publishing, run_folder,
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.model_folder import sha256
 from kl3m_nb.profiles import get_profile
+from kl3m_nb.spectral_subject import find_subject
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -390,6 +391,8 @@ def test_a_checkpoint_of_the_family_is_continued(trained_run, tmp_path):
     checkpoint = checkpoints.latest_checkpoint(tmp_path / "run")
     assert checkpoints.checkpoint_step(checkpoint) == 37_005
     assert cards.carried_counts(publishing.export_model(checkpoint, tmp_path)).tokens == train.tokens.iloc[-1]
+    steps = find_subject(tmp_path / "run").steps
+    assert next(iter(steps)) == 37_000 and steps[37_000] == str(folder), "what its spectra are drawn over begins there too"
     with pytest.raises(KeyboardInterrupt):
         training.train(profile, tmp_path / "run", init=folder, callbacks=[_interrupt_at(37_006)])
     assert list(read_metrics(tmp_path / "run", "train").step) == list(range(37_001, 37_007))
