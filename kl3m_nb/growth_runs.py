@@ -6,6 +6,9 @@ checkpoint. Where no run here wrote that, its cost cannot be known, and no other
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +18,10 @@ from kl3m_nb import checkpoints, flops, paths
 from kl3m_nb.matrices import UNKNOWN_STEP, model_step
 from kl3m_nb.metrics import FILE_NAME, read_metrics
 from kl3m_nb.model_folder import TRAINED_STEPS, read_json, read_stack
-from kl3m_nb.profiles import Profile, get_profile, override_profile, source_profile
+from kl3m_nb.profiles import DataSpec, ModelSpec, Profile, get_profile, override_profile, source_profile
 from kl3m_nb.run_folder import RUN_FILE, read_run_init, read_run_profile
+
+_HELD_OUT = ("source", "tokenizer", "seq_len", "held_out_windows")  # what decides which windows a run is evaluated on
 
 
 class Source(NamedTuple):
@@ -99,9 +104,36 @@ def source_curve(source: Source) -> pd.DataFrame:
 
 
 def curves(grown_dir: Path, scratch_dir: Path) -> dict[str, pd.DataFrame]:
-    """The held-out curves of source, grown and scratch run, by these names. Raises ValueError like `find_source`."""
-    source = source_curve(find_source(grown_dir))
+    """The held-out curves of source, grown and scratch run, by these names.
+
+    Raises ValueError like `find_source`, and for a scratch run that is another model, did not begin with random weights, or is
+    evaluated on other text. Warns where the source is: its cost counts, its losses are not to be compared.
+    """
+    grown, found = read_run_profile(grown_dir), find_source(grown_dir)
+    if (scratch_dir / RUN_FILE).is_file():
+        scratch = read_run_profile(scratch_dir)
+        others = _differences(scratch.model, grown.model) + _differences(scratch.data, grown.data, _HELD_OUT)
+        if init := read_run_init(scratch_dir):
+            others.append(f"init is {init}")
+        if others:
+            raise ValueError(
+                f"{scratch_dir} is no run from scratch to compare {grown_dir} with: its {', '.join(others)}; name one that "
+                "notebook 05 has trained (scratch_run), or let it train one."
+            )
+    if others := _differences(read_run_profile(found.run_dir).data, grown.data, _HELD_OUT):
+        warnings.warn(
+            f"The source {found.run_dir.name} was evaluated on other windows ({', '.join(others)}): its cost counts, its losses "
+            "are not to be compared.",
+            stacklevel=2,
+        )
+    source = source_curve(found)
     return {"source": source, "grown": read_metrics(grown_dir, "held_out"), "scratch": read_metrics(scratch_dir, "held_out")}
+
+
+def _differences(ours: ModelSpec | DataSpec, theirs: ModelSpec | DataSpec, names: Sequence[str] = ()) -> list[str]:
+    """The fields, those in `names` or all, in which the two differ, in words."""
+    pairs = [(name, getattr(ours, name), getattr(theirs, name)) for name in names or [field.name for field in fields(ours)]]
+    return [f"{name} is {one!r} instead of {other!r}" for name, one, other in pairs if one != other]
 
 
 def is_laptop_run(grown_dir: Path) -> bool:

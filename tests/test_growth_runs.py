@@ -129,3 +129,37 @@ def test_the_laptops_run_is_known_by_all_that_it_was_made_with(tmp_path, grown):
         assert not growth_runs.is_laptop_run(_laptop_run(tmp_path / str(number), **other)), other
     for folder in (grown / "grown", grown / "short", grown / "nowhere"):
         assert not growth_runs.is_laptop_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"layers": 2}}, "layers is 2 instead of 4"),
+        ({"model": {"hidden": 64}, "data": {"seq_len": 16}}, "hidden is 64 instead of 32, seq_len is 16 instead of 32"),
+        ({"data": {"source": "files:*.txt"}}, "source is 'files:[*].txt' instead of 'package:licensedcode-data'"),
+        ({"init": "runs/other/checkpoint"}, "init is runs/other/checkpoint"),
+    ],
+)
+def test_a_run_that_is_not_the_same_model_from_scratch_on_the_same_text_is_not_compared(grown, tmp_path, changes, words):
+    (scratch := tmp_path / "scratch").mkdir()
+    write_run_file(scratch, small_profile(**GROWN), None, "cpu")
+    assert growth_runs.curves(grown / "grown", scratch)["scratch"].empty  # not trained yet, and the right one
+    record = json.loads((scratch / "run.json").read_text())
+    record["init"] = changes.get("init", record["init"])
+    for section in changes.keys() - {"init"}:
+        record["profile"][section].update(changes[section])
+    (scratch / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"scratch is no run from scratch.*: its {words}; name one"):
+        growth_runs.curves(grown / "grown", scratch)
+
+
+def test_a_source_that_was_evaluated_on_other_windows_is_told_of(moved, tmp_path):
+    path = moved / "short" / "run.json"
+    record = json.loads(path.read_text())
+    record["profile"]["data"]["held_out_windows"] = 4
+    path.write_text(json.dumps(record))
+    with pytest.warns(
+        UserWarning, match="short was evaluated on other windows .held_out_windows is 4 instead of 8.: its cost counts"
+    ):
+        curves = growth_runs.curves(moved / "grown", tmp_path / "scratch")
+    assert curves["source"].equals(growth_runs.source_curve(Source(moved / "short", 4)))
