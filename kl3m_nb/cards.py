@@ -7,6 +7,7 @@ tokens from any card of the family, so training goes on counting where the check
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from kl3m_nb import paths
+from kl3m_nb.card_usage import card_of, usage_of
 from kl3m_nb.clamp_conditions import ClampConditions
 from kl3m_nb.memory import count_parameters
 from kl3m_nb.profiles import PROFILES, Profile
@@ -120,6 +122,7 @@ def _fetch_card(hub_id: str) -> str:
 def model_card(profile: Profile, facts: CardFacts) -> str:
     """The Markdown of a checkpoint's README.md, with the metadata block that the hub reads."""
     name, grown = published_name(profile, facts.counts.step), _source_layers(facts) > 0
+    advised = usage_of(card_of(mixture=bool(profile.model.experts))).arguments
     metadata = {
         "model_name": name,
         "language": "en",
@@ -136,8 +139,8 @@ def model_card(profile: Profile, facts: CardFacts) -> str:
         "Training Configuration": _configuration(profile),
         "Training Details": _training_details(profile, facts),
         "Spectra": _spectra(facts),
-        "Usage": _usage(profile, name),
-        "Generation": f"Recommended sampling: temperature {_temperature(profile)}, top-p 0.95, repetition penalty 1.0.",
+        "Usage": _usage(name, advised),
+        "Generation": f"Recommended sampling: {_advice(advised)}.",
         "Limitations": (
             "A small base model: it continues text in the manner of its data and does not know whether a sentence is true. "
             "Nothing it writes is legal advice."
@@ -277,6 +280,9 @@ def _training_details(profile: Profile, facts: CardFacts) -> str:
     marks = "dense windows, `<|end|>` after each document"
     if data.packing == "segments":
         marks = "padded segments, `<|start|>` and `<|end|>` at a document's own borders"
+    if data.p_sft:
+        trained_on = "their responses" if data.sft_loss == "response" else "all their tokens"
+        marks += f"; {100 * data.p_sft:g}% of the segments are instruction pairs, trained on {trained_on}"
     return _items(
         {
             "Data": f"{data.source}, tokenizer {public_name(data.tokenizer)}, shuffle buffer {data.shuffle_buffer}, {marks}",
@@ -317,8 +323,9 @@ def _condition(value: float) -> str:
     return "–" if value != value else f"{value:,.1f}"
 
 
-def _usage(profile: Profile, name: str) -> str:
-    arguments = f"max_new_tokens=100, do_sample=True, temperature={_temperature(profile)}, top_p=0.95"
+def _usage(name: str, advised: Mapping[str, object]) -> str:
+    # The examples print one text, however many the family's card asks for.
+    arguments = ", ".join(f"{key}={value}" for key, value in advised.items() if key != "num_return_sequences")
     return f'''```python
 from transformers import pipeline
 
@@ -340,9 +347,10 @@ print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 `{name}` stands for this folder.'''
 
 
-def _temperature(profile: Profile) -> float:
-    """The advice of the cards of kl3m-002 and kl3m-007."""
-    return 0.5 if profile.model.experts else 0.8
+def _advice(advised: Mapping[str, object]) -> str:
+    if "top_p" not in advised:
+        return f"temperature {advised['temperature']} alone"
+    return f"temperature {advised['temperature']}, top-p {advised['top_p']}, repetition penalty 1.0"
 
 
 def public_name(name: str) -> str:

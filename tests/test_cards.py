@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 
@@ -58,6 +59,38 @@ def test_the_mixtures_card_speaks_of_experts_and_not_of_stacking():
     assert "4 per layer, 2 active" in text and "318,866,432 active per token" in text and "temperature 0.5" in text
     assert "sliding window 256" in text and "G_stack" not in text and "gstack2024" not in text
     assert "padded segments, `<|start|>` and `<|end|>` at a document's own borders" in text and "after each document" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "advised", "prose"),
+    [
+        (
+            "kl3m-007-500m",
+            {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 100},
+            "temperature 0.8, top-p 0.95, repetition penalty 1.0.",
+        ),
+        ("kl3m-002-520m", {"do_sample": True, "temperature": 0.5, "max_new_tokens": 32}, "temperature 0.5 alone."),
+    ],
+)
+def test_it_advises_what_the_familys_card_does_and_shows_the_same_in_code(name, advised, prose):
+    text = cards.model_card(get_profile(name), SCRATCH)
+    assert f"Recommended sampling: {prose}\n" in text
+    of_pipeline, of_model = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    for code, function in ((of_pipeline, "generator"), (of_model, "model.generate")):
+        calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+        [call] = [node for node in calls if ast.unparse(node.func) == function]
+        assert {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg} == advised
+
+
+def test_the_share_of_instruction_pairs_is_named_where_there_are_any():
+    assert get_profile("kl3m-002-520m").data.p_sft == 0.1
+    for changes, said in (
+        ({}, "own borders; 10% of the segments are instruction pairs, trained on their responses\n"),
+        ({"p_sft": 0.005, "sft_loss": "all"}, "; 0.5% of the segments are instruction pairs, trained on all their tokens\n"),
+        ({"p_sft": 0.0}, "own borders\n"),
+    ):
+        text = cards.model_card(get_profile("kl3m-002-520m", **changes), SCRATCH)
+        assert said in text and ("instruction pairs" in text) == ("instruction pairs" in said)
 
 
 def test_a_model_from_scratch_is_not_called_grown():
