@@ -7,7 +7,6 @@ tokens from any card of the family, so training goes on counting where the check
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from kl3m_nb import paths
+from kl3m_nb.card_usage import card_of, usage_of
+from kl3m_nb.clamp_conditions import ClampConditions
 from kl3m_nb.memory import count_parameters
-from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, PROFILES, Profile
+from kl3m_nb.profiles import PROFILES, Profile
 
 CARD_FILE = "README.md"
 _STEP_IN_NAME = re.compile(r"-(?:step|checkpoint-)(\d+)$")
@@ -47,8 +48,7 @@ class Counts:
 class CardFacts:
     """What a card says of a run beyond its profile. Losses are in nats per token; NaN stands for one that was not measured.
 
-    `conditions` is {role group: (median, maximum)} of σ₁/σ_min over the matrices of attention, MLP and head at the clamp of
-    `conditions_step`, empty before the first clamp. `stack` says how the model was grown, as `stack_facts` gives it.
+    `conditions` is what the last clamp knew. `stack` says how the model was grown, as `stack_facts` gives it.
     """
 
     counts: Counts
@@ -57,8 +57,7 @@ class CardFacts:
     held_out_loss: float = float("nan")
     held_out_step: int = 0
     cross_entropy: float = float("nan")
-    conditions: dict[str, tuple[float, float]] = field(default_factory=dict)
-    conditions_step: int = 0
+    conditions: ClampConditions = field(default_factory=ClampConditions)
     stack: dict = field(default_factory=dict)
 
 
@@ -73,16 +72,6 @@ def published_name(profile: Profile, step: int) -> str:
         alike = (other.name for other in PROFILES.values() if other.model == profile.model)
         name = next(alike, f"{name}-{profile.model.layers}-layers")
     return f"{name}-step{step}"
-
-
-def conditions_by_group(clamped: Mapping) -> dict[str, tuple[float, float]]:
-    """Median and maximum of σ₁/σ_min over attention, MLP and head, from a clamp's row of the metrics."""
-    groups: dict[str, list[float]] = {}
-    for role, sigma_max, sigma_min in zip(clamped["role"], clamped["sigma_max"], clamped["sigma_min"], strict=True):
-        group = "attention" if role in ATTENTION_ROLES else "MLP" if role in MLP_ROLES else "LM head"
-        if sigma_min > 0:
-            groups.setdefault(group, []).append(sigma_max / sigma_min)
-    return {group: (float(statistics.median(values)), max(values)) for group, values in groups.items()}
 
 
 def carried_counts(init: str | Path | None) -> Counts:
@@ -133,6 +122,7 @@ def _fetch_card(hub_id: str) -> str:
 def model_card(profile: Profile, facts: CardFacts) -> str:
     """The Markdown of a checkpoint's README.md, with the metadata block that the hub reads."""
     name, grown = published_name(profile, facts.counts.step), _source_layers(facts) > 0
+    advised = usage_of(card_of(mixture=bool(profile.model.experts))).arguments
     metadata = {
         "model_name": name,
         "language": "en",
@@ -148,9 +138,9 @@ def model_card(profile: Profile, facts: CardFacts) -> str:
         "G_stack": _stacking(profile, facts) if grown else "",
         "Training Configuration": _configuration(profile),
         "Training Details": _training_details(profile, facts),
-        "Spectra": _spectra(profile, facts),
-        "Usage": _usage(profile, name),
-        "Generation": f"Recommended sampling: temperature {_temperature(profile)}, top-p 0.95, repetition penalty 1.0.",
+        "Spectra": _spectra(facts),
+        "Usage": _usage(name, advised),
+        "Generation": f"Recommended sampling: {_advice(advised)}.",
         "Limitations": (
             "A small base model: it continues text in the manner of its data and does not know whether a sentence is true. "
             "Nothing it writes is legal advice."
@@ -290,6 +280,9 @@ def _training_details(profile: Profile, facts: CardFacts) -> str:
     marks = "dense windows, `<|end|>` after each document"
     if data.packing == "segments":
         marks = "padded segments, `<|start|>` and `<|end|>` at a document's own borders"
+    if data.p_sft:
+        trained_on = "their responses" if data.sft_loss == "response" else "all their tokens"
+        marks += f"; {100 * data.p_sft:g}% of the segments are instruction pairs, trained on {trained_on}"
     return _items(
         {
             "Data": f"{data.source}, tokenizer {public_name(data.tokenizer)}, shuffle buffer {data.shuffle_buffer}, {marks}",
@@ -302,18 +295,37 @@ def _training_details(profile: Profile, facts: CardFacts) -> str:
     )
 
 
-def _spectra(profile: Profile, facts: CardFacts) -> str:
-    if not facts.conditions:
-        return "No matrix has been measured in this run yet."
-    rows = "\n".join(f"| {role} | {median:,.1f} | {most:,.1f} |" for role, (median, most) in facts.conditions.items())
-    return (
-        f"Condition σ₁/σ_min of the weight matrices at step {facts.conditions_step:,}, as the clamp found them (an upper bound "
-        f"for a matrix that it only proved to be healthy):\n\n| matrices | median | maximum |\n|---|---|---|\n{rows}"
+def _spectra(facts: CardFacts) -> str:
+    groups = facts.conditions.groups.items()
+    if not groups:
+        return "The condition of the weight matrices is not known: no clamp has come since this run began or was last continued."
+    steps = facts.counts.step - facts.conditions.step
+    since = f", {steps:,} training step{'s' if steps > 1 else ''} before this checkpoint" if steps else ""
+    title = f"Condition σ₁/σ_min of the weight matrices, as the clamp of step {facts.conditions.step:,} left them{since}:"
+    header = "| matrices | measured | median of these | maximum of these | not measured, proved to be below their ceiling |"
+    rows = (
+        f"| {name} | {known.measured} of {known.matrices} | {_condition(known.median)} | {_condition(known.maximum)} | "
+        f"{'all' if known.certified == known.matrices else known.certified} |"
+        for name, known in groups
     )
+    text = "\n".join((f"{title}\n", header, "|---|---|---|---|---|", *rows))
+    if estimated := sum(known.estimated for _, known in groups):
+        text += (
+            f"\n\nOf the measured conditions {estimated} are estimates from below, good to some percent; these matrices, too, "
+            "were proved to be below their ceiling."
+        )
+    if zero := sum(known.zero for _, known in groups):
+        text += f"\n\nMatrices that are all zero and have no condition: {zero}."
+    return text
 
 
-def _usage(profile: Profile, name: str) -> str:
-    arguments = f"max_new_tokens=100, do_sample=True, temperature={_temperature(profile)}, top_p=0.95"
+def _condition(value: float) -> str:
+    return "–" if value != value else f"{value:,.1f}"
+
+
+def _usage(name: str, advised: Mapping[str, object]) -> str:
+    # The examples print one text, however many the family's card asks for.
+    arguments = ", ".join(f"{key}={value}" for key, value in advised.items() if key != "num_return_sequences")
     return f'''```python
 from transformers import pipeline
 
@@ -335,9 +347,10 @@ print(tokenizer.decode(outputs[0], skip_special_tokens=True))
 `{name}` stands for this folder.'''
 
 
-def _temperature(profile: Profile) -> float:
-    """The advice of the cards of kl3m-002 and kl3m-007."""
-    return 0.5 if profile.model.experts else 0.8
+def _advice(advised: Mapping[str, object]) -> str:
+    if "top_p" not in advised:
+        return f"temperature {advised['temperature']} alone"
+    return f"temperature {advised['temperature']}, top-p {advised['top_p']}, repetition penalty 1.0"
 
 
 def public_name(name: str) -> str:

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from kl3m_nb.card_usage import usage_of
 from kl3m_nb.evaluation import evaluation_mode
 from kl3m_nb.extraction import as_instruction, is_decided
 from kl3m_nb.paths import prompts_dir
@@ -88,38 +89,12 @@ class Sample:
         return bool(self.end_tokens)
 
 
-@dataclass(frozen=True)
-class CardUsage:
-    """The call of `pipeline("text-generation", …)` that a model card prints: its prompts and its arguments."""
-
-    prompts: tuple[str, ...]
-    arguments: Mapping[str, object]
-
-
-# kl3m-002 card, "Getting Started": "Governing Law." needs the newline, without which the card's own sample does not begin a line.
-CARD_USAGE = {
-    "kl3m-002-520m": CardUsage(
-        ("Under this", "Governing Law.\n"),
-        {"do_sample": True, "temperature": 0.5, "num_return_sequences": 3, "max_new_tokens": 32},
-    ),
-    "kl3m-007-500m": CardUsage(
-        ("The United States Constitution establishes",),
-        {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 100},
-    ),
-}
-
-
-def card_of(mixture: bool) -> str:
-    """The card whose advice holds for a model: kl3m-002 for the family's mixtures of experts, kl3m-007 for its Llamas."""
-    return "kl3m-002-520m" if mixture else "kl3m-007-500m"
-
-
 def advised_sampling(card: str) -> Sampling:
     """Temperature 0.8, top-p 0.95 and no repetition penalty by the kl3m-007 card; temperature 0.5 alone by kl3m-002's.
 
     Raises ValueError for a card that advises nothing.
     """
-    arguments = _usage(card).arguments
+    arguments = usage_of(card).arguments
     return Sampling(arguments["temperature"], arguments.get("top_p", 1.0), 1.0, arguments["max_new_tokens"])
 
 
@@ -141,18 +116,12 @@ def run_card(checkpoint: str | Path, card: str, seed: int) -> list[list[str]]:
     The card leaves transformers' default of top_k = 50 in force, so these texts differ from those of `generate`. The caller's
     random state is left as it was. Raises ValueError for a card that prints no call.
     """
-    usage = _usage(card)
+    usage = usage_of(card)
     writer = pipeline("text-generation", model=str(checkpoint))
     device = writer.model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _seed(device, seed)
         return [[written["generated_text"] for written in writer(prompt, **usage.arguments)] for prompt in usage.prompts]
-
-
-def _usage(card: str) -> CardUsage:
-    if card not in CARD_USAGE:
-        raise ValueError(f"There is no usage of the card {card!r}; choose one of {', '.join(CARD_USAGE)}.")
-    return CARD_USAGE[card]
 
 
 def load_prompts(kind: str | None = None) -> list[Prompt]:

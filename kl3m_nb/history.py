@@ -13,10 +13,10 @@ import pandas as pd
 
 from kl3m_nb import checkpoints, metrics
 from kl3m_nb.matrices import HEAD_LAYER, Checkpoint
+from kl3m_nb.model_clamp import LOOKED_AT
 
 AT_CEILING = 0.99  # share of the ceiling from which a matrix counts as sitting at it
 FAR_ABOVE_CEILING = 1.15  # beyond what a healthy matrix drifts to between two clamps (the family reports 2208 at 2000)
-LOOKED_AT = ("tested", "decomposed", "repaired")  # routes of the clamp that measure σ₁ and σ_min
 
 
 def trajectory(run_dir: str | Path, start: Checkpoint, start_step: int = 0) -> dict[int, Checkpoint]:

@@ -30,6 +30,7 @@ from kl3m_nb import distributed
 from kl3m_nb.clamping import check_clampable, clamp_exactly_
 from kl3m_nb.gram import Proof, as_wide, gram_matrix, prove_healthy, useful_precisions
 
+LOOKED_AT = ("tested", "decomposed", "repaired")  # routes of a `ClampEvent` that measure σ₁ and σ_min
 _ONE_THREAD_ELEMENTS = 2**23  # a larger matrix gets all threads to itself
 _BATCHED = ("cuda",)  # types of device on which matrices of one shape are tested together
 _GPU_BATCH_ELEMENTS = 2**24  # a batch of square float64 matrices then works in 1 GiB

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kl3m_nb import corpus, generation, launch, models, paths, runs, stacking
+from kl3m_nb.card_usage import card_of
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER, find_matrices
 from kl3m_nb.parameters import assigned_kinds, find_notebook
 from kl3m_nb.profiles import FIELD_TYPES, Profile, get_profile, profile_with, source_profile
@@ -130,7 +131,7 @@ def _check_role(values: Mapping[str, object]) -> None:
 
 def _check_writing(values: Mapping[str, object], profile: Profile) -> None:
     """Refuses a sampling that cannot be, texts that are longer than a model's context, and lm-eval where it is not installed."""
-    card = generation.card_of(mixture=bool(profile.model.experts))
+    card = card_of(mixture=bool(profile.model.experts))
     sampling = generation.chosen_sampling(
         card, values["temperature"], values["top_p"], values["repetition_penalty"], values["max_new_tokens"]
     )

@@ -33,6 +33,7 @@ from kl3m_nb.figures import (
     styled,
     use_style,
 )  # fmt: skip
+from kl3m_nb.model_clamp import LOOKED_AT
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, ObjectiveSpec
 
 __all__ = [
@@ -162,7 +163,7 @@ def plot_clamp_events(clamp: pd.DataFrame) -> Figure:
     """
     clamp = _require_rows(clamp, "clamp events")
     sigma_max, sigma_min = clamp["sigma_max"].astype(float), clamp["sigma_min"].astype(float)
-    measured = clamp["route"].isin(("tested", "decomposed", "repaired"))
+    measured = clamp["route"].isin(LOOKED_AT)
     clamp = clamp.assign(condition=(sigma_max / sigma_min.where(sigma_min > 0)).where(measured))
     events = np.sort(clamp["step"].unique())
     groups = {title: roles for title, roles in _GROUPS.items() if clamp["role"].isin(roles).any()}

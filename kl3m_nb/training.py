@@ -8,6 +8,7 @@ all ranks call it alike: rank 0 logs and saves, and what one rank is asked for i
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch.profiler import record_function
 
 from kl3m_nb import cards, checkpoints, distributed, evaluation, experts, finite, packing, paths, profiles, roles, run_folder
+from kl3m_nb.clamp_conditions import ClampConditions
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import Callback, MetricsLog, tell
 from kl3m_nb.model_clamp import SpectralClamp
@@ -107,7 +109,7 @@ class _Run:
         }  # fmt: skip
         self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
         self.losses = {"held_out_loss": float("nan"), "held_out_step": carried.step, "cross_entropy": float("nan")}
-        self.conditions: dict = {"step": 0, "by_role": {}}
+        self.conditions = ClampConditions()
         self.stack = {} if checkpoint else carried_stack(init, profile)
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
@@ -323,7 +325,7 @@ class _Run:
         self.counters["seconds"] += seconds
         row = {"kind": "clamp", **_progress(self.counters), "clamp_seconds": seconds, **roles.clamp_columns(events, self.rules)}
         self._record(row)
-        self.conditions = {"step": self.counters["step"], "by_role": cards.conditions_by_group(row)}
+        self.conditions = ClampConditions.after(row)
 
     def _evaluate(self) -> None:
         precision = torch.bfloat16 if self.runtime.precision == "bfloat16" else None
@@ -346,7 +348,7 @@ class _Run:
         state = {
             "counters": dict(self.counters),
             "losses": dict(self.losses),
-            "conditions": self.conditions,
+            "conditions": dataclasses.asdict(self.conditions),
             "stack": self.stack,
             "muon": self.muon.state_dict(),
             "aux": self.aux.state_dict(),
@@ -365,15 +367,14 @@ class _Run:
             init=run_folder.init_name(self.init),
             runtime=self._described(),
             **self.losses,
-            conditions=self.conditions["by_role"],
-            conditions_step=self.conditions["step"],
+            conditions=self.conditions,
             stack=self.stack,
         )
 
     def _load_state(self, state: dict) -> None:
         self.counters.update(state["counters"])
         self.losses |= state.get("losses", {})  # earlier versions kept them without their step, and none of the stack's facts
-        self.conditions, self.stack = state["conditions"], state.get("stack", {})
+        self.conditions, self.stack = ClampConditions.from_state(state["conditions"]), state.get("stack", {})
         distributed.load_optimizer_state(self.muon, state["muon"])
         distributed.load_optimizer_state(self.aux, state["aux"])
         self.clip.load_state_dict(state["clip"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 
@@ -8,6 +9,7 @@ import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from kl3m_nb import cards
+from kl3m_nb.clamp_conditions import ClampConditions, GroupConditions
 from kl3m_nb.profiles import PROFILES, get_profile, source_profile
 
 SECTIONS = [
@@ -20,8 +22,10 @@ FACTS = cards.CardFacts(
     runtime="NVIDIA H200",
     held_out_loss=2.6123,
     cross_entropy=2.5,
-    conditions={"attention": (2168.0, 2501.0), "MLP": (4.58, 12.0)},
-    conditions_step=37_000,
+    conditions=ClampConditions(
+        37_000,
+        {"attention": GroupConditions(480, 200, 90, 280, 2168.0, 2501.0), "MLP": GroupConditions(360, 0, 0, 360)},
+    ),
     stack={
         "source": "/home/somebody/kl3m-006-170m",
         "factor": 4,
@@ -41,7 +45,8 @@ def test_the_card_of_the_500m_has_the_familys_sections_and_figures():
     for figure in (
         "# kl3m-007-500m-step37000", "500,309,568; 424,812,096 without embedding", "37,000 / 100,000 planned", "3,917,824,000",
         "3,914,825,728", "9 (3 KV heads, 64 each)", "RoPE theta**: 100,000", "0.0036515 = 0.01 × √(16/120)", "3000 (attention)",
-        "2000 (MLP)", "655,360 tokens a step", "| attention | 2,168.0 | 2,501.0 |", "2.6123 nats per token", "temperature 0.8",
+        "2000 (MLP)", "655,360 tokens a step", "| attention | 200 of 480 | 2,168.0 | 2,501.0 | 280 |", "2.6123 nats per token",
+        "temperature 0.8",
         "4 times the 30 blocks", "copied once, nothing was rescaled", "grown from 30 layers by stacking",
         "SHA-256 of model.safetensors**: abc", "arXiv:2405.15319", "cosine to 0.1",
     ):  # fmt: skip
@@ -54,6 +59,38 @@ def test_the_mixtures_card_speaks_of_experts_and_not_of_stacking():
     assert "4 per layer, 2 active" in text and "318,866,432 active per token" in text and "temperature 0.5" in text
     assert "sliding window 256" in text and "G_stack" not in text and "gstack2024" not in text
     assert "padded segments, `<|start|>` and `<|end|>` at a document's own borders" in text and "after each document" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "advised", "prose"),
+    [
+        (
+            "kl3m-007-500m",
+            {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 100},
+            "temperature 0.8, top-p 0.95, repetition penalty 1.0.",
+        ),
+        ("kl3m-002-520m", {"do_sample": True, "temperature": 0.5, "max_new_tokens": 32}, "temperature 0.5 alone."),
+    ],
+)
+def test_it_advises_what_the_familys_card_does_and_shows_the_same_in_code(name, advised, prose):
+    text = cards.model_card(get_profile(name), SCRATCH)
+    assert f"Recommended sampling: {prose}\n" in text
+    of_pipeline, of_model = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    for code, function in ((of_pipeline, "generator"), (of_model, "model.generate")):
+        calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+        [call] = [node for node in calls if ast.unparse(node.func) == function]
+        assert {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg} == advised
+
+
+def test_the_share_of_instruction_pairs_is_named_where_there_are_any():
+    assert get_profile("kl3m-002-520m").data.p_sft == 0.1
+    for changes, said in (
+        ({}, "own borders; 10% of the segments are instruction pairs, trained on their responses\n"),
+        ({"p_sft": 0.005, "sft_loss": "all"}, "; 0.5% of the segments are instruction pairs, trained on all their tokens\n"),
+        ({"p_sft": 0.0}, "own borders\n"),
+    ):
+        text = cards.model_card(get_profile("kl3m-002-520m", **changes), SCRATCH)
+        assert said in text and ("instruction pairs" in text) == ("instruction pairs" in said)
 
 
 def test_a_model_from_scratch_is_not_called_grown():
@@ -123,17 +160,19 @@ def test_its_metadata_is_yaml_and_its_code_is_python(name):
     assert metadata["model_name"] == f"{name}-step0" and metadata["pipeline_tag"] == "text-generation"
     for code in re.findall(r"```python\n(.+?)```", text, re.DOTALL):
         compile(code, "card", "exec")
-    assert "not measured yet" in text and "nan" not in text and "No matrix has been measured" in text
+    assert "not measured yet" in text and "nan" not in text and "condition of the weight matrices is not known" in text
 
 
-def test_conditions_are_told_by_group_with_their_median_and_maximum():
-    measured = [
-        ("q_proj", 10.0, 1.0), ("k_proj", 20.0, 1.0), ("o_proj", 900.0, 1.0), ("up_proj", 6.0, 2.0), ("down_proj", 7.0, 1.0),
-        ("lm_head", 8.0, 0.5), ("v_proj", 5.0, 0.0),
-    ]  # fmt: skip
-    role, sigma_max, sigma_min = zip(*measured, strict=True)
-    found = cards.conditions_by_group({"role": role, "sigma_max": sigma_max, "sigma_min": sigma_min})
-    assert found == {"attention": (20.0, 900.0), "MLP": (5.0, 7.0), "LM head": (16.0, 16.0)}
+def test_the_card_says_of_conditions_what_the_clamp_knew_and_when():
+    text = cards.model_card(get_profile("kl3m-007-500m"), FACTS)
+    assert "as the clamp of step 37,000 left them:" in text and "| MLP | 0 of 360 | – | – | all |" in text
+    assert "Of the measured conditions 90 are estimates from below" in text and "all zero" not in text
+    groups = {"MLP": GroupConditions(360, 357, 0, 0, 4.0, 5.0)}
+    later = dataclasses.replace(FACTS, conditions=ClampConditions(36_900, groups))
+    text = cards.model_card(get_profile("kl3m-007-500m"), later)
+    assert "as the clamp of step 36,900 left them, 100 training steps before this checkpoint:" in text
+    assert "| MLP | 357 of 360 | 4.0 | 5.0 | 0 |" in text and "estimates" not in text
+    assert "Matrices that are all zero and have no condition: 3." in text
 
 
 def test_what_a_card_says_is_what_continuing_from_it_counts_on(tmp_path):

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 
+from kl3m_nb.card_usage import CARD_USAGE, card_of
 from kl3m_nb.generation import (
-    CARD_USAGE,
     PROMPT_KINDS,
     Gallery,
     Prompt,
@@ -20,7 +20,6 @@ from kl3m_nb.generation import (
     Sampling,
     advised_sampling,
     answer_extractions,
-    card_of,
     generate,
     load_prompts,
     run_card,

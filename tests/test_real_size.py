@@ -17,6 +17,7 @@ import pytest
 from transformers import pipeline
 
 from kl3m_nb import checkpoints, generation, models, stacking
+from kl3m_nb.card_usage import usage_of
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import get_profile, source_profile
 from kl3m_nb.tokenizer import load_tokenizer
@@ -116,7 +117,7 @@ def test_the_520m_mixture_is_stacked_from_a_quarter_trained_through_notebook_02_
     shares = read_metrics(trained.parents[1], "experts").pivot(index="layer", columns="expert", values="share")
     assert shares.shape == (16, 4) and shares.max(axis=None) <= 0.5  # the two experts of a token are two
     assert (shares.loc[0] > 0.01).all()  # behind random blocks tokens are alike, and some experts are left out
-    prompts = generation.CARD_USAGE[profile.name].prompts
+    prompts = usage_of(profile.name).prompts
     written = generation.run_card(trained, profile.name, seed=5)
     assert [len(texts) for texts in written] == [3, 3]
     assert all(text.startswith(prompt) for prompt, texts in zip(prompts, written, strict=True) for text in texts)

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -16,7 +18,19 @@ import torch.nn.functional as F
 from conftest import at_step, small_profile
 from safetensors.torch import load_file
 
-from kl3m_nb import cards, checkpoints, models, packing, publishing, run_folder, schedule, tokenizer, training, training_loss
+from kl3m_nb import (
+    cards,
+    checkpoints,
+    gram,
+    models,
+    packing,
+    publishing,
+    run_folder,
+    schedule,
+    tokenizer,
+    training,
+    training_loss,
+)
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.model_folder import sha256
 from kl3m_nb.profiles import get_profile
@@ -318,6 +332,30 @@ def test_the_clamp_holds_its_ceilings(tmp_path):
             assert values[0] / values[-1] <= ceiling * (1 + 1e-4), name
 
 
+@pytest.mark.parametrize("route", ["decomposed", "tested"])
+def test_the_conditions_on_the_card_are_those_of_the_saved_weights(tmp_path, monkeypatch, route):
+    """The last step is clamped; its row of the log says which matrices were looked at."""
+    if route == "tested":
+        monkeypatch.setattr(gram, "EIGENVALUES_UP_TO", 0)
+    checkpoint = training.train(small_profile(attention_max_condition=60.0), tmp_path / "run").checkpoint
+    last = read_metrics(tmp_path / "run", "clamp").query("step == 6")
+    assert set(last.route) == {"certified", "repaired", route}
+    saved = models.load_model(checkpoint).state_dict()
+    shown = dict(re.findall(r"^\| (attention|MLP|LM head) \| (.+) \|$", cards.read_card(checkpoint), re.MULTILINE))
+    for name, modules in (("attention", "self_attn"), ("MLP", "mlp"), ("LM head", "embed_tokens")):
+        of_group = last[last.name.str.contains(modules)]
+        looked_at = of_group[of_group.route != "certified"]
+        measured, median, maximum, certified = shown[name].split(" | ")
+        assert measured == f"{len(looked_at)} of {len(of_group)}"
+        assert certified == ("all" if looked_at.empty else str(len(of_group) - len(looked_at)))
+        spectra = [torch.linalg.svdvals(saved[matrix].double()) for matrix in looked_at.name]
+        true = [(sigma[0] / sigma[-1]).item() for sigma in spectra]
+        for figure, expected in ((median, statistics.median(true)), (maximum, max(true))) if true else ():
+            at_least = (0.95 if route == "tested" else 0.999) * expected
+            assert at_least - 0.05 <= float(figure) <= 1.001 * expected + 0.05, name
+        assert true or median == maximum == "–"
+
+
 def test_the_checkpoint_is_a_model_for_transformers_alone(trained_run, tmp_path):
     _, result = trained_run
     code = """
@@ -450,16 +488,24 @@ def test_a_run_that_another_process_began_and_left_meanwhile_is_not_written_over
     assert list(read_metrics(tmp_path / "run", "train").step) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_checkpoint_of_an_earlier_version_is_continued(trained_run, tmp_path):
-    """It did not hold everything that a card says now."""
-    run_dir = shutil.copytree(trained_run[0], tmp_path / "run")
+def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path):
+    """It did not hold everything that a card says now, and its conditions were from before the repair, or bounds."""
+    profile, run_dir = small_profile(clamp_every=5), tmp_path / "run"
+    whole = training.train(profile, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")
     older = run_dir / "checkpoints" / "step-000003"
     state = checkpoints.load_state(older)
     del state["losses"], state["stack"]
+    state["conditions"] = {"step": 2, "by_role": {"attention": (777.0, 999.0)}}
     file = older / "training_state" / "state.pt"
     torch.save(state, file)
     manifest = json.loads((older / checkpoints.MANIFEST).read_text())
     manifest["files"]["training_state/state.pt"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     (older / checkpoints.MANIFEST).write_text(json.dumps(manifest))
-    assert training.train(small_profile(), run_dir).held_out_loss == trained_run[1].held_out_loss
+    with pytest.raises(KeyboardInterrupt):
+        training.train(profile, run_dir, callbacks=[_interrupt_at(4)])
+    card = cards.read_card(run_dir / "checkpoints" / "step-000004")
+    assert "777.0" not in card and "not known: no clamp has come since this run began or was last continued" in card
+    result = training.train(profile, run_dir)
+    assert result.held_out_loss == whole.held_out_loss
+    assert "as the clamp of step 5 left them, 1 training step before" in cards.read_card(result.checkpoint)
