@@ -23,6 +23,7 @@ from kl3m_nb.figures import (
     GREEN,
     GREY,
     ORANGE,
+    PURPLE,
     ROLE_LINES,
     SKY,
     VERMILLION,
@@ -118,6 +119,7 @@ _TERMS = {
     "entropy_bonus": "Entropy bonus",
     "entropy_target": "Entropy target",
     "activation_norm": "Activation norm",
+    "router_loss": "Router loss, weighted",
 }
 
 
@@ -125,19 +127,22 @@ _TERMS = {
 def plot_objective_terms(train: pd.DataFrame, entropy_target_bits: float = ObjectiveSpec.entropy_target_bits) -> Figure:
     """What each regulariser adds to the loss (nats per token), and the entropy of the predictions (bits) with its target.
 
-    `train` has step, cross_entropy, entropy_bits and the four terms as columns. Raises ValueError when it is empty.
+    `train` has step, cross_entropy, entropy_bits and the four terms as columns, of a mixture also its router_loss. Raises
+    ValueError when it is empty.
     """
     train = _require_rows(train, "training steps")
+    below_bits = "router_loss" if "router_loss" in train else "bits"
     figure, axes = plt.subplot_mosaic(
-        [["label_smoothing", "entropy_bonus", "bits"], ["entropy_target", "activation_norm", "bits"]],
+        [["label_smoothing", "entropy_bonus", "bits"], ["entropy_target", "activation_norm", below_bits]],
         figsize=(12, 6),
         width_ratios=(1, 1, 1.3),
         sharex=True,
     )
-    for (term, title), color in zip(_TERMS.items(), (BLUE, VERMILLION, GREEN, ORANGE), strict=True):
-        _noisy_line(axes[term], train["step"], 1000 * train[term], color, None)
-        axes[term].axhline(0, color=BLACK, linewidth=0.8)
-        axes[term].set(title=title, ylabel="$10^{-3}$ nats per token")
+    for (term, title), color in zip(_TERMS.items(), (BLUE, VERMILLION, GREEN, ORANGE, PURPLE), strict=True):
+        if term in axes:
+            _noisy_line(axes[term], train["step"], 1000 * train[term], color, None)
+            axes[term].axhline(0, color=BLACK, linewidth=0.8)
+            axes[term].set(title=title, ylabel="$10^{-3}$ nats per token")
     _noisy_line(axes["bits"], train["step"], train["entropy_bits"], BLUE, "entropy of the predictions")
     bits = _smooth(train["cross_entropy"]) / math.log(2)
     axes["bits"].plot(train["step"], bits, "-.", color=VERMILLION, label="cross-entropy, for comparison")
@@ -146,7 +151,7 @@ def plot_objective_terms(train: pd.DataFrame, entropy_target_bits: float = Objec
     axes["bits"].set_ylim(bottom=0)
     axes["bits"].set(title="Entropy", ylabel="bits per token")
     axes["bits"].legend(loc="lower left")
-    for name in ("entropy_target", "activation_norm", "bits"):
+    for name in ("entropy_target", "activation_norm", below_bits):
         step_axis(axes[name])
     return figure
 

@@ -104,6 +104,13 @@ def test_objective_terms_are_in_thousandths_and_the_target_in_bits():
     np.testing.assert_allclose(panels["Entropy"].lines[1].get_ydata(), log.cross_entropy / math.log(2))
 
 
+def test_of_a_mixture_the_router_has_its_panel_among_the_terms():
+    log = training_log(30).assign(router_loss=0.1)
+    panels = {axes.get_title(loc="left"): axes for axes in drawn(plots.plot_objective_terms(log))}
+    assert len(panels) == 6
+    np.testing.assert_allclose(panels["Router loss, weighted"].lines[0].get_ydata(), 100)
+
+
 def clamp_log(events: int, layers: int) -> pd.DataFrame:
     rows = [
         {"step": 20 * event, "role": role, "layer": layer, "sigma_max": 10.0, "sigma_min": 10.0 / (100 * (layer + 1)),
