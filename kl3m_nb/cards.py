@@ -354,8 +354,15 @@ def _advice(advised: Mapping[str, object]) -> str:
 
 
 def public_name(name: str) -> str:
-    """A hub id or a path in the project as it is; of any other path the last part, since a card is read elsewhere."""
-    return Path(name).name if Path(name).is_absolute() else name
+    """A hub id or a path in the project as it is; any other path without its place, since a card is read elsewhere.
+
+    What is left is the last part, of a run's checkpoint or a stack's what begins with the run's name: demo-stack/checkpoint.
+    """
+    path = Path(name)
+    if not path.is_absolute():
+        return name
+    parts = 3 if path.parent.name == "checkpoints" else 2 if path.name == "checkpoint" else 1
+    return str(Path(*path.parts[-parts:]))
 
 
 def _items(rows: dict[str, str]) -> str:

@@ -23,6 +23,7 @@ import torch
 import yaml
 
 from kl3m_nb import distributed, growth_runs, models, paths, profiles, publishing, run_folder, runs
+from kl3m_nb.cards import carried_counts
 from kl3m_nb.checkpoints import CheckpointFailed, check_sound, checkpoint_step, latest_checkpoint
 from kl3m_nb.estimate import GPUS, estimate
 from kl3m_nb.progress import time_left
@@ -181,7 +182,8 @@ def _run(options: argparse.Namespace) -> int:
         profile = notebook_profile(stage, values)
         if remark := warmup_remark(profile.schedule):
             warnings.warn(remark, stacklevel=1)
-        _require_gpu_or_consent(folder, profile, options.without_gpu)
+        init = values["init"] if stage == "grown" and values["init"] != "random" else None
+        _require_gpu_or_consent(folder, profile, options.without_gpu, init)
     if stage == "growth":
         plan = growth_runs.plan_comparison(runs.run_path(values["profile"], "grown"), values["scratch_steps"])
         if values["train_scratch"]:
@@ -221,13 +223,19 @@ def _changes(options: argparse.Namespace) -> dict:
 
 
 def _require_gpu_or_consent(
-    run_dir: Path, profile: profiles.Profile, consent: bool, lower: str = "max_steps, seq_len or micro_batch"
+    run_dir: Path,
+    profile: profiles.Profile,
+    consent: bool,
+    init: str | None = None,
+    lower: str = "max_steps, seq_len or micro_batch",
 ) -> None:
-    newest = latest_checkpoint(run_dir)
-    is_complete = newest is not None and checkpoint_step(newest) >= profile.schedule.max_steps
-    if torch.cuda.is_available() or is_complete:
+    if torch.cuda.is_available():
         return
-    needed = estimate(profile)
+    newest = latest_checkpoint(run_dir)
+    done = checkpoint_step(newest) if newest else carried_counts(init).step
+    if done >= profile.schedule.max_steps:
+        return
+    needed = estimate(profiles.override_profile(profile, max_steps=profile.schedule.max_steps - done))
     memory = device_memory(torch.device("cpu"))
     if needed.seconds < LONG_WITHOUT_GPU and needed.memory < memory:
         return
@@ -287,7 +295,7 @@ def _train(options: argparse.Namespace) -> int:
 
     def prepare() -> tuple[profiles.Profile, Path, str | None]:
         profile, folder, init = _what_to_train(options)
-        _require_gpu_or_consent(folder, profile, options.without_gpu)
+        _require_gpu_or_consent(folder, profile, options.without_gpu, init)
         return profile, folder, init
 
     def report(row) -> None:

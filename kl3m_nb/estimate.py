@@ -22,7 +22,7 @@ import torch
 
 from kl3m_nb import flops
 from kl3m_nb.display import table_html
-from kl3m_nb.memory import StepMemory, count_parameters, largest_micro_batch, step_memory
+from kl3m_nb.memory import USABLE, StepMemory, count_parameters, largest_micro_batch, step_memory
 from kl3m_nb.profiles import ModelSpec, Profile, RuntimeSpec
 from kl3m_nb.progress import clock
 from kl3m_nb.runtime import Runtime, choose_runtime, device_memory
@@ -100,6 +100,11 @@ class Estimate:
         return (self.recomputed if self.recompute else self.kept).total
 
     @property
+    def fits(self) -> bool:
+        """Whether a step leaves the device the tenth that allocators need."""
+        return self.memory <= USABLE * self.device_bytes
+
+    @property
     def seconds(self) -> float:
         """Of all training steps; evaluations and checkpoints come on top."""
         return self.max_steps * self.tokens_per_step / self.tokens_per_second
@@ -123,7 +128,7 @@ class Estimate:
             "weights + gradients + optimizer": states,
             "activations": f"{_gib(self.kept.activations)} GiB, {_gib(self.recomputed.activations)} with gradient checkpointing",
             "logits": f"{_gib(self.kept.logits)} GiB",
-            "a step": f"{_gib(self.memory)} GiB, {chosen} gradient checkpointing",
+            "a step": f"{_gib(self.memory)} GiB, {chosen} gradient checkpointing{'' if self.fits else ': does not fit'}",
             "largest micro_batch that fits": f"{self.largest_kept}, {self.largest_recomputed} with gradient checkpointing",
             "operations per token": (
                 f"{self.flops_per_token / 1e9:.2f} GFLOP (forward and backward, attention counted causally); "

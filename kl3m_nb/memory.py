@@ -71,6 +71,8 @@ def step_memory(profile: Profile, precision: str, compiled: bool, recompute: boo
     spec, count = profile.model, count_parameters(profile.model)
     tokens = profile.data.micro_batch * profile.data.seq_len
     one_block = tokens * _kept_by_a_block(spec, precision, compiled)
+    if profile.runtime.attention == "eager":  # the weights of attention, in float32 as softmax gives them, and rounded
+        one_block += tokens * spec.heads * profile.data.seq_len * (_FLOAT32 + (2 if precision == "bfloat16" else 0))
     if precision == "bfloat16":  # and the matrices as autocast has rounded them
         one_block += 2 * count.muon // spec.layers
     inputs = tokens * spec.hidden * _FLOAT32  # the residual stream stays in float32 under autocast

@@ -75,8 +75,10 @@ def check_values(stage: str, values: Mapping[str, object]) -> None:
         corpus.check_source(text)
     if stage == "stack":
         stacking.check_order(values["order"], values["noise"])
-    elif stage == "grown" and values["processes"]:
-        launch.check_processes(profile, values["processes"])
+    elif stage == "grown":
+        if values["processes"]:
+            launch.check_processes(profile, values["processes"])
+        _check_start(values)
     elif stage == "spectra":
         _check_role(values)
     elif stage == "generation":
@@ -109,6 +111,16 @@ def _check_checkpoints(stage: str, values: Mapping[str, object]) -> None:
                     f"The parameter {key} names no checkpoint {name} below {paths.project_root()}; give a checkpoint folder"
                     f"{'' if stage == 'stack' else ' or a hub id OWNER/NAME'}."
                 )
+
+
+def _check_start(values: Mapping[str, object]) -> None:
+    """Refuses a run that would begin with a stack that is not there."""
+    has_begun = (runs.run_path(values["profile"], "grown", values["run"]) / RUN_FILE).exists()
+    if not values["init"] and not has_begun and not runs.stage_checkpoint(values["profile"], "stack"):
+        raise ValueError(
+            f"There is no stack in {runs.run_path(values['profile'], 'stack')} to begin with; make one with notebook 01, name a "
+            "checkpoint (init), or begin with random weights (init random)."
+        )
 
 
 def _place(checkpoint: str | Path) -> Path | None:

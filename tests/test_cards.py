@@ -226,3 +226,17 @@ def test_a_card_that_cannot_be_reached_is_not_taken_for_one_without_tokens(monke
     monkeypatch.setattr(cards, "hf_hub_download", offline)
     with pytest.raises(ValueError, match="The card of alea-institute/kl3m-007-500m-step37000 cannot be reached"):
         cards.carried_counts("alea-institute/kl3m-007-500m-step37000")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("alea-institute/kl3m-006-170m", "alea-institute/kl3m-006-170m"),
+        ("runs/demo-stack/checkpoint", "runs/demo-stack/checkpoint"),
+        ("/home/me/runs/demo-stack/checkpoint", "demo-stack/checkpoint"),
+        ("/home/me/runs/demo-source/checkpoints/step-000030", "demo-source/checkpoints/step-000030"),
+        ("/home/me/models/kl3m-006-170m", "kl3m-006-170m"),
+    ],
+)
+def test_a_path_is_shown_without_its_place_and_with_its_run(name, shown):
+    assert cards.public_name(name) == shown

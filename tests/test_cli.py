@@ -40,7 +40,8 @@ def _notebook(path: Path, code: str) -> Path:
         (["run", "02_training", "-p", "max_steps", "many"], "int"),
         (["run", "02_training", "-p", "profile", "kl3m-9"], "kl3m-007-500m"),
         (["run", "02_training", "-p", "seq_len", "4096"], "context of 256"),
-        (["run", "02_training", "-p", "profile", "kl3m-007-500m"], "--without-gpu"),
+        (["run", "02_training", "-p", "profile", "kl3m-007-500m", "-p", "init", "random"], "--without-gpu"),
+        (["run", "02_training", "-p", "profile", "kl3m-002-520m"], "init random"),
         *((["run", name, "-p", "profile", "nope"], "no profile 'nope'") for name in runs.NOTEBOOK_STAGES),
         (["run", "01_stacking", "-p", "source", "nowhere"], "The parameter source names no checkpoint"),
         (["run", "01_stacking", "-p", "source", "a/nowhere"], "The parameter source names no checkpoint"),
@@ -166,7 +167,8 @@ def test_an_output_folder_that_is_there_gets_the_notebook_and_nothing_stands_bes
 def test_a_job_that_ends_before_its_warmup_is_told_of_once(steps, monkeypatch, capsys):
     started = []
     monkeypatch.setattr("kl3m_nb.runner.run_notebook", lambda *arguments: started.append(arguments) or 0)
-    command = ["run", "02_training", "-p", "profile", "kl3m-007-500m", "-p", "max_steps", str(steps), "--without-gpu"]
+    given = {"profile": "kl3m-007-500m", "init": "random", "max_steps": steps}
+    command = ["run", "02_training", "--without-gpu", *(word for key in given for word in ("-p", key, str(given[key])))]
     assert cli.main(command) == 0 and len(started) == 1
     warned = f"kl3m_nb: warning: warmup_steps 100 is not below max_steps {steps}: "
     assert capsys.readouterr().err.count(warned) == (steps <= 100)
@@ -181,6 +183,20 @@ def test_a_long_job_that_is_done_is_not_asked_about(trained_run, tmp_path, monke
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")
     assert cli.main(["train", str(run_dir)]) == 2
     assert "--without-gpu" in capsys.readouterr().err
+
+
+def test_steps_that_are_done_are_not_asked_about(trained_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "LONG_WITHOUT_GPU", 0.0)
+    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: False)
+    run_dir = shutil.copytree(trained_run[0], tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+    assert cli.main(["train", str(run_dir)]) == 2
+    assert "for 3 steps" in capsys.readouterr().err
+    published = shutil.copytree(trained_run[1].checkpoint, tmp_path / "model-step37000")
+    assert (
+        cli.main(["train", "tiny", "--init", str(published), "--set", "max_steps", "37004", "--run", str(tmp_path / "on")]) == 2
+    )
+    assert "for 4 steps" in capsys.readouterr().err
 
 
 def test_a_failing_cell_is_exit_code_1(tmp_path, capsys):

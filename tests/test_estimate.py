@@ -164,6 +164,14 @@ def test_a_window_that_is_not_shorter_than_the_sequence_masks_nothing(seq_len):
     assert "mask" in estimate(get_profile("kl3m-002-520m", seq_len=257), "h200").assumed
 
 
+def test_a_step_that_does_not_fit_is_called_so():
+    profile = get_profile("kl3m-007-500m", gradient_checkpointing="off")
+    largest = estimate(profile, "h200").largest_kept
+    for windows, fits in ((largest, True), (largest + 1, False)):
+        needed = estimate(get_profile("kl3m-007-500m", gradient_checkpointing="off", micro_batch=windows), "h200")
+        assert needed.fits == fits and needed.table()["a step"].endswith("does not fit") != fits
+
+
 def test_the_table_names_its_conventions_and_what_is_active():
     table = estimate(get_profile("kl3m-002-520m"), "h200").table()
     assert table["parameters"] == "520,193,024, 318,866,432 of them active per token"

@@ -24,12 +24,14 @@ def test_the_published_number_of_active_parameters():
     assert dense.active == dense.total == 500_309_568
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("experts", [0, 4])
-def test_activations_are_the_tensors_that_autograd_keeps(experts, precision):
+def test_activations_are_the_tensors_that_autograd_keeps(experts, precision, attention):
     settings = dict(
-        hidden=64, head_size=16, mlp=128, experts=experts, active_experts=experts // 2, sliding_window=16 if experts else 0
-    )
+        hidden=64, head_size=16, mlp=128, experts=experts, active_experts=experts // 2, sliding_window=16 if experts else 0,
+        attention=attention,
+    )  # fmt: skip
     kept = {}
     for layers in (1, 3):
         for windows in (2, 4):
@@ -38,11 +40,11 @@ def test_activations_are_the_tensors_that_autograd_keeps(experts, precision):
             kept[layers, windows] = torch.tensor([_bytes_kept(profile, precision), predicted])
     # Two blocks and two windows more: what stands outside the blocks, and the weights' own copies, cancel.
     measured, predicted = (kept[3, 4] - kept[1, 4] - kept[3, 2] + kept[1, 2]).tolist()
-    assert predicted == pytest.approx(measured, rel=0.04)
+    assert predicted == pytest.approx(measured, rel=0.04 if attention == "sdpa" else 0.06)
 
 
 def _bytes_kept(profile, precision):
-    model = models.build_model(profile)
+    model = models.build_model(profile, attention=profile.runtime.attention)
     if precision == "bfloat16":
         use_grouped_experts(model)
     ours = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -24,6 +24,8 @@ def empty_runs(tmp_path, monkeypatch):
 def _check(notebook: str, **changes) -> None:
     defaults = {name: parameter.default for name, parameter in read_parameters(find_notebook(notebook)).items()}
     assert changes.keys() <= defaults.keys()
+    if notebook == TRAINING:
+        defaults["init"] = "random"  # there is no stack in the empty runs
     check_notebook(notebook, {"name": "of the notebook's own", **defaults, **changes})
 
 
@@ -139,6 +141,14 @@ def test_a_run_that_has_begun_does_not_need_its_start_any_more():
     _check(TRAINING, init="nowhere")
 
 
+def test_a_stack_that_is_not_there_is_missed_before_anything_starts(tmp_path):
+    for profile in ("tiny", "kl3m-002-520m"):  # the second is never stacked, unless somebody does
+        with pytest.raises(ValueError, match=r"no stack in .*-stack to begin with; .* random weights .init random"):
+            _check(TRAINING, profile=profile, init="")
+    (tmp_path / "runs" / "demo-stack" / "checkpoint").mkdir(parents=True)
+    _check(TRAINING, init="")
+
+
 def test_files_and_folders_that_are_there_are_accepted(trained_run, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     for notebook, name in ((SOURCE, "source"), (STACKING, "documents"), (TRAINING, "source")):
@@ -153,6 +163,7 @@ def test_a_notebook_that_was_renamed_is_judged_by_what_its_cell_declares(tmp_pat
     defaults = {name: parameter.default for name, parameter in read_parameters(find_notebook(TRAINING)).items()}
     monkeypatch.setattr(parameters, "notebooks_dir", lambda: tmp_path)
     declared = {"__annotations__": {name: type(value) for name, value in defaults.items()}}
+    defaults["init"] = "random"
     check_notebook(TRAINING, {**declared, **defaults})
     with pytest.raises(ValueError, match="'max_steps' of 02_training is of type int; 'many' is not"):
         check_notebook(TRAINING, {**declared, **defaults, "max_steps": "many"})
