@@ -164,6 +164,27 @@ def _folder_of(model, folder):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("settings", "tensor", "words"),
+    [
+        ({}, "model.norm.weight", r"holds no model\.norm\.weight"),
+        ({}, "model.embed_tokens.weight", r"holds no model\.embed_tokens\.weight"),
+        ({"num_hidden_layers": "2"}, "", "num_hidden_layers '2' in config.json; it must be a whole number"),
+        ({"num_hidden_layers": None}, "", "num_hidden_layers None"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "", "quantization_config in config.json; stack the original"),
+    ],
+)
+def test_a_source_that_could_not_work_is_refused(source, tmp_path, settings, tensor, words):
+    shutil.copytree(source, tmp_path / "source")
+    _set(tmp_path / "source" / "config.json", **settings)
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors.pop(tensor, None)
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        stacking.stack_checkpoint(tmp_path / "source", tmp_path / "target", factor=2)
+    assert not (tmp_path / "target").exists()
+
+
 def test_the_same_stack_again_is_left_alone_and_another_is_refused(source, tmp_path):
     target = tmp_path / "stack"
     stacking.stack_checkpoint(source, target, factor=2)
@@ -197,8 +218,78 @@ def test_verify_finds_a_changed_byte(source, tmp_path):
     content = bytearray((target / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (target / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="is not what"):
+    with pytest.raises(ValueError, match=r"is not what .*; remove .*stack and stack again"):
         stacking.verify_stack(source, target)
+
+
+@pytest.fixture(scope="module")
+def stacked(source, tmp_path_factory):
+    """A stack of factor 2, with 4 layers."""
+    folder = tmp_path_factory.mktemp("stacked") / "stack"
+    stacking.stack_checkpoint(source, folder, factor=2)
+    return folder
+
+
+def _set(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "num_hidden_layers", 3),
+        ("config.json", "rope_parameters", {"rope_type": "default", "rope_theta": 7.0}),
+        ("config.json", "quantization_config", {"quant_method": "foo"}),
+        ("stack.json", "order", "interpolated"),
+        ("stack.json", "order", "foo"),
+        ("stack.json", "factor", 7),
+        ("stack.json", "factor", 10**12),
+        ("stack.json", "factor", "two"),
+        ("stack.json", "noise", 0.1),
+        ("stack.json", "source_sha256", {"model.safetensors": "0" * 64}),
+        ("stack.json", "source_layers", 3),
+        ("stack.json", "parameters", 1),
+        ("stack.json", "block_sources", [0, 1, 0, 9]),
+        ("stack.json", "block_sources", [0, 1, 0]),
+        ("stack.json", "block_sources", None),
+    ],
+)
+def test_verify_refuses_a_stack_whose_files_say_something_else(source, stacked, tmp_path, file, key, value):
+    shutil.copytree(stacked, tmp_path / "stack")
+    stacking.verify_stack(source, tmp_path / "stack")
+    _set(tmp_path / "stack" / file, **{key: value})
+    with pytest.raises(ValueError, match=r"; remove .*stack and stack again\.$") as caught:
+        stacking.verify_stack(source, tmp_path / "stack")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["block_sources", "factor", "noise", "source_sha256", "parameters"])
+def test_verify_refuses_a_stack_whose_record_lacks_something(source, stacked, tmp_path, key):
+    shutil.copytree(stacked, tmp_path / "stack")
+    record = json.loads((stacked / "stack.json").read_text())
+    del record[key]
+    (tmp_path / "stack" / "stack.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"it has no {key}"):
+        stacking.verify_stack(source, tmp_path / "stack")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", None, r"holds no config\.json"),
+        ("config.json", b"[]", "no JSON object"),
+        ("model.safetensors", b"", "cut off or damaged"),
+        ("model.safetensors", b"garbage" * 99, "cut off or damaged"),
+        ("model.safetensors", None, "no weights"),
+    ],
+)
+def test_verify_refuses_a_damaged_stack_in_one_sentence(source, stacked, tmp_path, file, content, words):
+    shutil.copytree(stacked, tmp_path / "stack")
+    (tmp_path / "stack" / file).unlink()
+    if content is not None:
+        (tmp_path / "stack" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        stacking.verify_stack(source, tmp_path / "stack")
 
 
 def test_what_is_no_stack_is_not_verified(source):
