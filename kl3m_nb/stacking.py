@@ -25,7 +25,7 @@ from kl3m_nb.display import table_html
 from kl3m_nb.model_folder import STACK_IDENTITY, STACK_RECORD, TRAINED_STEPS, WEIGHT_ENDINGS, weight_files
 from kl3m_nb.models import check_checkpoint
 from kl3m_nb.stackable import BLOCK, block_count
-from kl3m_nb.stored_tensors import DTYPES, PIECE, StoredTensor, read_headers
+from kl3m_nb.stored_tensors import DTYPES, LONGEST_HEADER, PIECE, StoredTensor, read_headers
 
 ORDERS = ("cyclic", "interpolated", "zero_initialised", "random")
 NEW_BLOCK = -1  # the "source" of a block that is drawn at random
@@ -33,6 +33,7 @@ NEW_BLOCK = -1  # the "source" of a block that is drawn at random
 _NOT_COPIED = (*WEIGHT_ENDINGS, STACK_RECORD, "README.md")
 # What writes into the residual stream; with these at zero a block passes its input on unchanged. w2 is Mixtral's down_proj.
 _WRITES_RESIDUAL = re.compile(r"\.(o_proj|down_proj|w2)(\.(weight|bias))?$")
+_HEADER_ENTRY = 100  # bytes at most that name dtype, shape and place of a tensor in a file's header, beside its own name
 _PER_BLOCK_SETTINGS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists of some families' config.json
 
 
@@ -80,8 +81,7 @@ def block_order(source_layers: int, factor: int, order: str = "cyclic") -> tuple
 
     Raises ValueError for another order or a factor below 1.
     """
-    if factor < 1:
-        raise ValueError(f"factor {factor} cannot grow a model; it is the number of copies of each block, at least 1.")
+    _check_factor(factor)
     check_order(order)
     blocks = range(factor * source_layers)
     if order == "interpolated":
@@ -89,6 +89,11 @@ def block_order(source_layers: int, factor: int, order: str = "cyclic") -> tuple
     if order == "random":
         return tuple(block if block < source_layers else NEW_BLOCK for block in blocks)
     return tuple(block % source_layers for block in blocks)
+
+
+def _check_factor(factor: int) -> None:
+    if factor < 1:
+        raise ValueError(f"factor {factor} cannot grow a model; it is the number of copies of each block, at least 1.")
 
 
 def check_order(order: str, noise: float = 0.0) -> None:
@@ -111,19 +116,26 @@ def stack_checkpoint(
     seed: of the noise and of random blocks.
 
     The target appears whole or not at all. A target that already holds this very stack is left as it is; one that holds
-    anything else is refused. Raises ValueError when the source is no such checkpoint or the arguments do not fit together.
+    anything else is refused. Raises ValueError when the source is no such checkpoint, the arguments do not fit together or the
+    stack would be larger than the target's disk has room for.
     """
     source, target = paths.resolve(source), paths.resolve(target)
+    _check_factor(factor)
     check_order(order, noise)
     config = check_checkpoint(source)
     files = weight_files(source)
     tensors = read_headers(files)
     layers = block_count(source, config, tensors)
+    exists = target.exists()
+    if not exists:
+        _require_room(target, tensors, factor)
+    hashes, asked = _hashes(files), (factor, order, noise, seed)
+    if exists:
+        _require_same_stack(target, hashes, asked)
     blocks = block_order(layers, factor, order)
     plan = _plan(tensors, blocks, order, noise, seed, config.get("initializer_range", 0.02))
-    summary = _summary(source, target, files, plan, layers, blocks, (factor, order, noise, seed))
-    if target.exists():
-        _require_same_stack(target, summary)
+    summary = _summary(source, target, hashes, plan, layers, blocks, asked)
+    if exists:
         return summary
     with model_folder.written_whole(target) as temporary:
         for path in source.iterdir():
@@ -164,7 +176,7 @@ def verify_stack(source: str | Path, target: str | Path) -> int:
     names = {tensor.name for tensor in plan}
     if names != found.keys():
         raise ValueError(f"{target} lacks or adds the tensors {sorted(names ^ found.keys())[:3]}; {remedy}")
-    for key, value in asdict(_summary(source, target, files, plan, layers, blocks, asked)).items():
+    for key, value in asdict(_summary(source, target, _hashes(files), plan, layers, blocks, asked)).items():
         if key not in ("source", "target") and made[key] != (list(value) if isinstance(value, tuple) else value):
             raise ValueError(f"The {STACK_RECORD} of {target} has another {key} than this stack of {source}; {remedy}")
     for tensor in plan:
@@ -199,7 +211,7 @@ def _asked(made: dict, target: Path, layers: int) -> tuple[int, str, float, int]
 def _summary(
     source: Path,
     target: Path,
-    files: list[Path],
+    hashes: dict[str, str],
     plan: list[_TargetTensor],
     layers: int,
     blocks: tuple[int, ...],
@@ -208,7 +220,7 @@ def _summary(
     factor, order, noise, seed = asked
     return StackSummary(
         source=_shown(source),
-        source_sha256={path.name: model_folder.sha256(path) for path in files},
+        source_sha256=hashes,
         target=_shown(target),
         factor=factor,
         order=order,
@@ -219,6 +231,10 @@ def _summary(
         block_sources=blocks,
         parameters=sum(tensor.source.elements for tensor in plan),
     )
+
+
+def _hashes(files: list[Path]) -> dict[str, str]:
+    return {path.name: model_folder.sha256(path) for path in files}
 
 
 @dataclass(frozen=True)
@@ -304,9 +320,25 @@ def _target_config(config: dict, blocks: tuple[int, ...]) -> dict:
     return grown
 
 
-def _require_same_stack(target: Path, summary: StackSummary) -> None:
+def _require_room(target: Path, tensors: dict[str, StoredTensor], factor: int) -> None:
+    copies = {name: factor if BLOCK.match(name) else 1 for name in tensors}
+    needed = sum(copies[name] * tensor.size for name, tensor in tensors.items())
+    free = shutil.disk_usage(next(folder for folder in (target, *target.parents) if folder.exists())).free
+    if needed > free:
+        raise ValueError(
+            f"factor {factor} makes a checkpoint of {needed / 1e9:,.1f} GB and the disk of {target} has {free / 1e9:,.1f} GB "
+            "left; choose a smaller factor or make room."
+        )
+    if sum(copies[name] * (len(name) + _HEADER_ENTRY) for name in tensors) > LONGEST_HEADER:
+        raise ValueError(
+            f"factor {factor} makes {sum(copies.values()):,} tensors, more than a safetensors file can name; "
+            "choose a smaller factor."
+        )
+
+
+def _require_same_stack(target: Path, hashes: dict[str, str], asked: tuple[int, str, float, int]) -> None:
     made = model_folder.read_stack(target)
-    same = all(made.get(key) == getattr(summary, key) for key in STACK_IDENTITY)
+    same = all(made.get(key) == value for key, value in zip(STACK_IDENTITY, (hashes, *asked), strict=True))
     if not same or made.get(TRAINED_STEPS):
         raise ValueError(f"{target} already holds something else than this stack; remove it or choose another target.")
 

@@ -12,6 +12,7 @@ import torch
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 16 * 2**20
+LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses a longer one
 
 
 @dataclass(frozen=True)

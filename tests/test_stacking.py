@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,6 +211,23 @@ def test_a_source_that_does_not_fit_leaves_nothing_behind(source, tmp_path):
         with pytest.raises(ValueError, match=words):
             stacking.stack_checkpoint(folder, tmp_path / "target", factor, order, noise=0.5 * (order == "zero_initialised"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_a_stack_that_the_disk_or_the_format_could_not_hold_is_refused_before_it_is_planned(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(stacking, "block_order", None)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="already holds something else"):
+        stacking.stack_checkpoint(source, tmp_path / "there", factor=10**12)
+    size = (source / "model.safetensors").stat().st_size
+    for free, factor, words in (
+        (10**12, 10**12, r"factor 1000000000000 makes a checkpoint of .* GB .* 1,000\.0 GB left; choose a smaller factor"),
+        (size, 2, r"factor 2 makes a checkpoint of 0\.\d GB"),
+        (10**30, 10**5, "factor 100000 makes 1,800,00. tensors, more than a safetensors file can name"),
+    ):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(ValueError, match=words):
+            stacking.stack_checkpoint(source, tmp_path / "new" / "target", factor=factor)
+    assert not (tmp_path / "new").exists()
 
 
 def test_verify_finds_a_changed_byte(source, tmp_path):
