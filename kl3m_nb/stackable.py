@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from kl3m_nb.grown_config import PER_BLOCK
 from kl3m_nb.stored_tensors import DTYPES, StoredTensor
 
 BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
@@ -34,6 +35,9 @@ def block_count(source: Path, config: dict, tensors: Mapping[str, StoredTensor])
         )
     if missing := [name for name in _OUTSIDE_THE_BLOCKS if name not in tensors]:
         raise ValueError(f"{source} holds no {missing[0]}; a decoder checkpoint with embedding and final norm is needed.")
+    for key in PER_BLOCK:
+        if (settings := config.get(key)) and (not isinstance(settings, list) or len(settings) < layers):
+            raise ValueError(f"{source} has no list of {layers} {key}, one for each layer, in config.json; correct it.")
     if config.get("quantization_config"):
         raise ValueError(f"{source} has a quantization_config in config.json; stack the original of a quantised model.")
     if foreign := sorted({tensor.dtype for tensor in tensors.values()} - DTYPES.keys()):

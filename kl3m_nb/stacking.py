@@ -22,9 +22,10 @@ import torch
 
 from kl3m_nb import model_folder, paths
 from kl3m_nb.display import table_html
+from kl3m_nb.grown_config import grown_config, with_defaults
 from kl3m_nb.model_folder import STACK_IDENTITY, STACK_RECORD, TRAINED_STEPS, WEIGHT_ENDINGS, weight_files
 from kl3m_nb.models import check_checkpoint
-from kl3m_nb.stackable import BLOCK, block_count
+from kl3m_nb.stackable import BLOCK, EMBEDDING, block_count
 from kl3m_nb.stored_tensors import DTYPES, LONGEST_HEADER, PIECE, StoredTensor, read_headers
 
 ORDERS = ("cyclic", "interpolated", "zero_initialised", "random")
@@ -34,7 +35,6 @@ _NOT_COPIED = (*WEIGHT_ENDINGS, STACK_RECORD, "README.md")
 # What writes into the residual stream; with these at zero a block passes its input on unchanged. w2 is Mixtral's down_proj.
 _WRITES_RESIDUAL = re.compile(r"\.(o_proj|down_proj|w2)(\.(weight|bias))?$")
 _HEADER_ENTRY = 100  # bytes at most that name dtype, shape and place of a tensor in a file's header, beside its own name
-_PER_BLOCK_SETTINGS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists of some families' config.json
 
 
 @dataclass(frozen=True)
@@ -125,23 +125,22 @@ def stack_checkpoint(
     config = check_checkpoint(source)
     files = weight_files(source)
     tensors = read_headers(files)
-    layers = block_count(source, config, tensors)
+    block_count(source, config, tensors)
     exists = target.exists()
     if not exists:
         _require_room(target, tensors, factor)
     hashes, asked = _hashes(files), (factor, order, noise, seed)
     if exists:
         _require_same_stack(target, hashes, asked)
-    blocks = block_order(layers, factor, order)
-    plan = _plan(tensors, blocks, order, noise, seed, config.get("initializer_range", 0.02))
-    summary = _summary(source, target, hashes, plan, layers, blocks, asked)
+    plan, summary = _laid_out(source, target, config, tensors, hashes, asked)
     if exists:
         return summary
+    grown = grown_config(config, summary.block_sources)
     with model_folder.written_whole(target) as temporary:
         for path in source.iterdir():
             if path.is_file() and not path.name.endswith(_NOT_COPIED):
                 shutil.copy(path, temporary / path.name)
-        (temporary / "config.json").write_text(json.dumps(_target_config(config, blocks), indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(grown, indent=2) + "\n")
         _write_tensors(temporary / "model.safetensors", plan)
         (temporary / STACK_RECORD).write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
@@ -165,26 +164,25 @@ def verify_stack(source: str | Path, target: str | Path) -> int:
     files = weight_files(source)
     tensors, found = read_headers(files), read_headers(weight_files(target))
     layers = block_count(source, config, tensors)
-    factor, order, noise, seed = asked = _asked(made, target, layers)
-    blocks = block_order(layers, factor, order)
-    plan = _plan(tensors, blocks, order, noise, seed, config.get("initializer_range", 0.02))
+    asked = _asked(made, target, layers)
+    plan, summary = _laid_out(source, target, config, tensors, _hashes(files), asked)
     remedy = f"remove {target} and stack again."
-    wanted_config = _target_config(config, blocks)
+    for key, value in asdict(summary).items():
+        if key not in ("source", "target") and made[key] != (list(value) if isinstance(value, tuple) else value):
+            raise ValueError(f"The {STACK_RECORD} of {target} has another {key} than this stack of {source}; {remedy}")
+    wanted_config = grown_config(config, summary.block_sources)
     for key in wanted_config | found_config:
         if wanted_config.get(key) != found_config.get(key):
             raise ValueError(f"{target} has another {key} in config.json than this stack of {source}; {remedy}")
     names = {tensor.name for tensor in plan}
     if names != found.keys():
         raise ValueError(f"{target} lacks or adds the tensors {sorted(names ^ found.keys())[:3]}; {remedy}")
-    for key, value in asdict(_summary(source, target, _hashes(files), plan, layers, blocks, asked)).items():
-        if key not in ("source", "target") and made[key] != (list(value) if isinstance(value, tuple) else value):
-            raise ValueError(f"The {STACK_RECORD} of {target} has another {key} than this stack of {source}; {remedy}")
     for tensor in plan:
         stored, wanted = found[tensor.name], tensor.source
         same = (wanted.dtype, wanted.shape) == (stored.dtype, stored.shape)
         # a copy is compared piece by piece: a vocabulary matrix twice in memory would be the most that verifying takes
         if not same or any(a != b for a, b in zip(tensor.pieces(), stored.pieces(), strict=True)):
-            raise ValueError(f"{tensor.name} in {target} is not what {source} gives in the order {order}; {remedy}")
+            raise ValueError(f"{tensor.name} in {target} is not what {source} gives in the order {summary.order}; {remedy}")
     return len(plan)
 
 
@@ -208,17 +206,20 @@ def _asked(made: dict, target: Path, layers: int) -> tuple[int, str, float, int]
     return made["factor"], made["order"], made["noise"], made["seed"]
 
 
-def _summary(
+def _laid_out(
     source: Path,
     target: Path,
+    config: dict,
+    tensors: dict[str, StoredTensor],
     hashes: dict[str, str],
-    plan: list[_TargetTensor],
-    layers: int,
-    blocks: tuple[int, ...],
     asked: tuple[int, str, float, int],
-) -> StackSummary:
+) -> tuple[list[_TargetTensor], StackSummary]:
+    """The stack of a source with these tensors and hashes that has the factor, order, noise and seed of `asked`."""
     factor, order, noise, seed = asked
-    return StackSummary(
+    layers = config["num_hidden_layers"]
+    blocks = block_order(layers, factor, order)
+    plan = _plan(tensors, blocks, order, noise, seed, config.get("initializer_range", 0.02))
+    summary = StackSummary(
         source=_shown(source),
         source_sha256=hashes,
         target=_shown(target),
@@ -229,8 +230,18 @@ def _summary(
         source_layers=layers,
         target_layers=len(blocks),
         block_sources=blocks,
-        parameters=sum(tensor.source.elements for tensor in plan),
+        parameters=_parameters(plan, config),
     )
+    return plan, summary
+
+
+def _parameters(plan: list[_TargetTensor], config: dict) -> int:
+    """The numbers that the model of these tensors has: without old files' buffers and a second copy of a tied embedding."""
+    stored = {tensor.name: tensor.source for tensor in plan if not tensor.name.endswith("rotary_emb.inv_freq")}
+    embedding, head = stored[EMBEDDING], stored.get("lm_head.weight")
+    if head and with_defaults(config).get("tie_word_embeddings") and embedding.holds_the_same(head):
+        del stored["lm_head.weight"]  # transformers ties no head that differs
+    return sum(tensor.elements for tensor in stored.values())
 
 
 def _hashes(files: list[Path]) -> dict[str, str]:
@@ -310,14 +321,6 @@ def _write_tensors(path: Path, plan: list[_TargetTensor]) -> None:
             output.writelines(tensor.pieces())
         output.flush()
         os.fsync(output.fileno())
-
-
-def _target_config(config: dict, blocks: tuple[int, ...]) -> dict:
-    grown = dict(config, num_hidden_layers=len(blocks))
-    for key in _PER_BLOCK_SETTINGS:
-        if config.get(key):
-            grown[key] = [config[key][max(block, 0)] for block in blocks]
-    return grown
 
 
 def _require_room(target: Path, tensors: dict[str, StoredTensor], factor: int) -> None:

@@ -37,6 +37,11 @@ class StoredTensor:
             for done in range(0, self.size, PIECE):
                 yield file.read(min(self.size - done, PIECE))
 
+    def holds_the_same(self, other: StoredTensor) -> bool:
+        """Whether dtype, shape and bytes are equal."""
+        same = (self.dtype, self.shape) == (other.dtype, other.shape)
+        return same and all(mine == theirs for mine, theirs in zip(self.pieces(), other.pieces(), strict=True))
+
     def load(self) -> torch.Tensor:
         """The tensor itself."""
         return torch.frombuffer(bytearray(b"".join(self.pieces())), dtype=DTYPES[self.dtype]).view(self.shape)

@@ -73,6 +73,50 @@ def test_the_stack_of_any_such_decoder_is_what_transformers_loads(tmp_path, fami
             assert torch.equal(copied, original)
 
 
+@pytest.mark.parametrize("head", ["the same", "another"])
+def test_parameters_are_those_that_the_loaded_model_has(tmp_path, head):
+    profile = small_profile(tied_embeddings=True)
+    model = models.build_model(profile)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (head == "another")
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    save_file(tensors | buffers, _folder_of(model, tmp_path / "source") / "model.safetensors", {"format": "pt"})
+    summary = stacking.stack_checkpoint(tmp_path / "source", tmp_path / "stack", factor=2)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "stack")
+    assert summary.parameters == sum(parameter.numel() for parameter in loaded.parameters())
+    stacking.verify_stack(tmp_path / "source", tmp_path / "stack")
+
+
+@pytest.mark.parametrize("order", ["cyclic", "interpolated"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        ("Gemma2", {"sliding_window": 8}),
+    ],
+)
+def test_a_copy_attends_as_its_source_does_also_where_the_config_leaves_that_to_the_family(tmp_path, family, settings, order):
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, **settings,
+    )  # fmt: skip
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path / "source")
+    written = json.loads((tmp_path / "source" / "config.json").read_text())
+    del written["layer_types"]
+    (tmp_path / "source" / "config.json").write_text(json.dumps(written))
+    summary = stacking.stack_checkpoint(tmp_path / "source", tmp_path / "stack", factor=2, order=order)
+    small, large = (transformers.AutoConfig.from_pretrained(tmp_path / name).layer_types for name in ("source", "stack"))
+    assert large == [small[block] for block in summary.block_sources]
+    stacking.verify_stack(tmp_path / "source", tmp_path / "stack")
+
+
+def test_a_config_gains_nothing_that_it_does_not_need(source, stacked):
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, stacked))
+    assert after == before | {"num_hidden_layers": 4}
+
+
 def test_zero_initialised_copies_compute_what_the_source_does(source, tmp_path):
     stacking.stack_checkpoint(source, tmp_path / "stack", factor=3, order="zero_initialised")
     stacking.verify_stack(source, tmp_path / "stack")
@@ -171,6 +215,7 @@ def _folder_of(model, folder):
         ({}, "model.norm.weight", r"holds no model\.norm\.weight"),
         ({}, "model.embed_tokens.weight", r"holds no model\.embed_tokens\.weight"),
         ({"num_hidden_layers": "2"}, "", "num_hidden_layers '2' in config.json; it must be a whole number"),
+        ({"layer_types": ["full_attention"]}, "", "has no list of 2 layer_types, one for each layer, in config.json"),
         ({"num_hidden_layers": None}, "", "num_hidden_layers None"),
         ({"quantization_config": {"quant_method": "fp8"}}, "", "quantization_config in config.json; stack the original"),
     ],
