@@ -15,26 +15,26 @@ import re
 import shutil
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
 from kl3m_nb import model_folder, paths
 from kl3m_nb.display import table_html
+from kl3m_nb.grown_config import grown_config, with_defaults
 from kl3m_nb.model_folder import STACK_IDENTITY, STACK_RECORD, TRAINED_STEPS, WEIGHT_ENDINGS, weight_files
 from kl3m_nb.models import check_checkpoint
+from kl3m_nb.stackable import BLOCK, EMBEDDING, block_count
+from kl3m_nb.stored_tensors import DTYPES, LONGEST_HEADER, PIECE, StoredTensor, read_headers
 
 ORDERS = ("cyclic", "interpolated", "zero_initialised", "random")
 NEW_BLOCK = -1  # the "source" of a block that is drawn at random
 
-_BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
-_COPY_CHUNK = 16 * 2**20
 _NOT_COPIED = (*WEIGHT_ENDINGS, STACK_RECORD, "README.md")
 # What writes into the residual stream; with these at zero a block passes its input on unchanged. w2 is Mixtral's down_proj.
 _WRITES_RESIDUAL = re.compile(r"\.(o_proj|down_proj|w2)(\.(weight|bias))?$")
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PER_BLOCK_SETTINGS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists of some families' config.json
+_HEADER_ENTRY = 100  # bytes at most that name dtype, shape and place of a tensor in a file's header, beside its own name
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def block_order(source_layers: int, factor: int, order: str = "cyclic") -> tuple
 
     Raises ValueError for another order or a factor below 1.
     """
-    if factor < 1:
-        raise ValueError(f"factor {factor} cannot grow a model; it is the number of copies of each block, at least 1.")
+    _check_factor(factor)
     check_order(order)
     blocks = range(factor * source_layers)
     if order == "interpolated":
@@ -90,6 +89,11 @@ def block_order(source_layers: int, factor: int, order: str = "cyclic") -> tuple
     if order == "random":
         return tuple(block if block < source_layers else NEW_BLOCK for block in blocks)
     return tuple(block % source_layers for block in blocks)
+
+
+def _check_factor(factor: int) -> None:
+    if factor < 1:
+        raise ValueError(f"factor {factor} cannot grow a model; it is the number of copies of each block, at least 1.")
 
 
 def check_order(order: str, noise: float = 0.0) -> None:
@@ -112,20 +116,112 @@ def stack_checkpoint(
     seed: of the noise and of random blocks.
 
     The target appears whole or not at all. A target that already holds this very stack is left as it is; one that holds
-    anything else is refused. Raises ValueError when the source is no such checkpoint or the arguments do not fit together.
+    anything else is refused. Raises ValueError when the source is no such checkpoint, the arguments do not fit together or the
+    stack would be larger than the target's disk has room for.
     """
     source, target = paths.resolve(source), paths.resolve(target)
+    _check_factor(factor)
     check_order(order, noise)
     config = check_checkpoint(source)
     files = weight_files(source)
-    tensors = _read_headers(files)
-    layers = _block_count(source, config, tensors)
+    tensors = read_headers(files)
+    block_count(source, config, tensors)
+    exists = target.exists()
+    if not exists:
+        _require_room(target, tensors, factor)
+    hashes, asked = _hashes(files), (factor, order, noise, seed)
+    if exists:
+        _require_same_stack(target, hashes, asked)
+    plan, summary = _laid_out(source, target, config, tensors, hashes, asked)
+    if exists:
+        return summary
+    grown = grown_config(config, summary.block_sources)
+    with model_folder.written_whole(target) as temporary:
+        for path in source.iterdir():
+            if path.is_file() and not path.name.endswith(_NOT_COPIED):
+                shutil.copy(path, temporary / path.name)
+        (temporary / "config.json").write_text(json.dumps(grown, indent=2) + "\n")
+        _write_tensors(temporary / "model.safetensors", plan)
+        (temporary / STACK_RECORD).write_text(json.dumps(asdict(summary), indent=2) + "\n")
+    return summary
+
+
+def verify_stack(source: str | Path, target: str | Path) -> int:
+    """Compares a stack with what its `stack.json` says it is, every tensor of it byte by byte, and returns how many those are.
+
+    The `stack.json` must be the one that stacking `source` writes (folders may have been moved), and so must `config.json`.
+
+    Raises ValueError naming the first thing that differs, or for a source that cannot be stacked, a target that is no stack, is
+    damaged or was trained since.
+    """
+    source, target = paths.resolve(source), paths.resolve(target)
+    made = model_folder.read_stack(target)
+    if not made:
+        raise ValueError(f"{target} holds no {STACK_RECORD}, so it is no stack; name the folder that stacking wrote.")
+    if steps := made.get(TRAINED_STEPS):
+        raise ValueError(f"{target} was trained for {steps:,} steps since it was stacked; name the folder that stacking wrote.")
+    config, found_config = check_checkpoint(source), check_checkpoint(target)
+    files = weight_files(source)
+    tensors, found = read_headers(files), read_headers(weight_files(target))
+    layers = block_count(source, config, tensors)
+    asked = _asked(made, target, layers)
+    plan, summary = _laid_out(source, target, config, tensors, _hashes(files), asked)
+    remedy = f"remove {target} and stack again."
+    for key, value in asdict(summary).items():
+        if key not in ("source", "target") and made[key] != (list(value) if isinstance(value, tuple) else value):
+            raise ValueError(f"The {STACK_RECORD} of {target} has another {key} than this stack of {source}; {remedy}")
+    wanted_config = grown_config(config, summary.block_sources)
+    for key in wanted_config | found_config:
+        if wanted_config.get(key) != found_config.get(key):
+            raise ValueError(f"{target} has another {key} in config.json than this stack of {source}; {remedy}")
+    names = {tensor.name for tensor in plan}
+    if names != found.keys():
+        raise ValueError(f"{target} lacks or adds the tensors {sorted(names ^ found.keys())[:3]}; {remedy}")
+    for tensor in plan:
+        stored, wanted = found[tensor.name], tensor.source
+        same = (wanted.dtype, wanted.shape) == (stored.dtype, stored.shape)
+        # a copy is compared piece by piece: a vocabulary matrix twice in memory would be the most that verifying takes
+        if not same or any(a != b for a, b in zip(tensor.pieces(), stored.pieces(), strict=True)):
+            raise ValueError(f"{tensor.name} in {target} is not what {source} gives in the order {summary.order}; {remedy}")
+    return len(plan)
+
+
+def _asked(made: dict, target: Path, layers: int) -> tuple[int, str, float, int]:
+    """Factor, order, noise and seed of a `stack.json`; ValueError when it is not one that stacking so many layers writes."""
+    broken = f"The {STACK_RECORD} of {target} is not as stacking wrote it"
+    if missing := [field.name for field in fields(StackSummary) if field.name not in made]:
+        raise ValueError(f"{broken}: it has no {missing[0]}; remove {target} and stack again.")
+    kinds = {"factor": int, "order": str, "noise": (int, float), "seed": int, "block_sources": list}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(made[key], kind)]:
+        raise ValueError(f"{broken}: its {wrong[0]} is {made[wrong[0]]!r}; remove {target} and stack again.")
+    if made["factor"] < 1 or made["factor"] * layers != len(made["block_sources"]):  # before so many blocks are laid out
+        raise ValueError(
+            f"{broken}: factor {made['factor']} of {layers} layers is not {len(made['block_sources'])} blocks; "
+            f"remove {target} and stack again."
+        )
+    try:
+        check_order(made["order"], made["noise"])
+    except ValueError as error:
+        raise ValueError(f"{broken} ({str(error).rstrip('.')}); remove {target} and stack again.") from error
+    return made["factor"], made["order"], made["noise"], made["seed"]
+
+
+def _laid_out(
+    source: Path,
+    target: Path,
+    config: dict,
+    tensors: dict[str, StoredTensor],
+    hashes: dict[str, str],
+    asked: tuple[int, str, float, int],
+) -> tuple[list[_TargetTensor], StackSummary]:
+    """The stack of a source with these tensors and hashes that has the factor, order, noise and seed of `asked`."""
+    factor, order, noise, seed = asked
+    layers = config["num_hidden_layers"]
     blocks = block_order(layers, factor, order)
-    scale = config.get("initializer_range", 0.02)
-    plan = _plan(tensors, blocks, order, noise, seed, scale)
+    plan = _plan(tensors, blocks, order, noise, seed, config.get("initializer_range", 0.02))
     summary = StackSummary(
         source=_shown(source),
-        source_sha256={path.name: model_folder.sha256(path) for path in files},
+        source_sha256=hashes,
         target=_shown(target),
         factor=factor,
         order=order,
@@ -134,69 +230,22 @@ def stack_checkpoint(
         source_layers=layers,
         target_layers=len(blocks),
         block_sources=blocks,
-        parameters=sum(tensor.source.elements for tensor in plan),
+        parameters=_parameters(plan, config),
     )
-    if target.exists():
-        _require_same_stack(target, summary)
-        return summary
-    with model_folder.written_whole(target) as temporary:
-        for path in source.iterdir():
-            if path.is_file() and not path.name.endswith(_NOT_COPIED):
-                shutil.copy(path, temporary / path.name)
-        (temporary / "config.json").write_text(json.dumps(_target_config(config, blocks), indent=2) + "\n")
-        _write_tensors(temporary / "model.safetensors", plan)
-        (temporary / STACK_RECORD).write_text(json.dumps(asdict(summary), indent=2) + "\n")
-    return summary
+    return plan, summary
 
 
-def verify_stack(source: str | Path, target: str | Path) -> int:
-    """Compares every tensor of a stack, byte by byte, with what its `stack.json` says it is, and returns how many.
-
-    Raises ValueError naming the first tensor that differs, or for a target that is no stack or was trained since.
-    """
-    source, target = paths.resolve(source), paths.resolve(target)
-    made = model_folder.read_stack(target)
-    if not made:
-        raise ValueError(f"{target} holds no {STACK_RECORD}, so it is no stack; name the folder that stacking wrote.")
-    if steps := made.get(TRAINED_STEPS):
-        raise ValueError(f"{target} was trained for {steps:,} steps since it was stacked; name the folder that stacking wrote.")
-    tensors, found = _read_headers(weight_files(source)), _read_headers(weight_files(target))
-    scale = json.loads((source / "config.json").read_text()).get("initializer_range", 0.02)
-    plan = _plan(tensors, tuple(made["block_sources"]), made["order"], made["noise"], made["seed"], scale)
-    names = {tensor.name for tensor in plan}
-    if names != found.keys():
-        raise ValueError(f"{target} lacks or adds the tensors {sorted(names ^ found.keys())[:3]}; stack it again.")
-    for tensor in plan:
-        stored, wanted = found[tensor.name], tensor.source
-        same = (wanted.dtype, wanted.shape) == (stored.dtype, stored.shape)
-        # a copy is compared piece by piece: a vocabulary matrix twice in memory would be the most that verifying takes
-        if not same or any(a != b for a, b in zip(tensor.pieces(), stored.pieces(), strict=True)):
-            raise ValueError(
-                f"{tensor.name} in {target} is not what {source} gives in the order {made['order']}; stack it again."
-            )
-    return len(plan)
+def _parameters(plan: list[_TargetTensor], config: dict) -> int:
+    """The numbers that the model of these tensors has: without old files' buffers and a second copy of a tied embedding."""
+    stored = {tensor.name: tensor.source for tensor in plan if not tensor.name.endswith("rotary_emb.inv_freq")}
+    embedding, head = stored[EMBEDDING], stored.get("lm_head.weight")
+    if head and with_defaults(config).get("tie_word_embeddings") and embedding.holds_the_same(head):
+        del stored["lm_head.weight"]  # transformers ties no head that differs
+    return sum(tensor.elements for tensor in stored.values())
 
 
-@dataclass(frozen=True)
-class _StoredTensor:
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int  # of its bytes in the file
-    size: int  # in bytes
-
-    @property
-    def elements(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    def pieces(self) -> Iterator[bytes]:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            for done in range(0, self.size, _COPY_CHUNK):
-                yield file.read(min(self.size - done, _COPY_CHUNK))
-
-    def load(self) -> torch.Tensor:
-        return torch.frombuffer(bytearray(b"".join(self.pieces())), dtype=_DTYPES[self.dtype]).view(self.shape)
+def _hashes(files: list[Path]) -> dict[str, str]:
+    return {path.name: model_folder.sha256(path) for path in files}
 
 
 @dataclass(frozen=True)
@@ -204,7 +253,7 @@ class _TargetTensor:
     """A tensor of the target: a copy of `source`, or made by `recipe` (zero | noise | fresh) in its shape and dtype."""
 
     name: str
-    source: _StoredTensor
+    source: StoredTensor
     recipe: str
     amount: float  # share of noise, or standard deviation of fresh matrices
     seed: int
@@ -214,11 +263,11 @@ class _TargetTensor:
             yield from self.source.pieces()
             return
         content = memoryview(self._made().contiguous().view(torch.uint8).numpy()).cast("B")
-        for done in range(0, self.source.size, _COPY_CHUNK):
-            yield bytes(content[done : done + _COPY_CHUNK])
+        for done in range(0, self.source.size, PIECE):
+            yield bytes(content[done : done + PIECE])
 
     def _made(self) -> torch.Tensor:
-        dtype = _DTYPES[self.source.dtype]
+        dtype = DTYPES[self.source.dtype]
         if self.recipe == "zero":
             return torch.zeros(self.source.shape, dtype=dtype)
         if self.recipe == "fresh" and len(self.source.shape) < 2:  # as transformers initialises norms and biases
@@ -233,13 +282,13 @@ class _TargetTensor:
 
 
 def _plan(
-    tensors: dict[str, _StoredTensor], blocks: tuple[int, ...], order: str, noise: float, seed: int, scale: float
+    tensors: dict[str, StoredTensor], blocks: tuple[int, ...], order: str, noise: float, seed: int, scale: float
 ) -> list[_TargetTensor]:
     """Every tensor of the target and how it is made; those outside the blocks are copied."""
-    by_block: dict[int, list[tuple[str, _StoredTensor]]] = {}
+    by_block: dict[int, list[tuple[str, StoredTensor]]] = {}
     plan = []
     for name, tensor in tensors.items():
-        if match := _BLOCK.match(name):
+        if match := BLOCK.match(name):
             by_block.setdefault(int(match[1]), []).append((name[match.end() :], tensor))
         else:
             plan.append(_TargetTensor(name, tensor, "copy", 0.0, seed))
@@ -254,49 +303,6 @@ def _plan(
                 recipe, amount = "noise", noise
             plan.append(_TargetTensor(f"model.layers.{target}.{rest}", tensor, recipe, amount, seed))
     return plan
-
-
-def _block_count(source: Path, config: dict, tensors: dict[str, _StoredTensor]) -> int:
-    """The number of blocks; ValueError when these are not the tensors of a decoder that can be stacked."""
-    found = {int(match[1]) for name in tensors if (match := _BLOCK.match(name))}
-    if not found:
-        raise ValueError(
-            f"{source} is a {config.get('model_type', 'model')} with tensors like {min(tensors, default='none')}; "
-            "only a decoder whose blocks are named model.layers.N. can be stacked, such as Llama, Mistral, Qwen or Mixtral."
-        )
-    layers = config.get("num_hidden_layers", 0)
-    if found != set(range(layers)):
-        raise ValueError(
-            f"{source} names {layers} layers in config.json and holds the blocks {_ranges(found)} as model.layers.N.; "
-            "a decoder checkpoint that holds all of its blocks is needed."
-        )
-    if foreign := sorted({tensor.dtype for tensor in tensors.values()} - _DTYPES.keys()):
-        raise ValueError(f"{source} holds tensors of the type {foreign[0]}; stack the original of a quantised model.")
-    kinds = {
-        tuple(sorted((name.partition(f".{block}.")[2], tensor.shape) for name, tensor in tensors.items() if _in(name, block)))
-        for block in found
-    }
-    if len(kinds) > 1:
-        raise ValueError(f"The blocks of {source} are not of one kind (names or shapes differ); stacking needs blocks that are.")
-    return layers
-
-
-def _in(name: str, block: int) -> bool:
-    return name.startswith(f"model.layers.{block}.")
-
-
-def _read_headers(files: list[Path]) -> dict[str, _StoredTensor]:
-    """Every tensor of safetensors files: an 8-byte little-endian length, a JSON header, then the bytes."""
-    tensors = {}
-    for path in files:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                start, end = entry["data_offsets"]
-                tensors[name] = _StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
-    return tensors
 
 
 def _write_tensors(path: Path, plan: list[_TargetTensor]) -> None:
@@ -317,17 +323,25 @@ def _write_tensors(path: Path, plan: list[_TargetTensor]) -> None:
         os.fsync(output.fileno())
 
 
-def _target_config(config: dict, blocks: tuple[int, ...]) -> dict:
-    grown = dict(config, num_hidden_layers=len(blocks))
-    for key in _PER_BLOCK_SETTINGS:
-        if config.get(key):
-            grown[key] = [config[key][max(block, 0)] for block in blocks]
-    return grown
+def _require_room(target: Path, tensors: dict[str, StoredTensor], factor: int) -> None:
+    copies = {name: factor if BLOCK.match(name) else 1 for name in tensors}
+    needed = sum(copies[name] * tensor.size for name, tensor in tensors.items())
+    free = shutil.disk_usage(next(folder for folder in (target, *target.parents) if folder.exists())).free
+    if needed > free:
+        raise ValueError(
+            f"factor {factor} makes a checkpoint of {needed / 1e9:,.1f} GB and the disk of {target} has {free / 1e9:,.1f} GB "
+            "left; choose a smaller factor or make room."
+        )
+    if sum(copies[name] * (len(name) + _HEADER_ENTRY) for name in tensors) > LONGEST_HEADER:
+        raise ValueError(
+            f"factor {factor} makes {sum(copies.values()):,} tensors, more than a safetensors file can name; "
+            "choose a smaller factor."
+        )
 
 
-def _require_same_stack(target: Path, summary: StackSummary) -> None:
+def _require_same_stack(target: Path, hashes: dict[str, str], asked: tuple[int, str, float, int]) -> None:
     made = model_folder.read_stack(target)
-    same = all(made.get(key) == getattr(summary, key) for key in STACK_IDENTITY)
+    same = all(made.get(key) == value for key, value in zip(STACK_IDENTITY, (hashes, *asked), strict=True))
     if not same or made.get(TRAINED_STEPS):
         raise ValueError(f"{target} already holds something else than this stack; remove it or choose another target.")
 
@@ -336,9 +350,3 @@ def _shown(path: Path) -> str:
     """`path` relative to the project where it lies inside, so that records hold on another machine."""
     root = paths.project_root()
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-
-
-def _ranges(blocks: set[int]) -> str:
-    if not blocks:
-        return "none"
-    return f"{min(blocks)}-{max(blocks)}" if len(blocks) == max(blocks) - min(blocks) + 1 else f"{sorted(blocks)[:8]}…"

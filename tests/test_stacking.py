@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,50 @@ def test_the_stack_of_any_such_decoder_is_what_transformers_loads(tmp_path, fami
     for layer, block in enumerate(loaded.model.layers):
         for copied, original in zip(block.parameters(), small.model.layers[layer % 2].parameters(), strict=True):
             assert torch.equal(copied, original)
+
+
+@pytest.mark.parametrize("head", ["the same", "another"])
+def test_parameters_are_those_that_the_loaded_model_has(tmp_path, head):
+    profile = small_profile(tied_embeddings=True)
+    model = models.build_model(profile)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (head == "another")
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    save_file(tensors | buffers, _folder_of(model, tmp_path / "source") / "model.safetensors", {"format": "pt"})
+    summary = stacking.stack_checkpoint(tmp_path / "source", tmp_path / "stack", factor=2)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "stack")
+    assert summary.parameters == sum(parameter.numel() for parameter in loaded.parameters())
+    stacking.verify_stack(tmp_path / "source", tmp_path / "stack")
+
+
+@pytest.mark.parametrize("order", ["cyclic", "interpolated"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4}),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        ("Gemma2", {"sliding_window": 8}),
+    ],
+)
+def test_a_copy_attends_as_its_source_does_also_where_the_config_leaves_that_to_the_family(tmp_path, family, settings, order):
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, **settings,
+    )  # fmt: skip
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path / "source")
+    written = json.loads((tmp_path / "source" / "config.json").read_text())
+    del written["layer_types"]
+    (tmp_path / "source" / "config.json").write_text(json.dumps(written))
+    summary = stacking.stack_checkpoint(tmp_path / "source", tmp_path / "stack", factor=2, order=order)
+    small, large = (transformers.AutoConfig.from_pretrained(tmp_path / name).layer_types for name in ("source", "stack"))
+    assert large == [small[block] for block in summary.block_sources]
+    stacking.verify_stack(tmp_path / "source", tmp_path / "stack")
+
+
+def test_a_config_gains_nothing_that_it_does_not_need(source, stacked):
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, stacked))
+    assert after == before | {"num_hidden_layers": 4}
 
 
 def test_zero_initialised_copies_compute_what_the_source_does(source, tmp_path):
@@ -164,6 +209,28 @@ def _folder_of(model, folder):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("settings", "tensor", "words"),
+    [
+        ({}, "model.norm.weight", r"holds no model\.norm\.weight"),
+        ({}, "model.embed_tokens.weight", r"holds no model\.embed_tokens\.weight"),
+        ({"num_hidden_layers": "2"}, "", "num_hidden_layers '2' in config.json; it must be a whole number"),
+        ({"layer_types": ["full_attention"]}, "", "has no list of 2 layer_types, one for each layer, in config.json"),
+        ({"num_hidden_layers": None}, "", "num_hidden_layers None"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "", "quantization_config in config.json; stack the original"),
+    ],
+)
+def test_a_source_that_could_not_work_is_refused(source, tmp_path, settings, tensor, words):
+    shutil.copytree(source, tmp_path / "source")
+    _set(tmp_path / "source" / "config.json", **settings)
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors.pop(tensor, None)
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(ValueError, match=words):
+        stacking.stack_checkpoint(tmp_path / "source", tmp_path / "target", factor=2)
+    assert not (tmp_path / "target").exists()
+
+
 def test_the_same_stack_again_is_left_alone_and_another_is_refused(source, tmp_path):
     target = tmp_path / "stack"
     stacking.stack_checkpoint(source, target, factor=2)
@@ -191,14 +258,101 @@ def test_a_source_that_does_not_fit_leaves_nothing_behind(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
+def test_a_stack_that_the_disk_or_the_format_could_not_hold_is_refused_before_it_is_planned(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(stacking, "block_order", None)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ValueError, match="already holds something else"):
+        stacking.stack_checkpoint(source, tmp_path / "there", factor=10**12)
+    size = (source / "model.safetensors").stat().st_size
+    for free, factor, words in (
+        (10**12, 10**12, r"factor 1000000000000 makes a checkpoint of .* GB .* 1,000\.0 GB left; choose a smaller factor"),
+        (size, 2, r"factor 2 makes a checkpoint of 0\.\d GB"),
+        (10**30, 10**5, "factor 100000 makes 1,800,00. tensors, more than a safetensors file can name"),
+    ):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(ValueError, match=words):
+            stacking.stack_checkpoint(source, tmp_path / "new" / "target", factor=factor)
+    assert not (tmp_path / "new").exists()
+
+
 def test_verify_finds_a_changed_byte(source, tmp_path):
     target = tmp_path / "stack"
     stacking.stack_checkpoint(source, target, factor=2)
     content = bytearray((target / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (target / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="is not what"):
+    with pytest.raises(ValueError, match=r"is not what .*; remove .*stack and stack again"):
         stacking.verify_stack(source, target)
+
+
+@pytest.fixture(scope="module")
+def stacked(source, tmp_path_factory):
+    """A stack of factor 2, with 4 layers."""
+    folder = tmp_path_factory.mktemp("stacked") / "stack"
+    stacking.stack_checkpoint(source, folder, factor=2)
+    return folder
+
+
+def _set(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config.json", "num_hidden_layers", 3),
+        ("config.json", "rope_parameters", {"rope_type": "default", "rope_theta": 7.0}),
+        ("config.json", "quantization_config", {"quant_method": "foo"}),
+        ("stack.json", "order", "interpolated"),
+        ("stack.json", "order", "foo"),
+        ("stack.json", "factor", 7),
+        ("stack.json", "factor", 10**12),
+        ("stack.json", "factor", "two"),
+        ("stack.json", "noise", 0.1),
+        ("stack.json", "source_sha256", {"model.safetensors": "0" * 64}),
+        ("stack.json", "source_layers", 3),
+        ("stack.json", "parameters", 1),
+        ("stack.json", "block_sources", [0, 1, 0, 9]),
+        ("stack.json", "block_sources", [0, 1, 0]),
+        ("stack.json", "block_sources", None),
+    ],
+)
+def test_verify_refuses_a_stack_whose_files_say_something_else(source, stacked, tmp_path, file, key, value):
+    shutil.copytree(stacked, tmp_path / "stack")
+    stacking.verify_stack(source, tmp_path / "stack")
+    _set(tmp_path / "stack" / file, **{key: value})
+    with pytest.raises(ValueError, match=r"; remove .*stack and stack again\.$") as caught:
+        stacking.verify_stack(source, tmp_path / "stack")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["block_sources", "factor", "noise", "source_sha256", "parameters"])
+def test_verify_refuses_a_stack_whose_record_lacks_something(source, stacked, tmp_path, key):
+    shutil.copytree(stacked, tmp_path / "stack")
+    record = json.loads((stacked / "stack.json").read_text())
+    del record[key]
+    (tmp_path / "stack" / "stack.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"it has no {key}"):
+        stacking.verify_stack(source, tmp_path / "stack")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", None, r"holds no config\.json"),
+        ("config.json", b"[]", "no JSON object"),
+        ("model.safetensors", b"", "cut off or damaged"),
+        ("model.safetensors", b"garbage" * 99, "cut off or damaged"),
+        ("model.safetensors", None, "no weights"),
+    ],
+)
+def test_verify_refuses_a_damaged_stack_in_one_sentence(source, stacked, tmp_path, file, content, words):
+    shutil.copytree(stacked, tmp_path / "stack")
+    (tmp_path / "stack" / file).unlink()
+    if content is not None:
+        (tmp_path / "stack" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        stacking.verify_stack(source, tmp_path / "stack")
 
 
 def test_what_is_no_stack_is_not_verified(source):
