@@ -86,7 +86,10 @@ class Prediction:
         }
 
     def by_domain(self) -> pd.DataFrame:
-        """A row per domain, the largest first: documents, tokens, and loss and bits per byte with their 95% intervals."""
+        """A row per domain: documents, tokens, bytes, and loss and bits per byte with their 95% intervals.
+
+        The domain with the most bytes of text comes first, so the order is that of every model on the same documents.
+        """
         rows = []
         for domain, documents in self.documents.groupby("domain"):
             loss = bootstrap_interval(documents["loss"], documents["tokens"])
@@ -96,6 +99,7 @@ class Prediction:
                     "domain": domain,
                     "documents": len(documents),
                     "tokens": int(documents["tokens"].sum()),
+                    "bytes": int(documents["bytes"].sum()),
                     "loss": loss.mean,
                     "loss_low": loss.low,
                     "loss_high": loss.high,
@@ -104,7 +108,7 @@ class Prediction:
                     "bits_per_byte_high": per_byte.high,
                 }
             )
-        return pd.DataFrame(rows).sort_values("tokens", ascending=False, ignore_index=True)
+        return pd.DataFrame(rows).sort_values("bytes", ascending=False, kind="stable", ignore_index=True)
 
     def by_position(self, ranges: int = 13) -> pd.DataFrame:
         """What context is worth: a row per range of tokens of context, each about as much longer than the one before.
