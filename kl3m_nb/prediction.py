@@ -165,7 +165,7 @@ def evaluate_documents(
     Raises ValueError for no documents or one without text, a window beyond the model's context, or a stride outside 1 … window.
     """
     if not documents:
-        raise ValueError("evaluate_documents was given no documents; it takes one or more, such as preview_texts gives.")
+        raise ValueError("evaluate_documents was given no documents; it takes one or more, such as unseen_documents gives.")
     context = model.config.max_position_embeddings
     if not 1 <= window <= context:
         raise ValueError(f"The window is {window} tokens; this model takes 1 to {context}.")
