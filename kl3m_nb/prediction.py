@@ -154,14 +154,15 @@ def evaluate_documents(
     stride: int,
     batch_tokens: int = 8192,
     autocast: torch.dtype | None = None,
+    prefix: int | None = None,
 ) -> Prediction:
     """Scores of `model` on every token of `documents`, with at most `window` tokens of context.
 
-    The first token of a document is predicted from the end-of-text token, which in training stands between documents; the end
-    of a document is not predicted. Its text is judged; ids it stores are used where they are this tokenizer's own (`token_ids`),
-    so bits per byte of models with other tokenizers compare. A document's `dataset` is its domain. With `stride` equal to
-    `window` the windows do not overlap, which is how lm-eval counts; half the window costs twice the time and gives every token
-    more context.
+    The first token of a document is predicted from the token `prefix`, by default the end-of-text token; which stood there in a
+    model's training is known to `runs.document_prefix`. The end of a document is not predicted. Its text is judged; ids it stores
+    are used where they are this tokenizer's own (`token_ids`), so bits per byte of models with other tokenizers compare. A
+    document's `dataset` is its domain. With `stride` equal to `window` the windows do not overlap, which is how lm-eval counts;
+    half the window costs twice the time and gives every token more context.
     Raises ValueError for no documents or one without text, a window beyond the model's context, or a stride outside 1 … window.
     """
     if not documents:
@@ -171,9 +172,10 @@ def evaluate_documents(
         raise ValueError(f"The window is {window} tokens; this model takes 1 to {context}.")
     if not 1 <= stride <= window:
         raise ValueError(f"The stride is {stride}; it must lie between 1 and the window of {window} tokens.")
+    before = tokenizer.eos_token_id if prefix is None else prefix
     sequences, predicted, owners = [], [], []
     for number, document in enumerate(documents):
-        tokens = [tokenizer.eos_token_id, *token_ids(document, tokenizer)]
+        tokens = [before, *token_ids(document, tokenizer)]
         for start, end, new in sliding_windows(len(tokens), window, stride):
             sequences.append(tokens[start:end])
             predicted.append(new)

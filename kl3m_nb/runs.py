@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.metrics import FILE_NAME, read_metrics
-from kl3m_nb.model_folder import read_stack, stack_source
+from kl3m_nb.model_folder import TRAINED_STEPS, read_stack, stack_source
 from kl3m_nb.profiles import Profile, get_profile, profile_with
 from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
 
@@ -132,6 +133,19 @@ def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
         )
     steps = checkpoints.checkpoint_step(folder) - int(held_out["step"].iloc[0])
     return profile, steps * profile.data.micro_batch * profile.data.grad_accumulation
+
+
+def document_prefix(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that a checkpoint's training had before a document: what its first token is to be predicted from.
+
+    Segments begin a document with the beginning-of-text token and never read the end-of-text token, which in dense windows
+    stands between two documents. A fresh stack is as its source was trained; where no run here tells, windows are taken as dense.
+    """
+    record = read_stack(paths.resolve(checkpoint))
+    source = None if record.get(TRAINED_STEPS) else stack_source(record)
+    profile = profile_of(checkpoint) or (profile_of(source) if source else None)
+    in_segments = profile is not None and profile.data.packing == "segments"
+    return tokenizer.bos_token_id if in_segments else tokenizer.eos_token_id
 
 
 def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:

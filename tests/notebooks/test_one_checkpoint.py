@@ -9,7 +9,7 @@ import shutil
 import pytest
 from conftest import execute_notebook, small_profile
 
-from kl3m_nb import checkpoints, corpus, figures, prediction, runs, training
+from kl3m_nb import checkpoints, corpus, figures, prediction, runs, streams, training
 from kl3m_nb.document_stream import DocumentStream
 from kl3m_nb.tokenizer import load_tokenizer, read_tokenizer
 
@@ -60,7 +60,7 @@ def test_no_document_is_judged_that_stands_in_the_text_trained_on(no_runs, tmp_p
     )  # fmt: skip
     checkpoint = training.train(settings, runs.run_path("tiny", "grown")).checkpoint
     judged = []
-    monkeypatch.setattr(prediction, "evaluate_documents", lambda model, tokenizer, documents, *_: judged.extend(documents))
+    monkeypatch.setattr(prediction, "evaluate_documents", lambda model, tokenizer, documents, *_, **__: judged.extend(documents))
     with pytest.raises(AttributeError):  # the table of what nothing was predicted for
         execute_notebook("04_generation_evaluation", SMALL | {"document_count": 1000})
     tokenizer = read_tokenizer(str(checkpoint))
@@ -68,6 +68,26 @@ def test_no_document_is_judged_that_stands_in_the_text_trained_on(no_runs, tmp_p
     trained_on = {tokenizer.decode(stream.next()) for _ in range(400) if stream.epoch < 1}
     assert judged and len(trained_on) > 100
     assert not {document.text for document in judged} & trained_on
+
+
+def test_a_document_is_predicted_from_a_token_that_stood_there_in_training(no_runs, monkeypatch):
+    """Segments begin with `<|start|>`, and end with `<|end|>`, which therefore is never read."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(model, sequences, *_):
+        read.extend(sequence[0] for sequence in sequences)
+        raise Enough
+
+    settings = small_profile(context=512, seq_len=64, max_steps=1, held_out_windows=2, packing="segments")
+    checkpoint = training.train(settings, runs.run_path("tiny", "grown")).checkpoint
+    read: list[int] = []
+    monkeypatch.setattr(prediction, "score_sequences", stop)
+    with pytest.raises(Enough):
+        execute_notebook("04_generation_evaluation", SMALL)
+    inputs = streams.open_stream(settings.data, read_tokenizer(str(checkpoint))).take(100).input_ids
+    assert read[0] in inputs
 
 
 def test_no_checkpoint_at_all_is_said(no_runs):
