@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.corpus import Document
 from kl3m_nb.evaluation import Interval, bootstrap_interval, score_sequences
-from kl3m_nb.paths import tasks_dir
+from kl3m_nb.paths import located, tasks_dir
 from kl3m_nb.tokenizer import read_tokenizer
 
 TASKS = ("clause_cloze", "next_section")
@@ -142,7 +142,7 @@ def run_lm_eval(
         results = simple_evaluate(
             model="hf",
             model_args={
-                "pretrained": str(checkpoint), "dtype": "float32", "max_length": window, "prefix_token_id": before,
+                "pretrained": located(checkpoint), "dtype": "float32", "max_length": window, "prefix_token_id": before,
             },
             device="cuda" if torch.cuda.is_available() else "cpu",
             tasks=configs,

@@ -114,7 +114,7 @@ def stack_checkpoint(
     The target appears whole or not at all. A target that already holds this very stack is left as it is; one that holds
     anything else is refused. Raises ValueError when the source is no such checkpoint or the arguments do not fit together.
     """
-    source, target = paths.resolve(source), paths.resolve(target)
+    source, target = paths.find(source), paths.resolve(target)
     check_order(order, noise)
     config = check_checkpoint(source)
     files = weight_files(source)
@@ -154,7 +154,7 @@ def verify_stack(source: str | Path, target: str | Path) -> int:
 
     Raises ValueError naming the first tensor that differs, or for a target that is no stack or was trained since.
     """
-    source, target = paths.resolve(source), paths.resolve(target)
+    source, target = paths.find(source), paths.resolve(target)
     made = model_folder.read_stack(target)
     if not made:
         raise ValueError(f"{target} holds no {STACK_RECORD}, so it is no stack; name the folder that stacking wrote.")
