@@ -267,18 +267,23 @@ def _what_to_train(options: argparse.Namespace) -> tuple[profiles.Profile, Path,
     for key in changes:
         if profiles.FIELD_SECTIONS.get(key, "runtime") != "runtime":
             raise Refused(f"train goes on with the run {name}, whose {key} stays as it is; --set takes runtime settings here.")
-    return profiles.override_profile(run_folder.read_run_profile(folder), **changes), folder, run_folder.read_run_init(folder)
+    profile, init = run_folder.read_run_profile(folder), run_folder.read_run_init(folder)
+    recorded = paths.resolve(init or "")  # below the root, whatever lies in the shell's folder
+    start = str(recorded) if init and recorded.exists() else init
+    return profiles.override_profile(profile, **changes), folder, start
 
 
 def _start(name: str | None, run_dir: Path) -> str | None:
-    """A checkpoint folder as seen from the shell's folder or, failing that, from the project's root, or a hub id.
+    """The checkpoint folder, or hub id, to start from.
 
     A run that has begun goes on without what it was started from; only a new one needs it.
     """
-    if not name or (not Path(name).exists() and (paths.resolve(name).exists() or models.is_hub_id(name))):
-        return name or None
-    here = os.path.abspath(name)
-    if not os.path.exists(here) and not (run_dir / run_folder.RUN_FILE).exists():
+    if not name:
+        return None
+    place, here = paths.located(name), os.path.abspath(name)
+    if os.path.exists(place) or models.is_hub_id(name):
+        return place
+    if not (run_dir / run_folder.RUN_FILE).exists():
         places = dict.fromkeys((here, str(paths.resolve(name))))  # one where the shell stands in the project's root
         raise Refused(
             f"There is no checkpoint folder {' or '.join(places)}; train one first, or name a folder or a hub id OWNER/NAME."
@@ -323,7 +328,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _stack(options: argparse.Namespace) -> int:
-    source, target = Path.cwd() / options.source, Path.cwd() / options.target
+    source, target = Path.cwd() / paths.located(options.source), Path.cwd() / options.target
     check_sound(source)
     summary = stack_checkpoint(source, target, options.factor, options.order, options.noise, options.seed)
     compared = verify_stack(source, target)
@@ -343,7 +348,7 @@ def _estimate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    checkpoint = Path.cwd() / options.checkpoint
+    checkpoint = Path.cwd() / paths.located(options.checkpoint)
     if options.push_to_hub:  # asked before gigabytes are copied
         publishing.free_repository(checkpoint, options.push_to_hub, options.name)
     model = publishing.export_model(checkpoint, Path.cwd() / options.folder, options.name)
@@ -357,7 +362,7 @@ def _spectra(options: argparse.Namespace) -> int:
     from kl3m_nb import spectral_report
     from kl3m_nb.spectral_subject import find_subject
 
-    subject = find_subject(_existing(options.checkpoint), _existing(options.against), options.source_layers)
+    subject = find_subject(options.checkpoint, options.against, options.source_layers)
     folder = options.output or runs.run_path("", "", f"{subject.name.replace(', ', '-').replace('/', '-')}-spectra")
     page = spectral_report.write_report(subject, folder, not options.no_alpha, options.top_k, options.windows)
     print(f"The report: {page}")
@@ -369,11 +374,6 @@ def _report(options: argparse.Namespace) -> int:
 
     print(f"The report: {write_run_report(_run_folder(options.run))}")
     return 0
-
-
-def _existing(name: str) -> str:
-    """`name` as seen from the shell's folder or, failing that, from the project's root; a hub id stays as it is."""
-    return str(paths.resolve(name)) if name and not Path(name).exists() and paths.resolve(name).exists() else name
 
 
 def _runs(options: argparse.Namespace) -> int:

@@ -95,7 +95,7 @@ def differences_table(predictions: Mapping[str, Prediction], reference: str) -> 
 
 
 def rank_agreement(figures: pd.DataFrame, by: str, lower_is_better: Mapping[str, bool]) -> pd.DataFrame:
-    """Does each figure rank the models as `by` does? A row per figure: its ranking, best first, and Kendall's tau with `by`.
+    """Does each figure rank the models as `by` does? A row per figure: its ranking, worst first, and Kendall's tau with `by`.
 
     `figures` has a row per model and a column per figure; `lower_is_better` says for each figure to be judged, and for `by`,
     which way is better. Tau is tau-a: 1 for the same order, −1 for the opposite one, tied pairs count as 0; NaN with fewer than

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import random
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -92,17 +92,6 @@ def preview_tokenized(
         yield from tokenized(documents, DocumentTokenizer(part, tokenizer), part.options.min_tokens, SourceReport())
 
 
-def preview_texts(source: str, tokenizer: PreTrainedTokenizerBase, held_out: bool, most: int = 500) -> list[Document]:
-    """The documents of `preview_tokenized` with their text, to be read by models of any tokenizer.
-
-    A text that is stored as tokens is decoded; the document keeps the tokens of the run's `tokenizer`.
-    """
-    return [
-        document if document.text else dataclasses.replace(document, text=tokenizer.decode(tokens), tokens=tokens)
-        for document, tokens in preview_tokenized(source, tokenizer, held_out, most)
-    ]
-
-
 def token_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a document's text, nothing added: those it stores where they are this tokenizer's, else those of its text.
 
@@ -113,18 +102,27 @@ def token_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[in
         return stored
     ids = tokenizer.encode(document.text, add_special_tokens=False)
     if not ids:
-        raise ValueError(f"The document {document.identifier!r} has no text; leave it out, or take it from preview_texts.")
+        raise ValueError(f"The document {document.identifier!r} has no text; leave it out, or take it from unseen_documents.")
     return ids
 
 
-@lru_cache(maxsize=1)
 def held_out_documents(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Document, np.ndarray], ...]:
     """The held-out documents in use, each with its tokens: all of a package, of other parts what fills twice the windows.
 
-    Read once for a run, when its held-out windows are made: its stream leaves out the same documents.
+    Read once for a run, when its held-out windows are made: its stream leaves out the same documents, and what is like them.
     """
-    parts = parse_source(spec.source)
-    wanted_tokens = 2 * spec.held_out_windows * (spec.seq_len + 1) / sum(part.weight for part in parts)
+    return _first_held_out(spec.source, 2 * spec.held_out_windows * (spec.seq_len + 1), tokenizer)
+
+
+def forget_held_out() -> None:
+    """Has the held-out documents read anew when they are asked for next: the files may have changed."""
+    _first_held_out.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _first_held_out(source: str, most_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Document, np.ndarray], ...]:
+    parts = parse_source(source)
+    wanted_tokens = most_tokens / sum(part.weight for part in parts)
     found = []
     for part in parts:
         room = wanted_tokens * part.weight
@@ -136,6 +134,33 @@ def held_out_documents(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> tu
             if room <= 0 and part.kind != "package":
                 break
     return tuple(found)
+
+
+def unseen_documents(runs: Sequence[tuple[DataSpec, PreTrainedTokenizerBase]]) -> list[Document]:
+    """The documents that none of several runs of one source can have been trained on the like of, with their text.
+
+    `runs` has the data and the tokenizer of each. A run leaves out what is like the held-out documents it uses itself; of an
+    endless source there are others, which it does not look at, so only those that all of the runs use are given. A text that is
+    stored as tokens is decoded; the document keeps the tokens of the first run's tokenizer.
+    Raises ValueError when there are none.
+    """
+    forget_held_out()
+    first, *others = [_texts(spec, tokenizer) for spec, tokenizer in runs]
+    texts = [{document.text for document in documents} for documents in others]
+    unseen = [document for document in first if all(document.text in known for known in texts)]
+    if not unseen:
+        raise ValueError(
+            f"The source {runs[0][0].source!r} has no held-out document that all of the runs use; give it more documents, about "
+            "one in ten of which is held out."
+        )
+    return unseen
+
+
+def _texts(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    return [
+        document if document.text else dataclasses.replace(document, text=tokenizer.decode(tokens), tokens=tokens)
+        for document, tokens in held_out_documents(spec, tokenizer)
+    ]
 
 
 class DocumentStream:

@@ -28,7 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 from kl3m_nb.card_usage import usage_of
 from kl3m_nb.evaluation import evaluation_mode
 from kl3m_nb.extraction import as_instruction, is_decided
-from kl3m_nb.paths import prompts_dir
+from kl3m_nb.paths import located, prompts_dir
 
 ANSWER_TOKENS = 64  # the longest right answer to an extraction takes 55 of a vocabulary of 4,096
 PROMPT_KINDS = ("card", "clause", "regulation", "citation", "extraction")
@@ -117,7 +117,7 @@ def run_card(checkpoint: str | Path, card: str, seed: int) -> list[list[str]]:
     random state is left as it was. Raises ValueError for a card that prints no call.
     """
     usage = usage_of(card)
-    writer = pipeline("text-generation", model=str(checkpoint))
+    writer = pipeline("text-generation", model=located(checkpoint))
     device = writer.model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _seed(device, seed)

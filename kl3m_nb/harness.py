@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.corpus import Document
 from kl3m_nb.evaluation import Interval, bootstrap_interval, score_sequences
-from kl3m_nb.paths import tasks_dir
+from kl3m_nb.paths import located, tasks_dir
+from kl3m_nb.tokenizer import read_tokenizer
 
 TASKS = ("clause_cloze", "next_section")
 HELD_OUT_TASK = "held_out_documents"
@@ -114,30 +115,34 @@ def task_summary(answers: pd.DataFrame) -> dict[str, float]:
 
 
 def run_lm_eval(
-    checkpoint: str | Path, window: int, tasks: Sequence[str] = TASKS, documents: Sequence[Document] = (), batch_size: int = 16
+    checkpoint: str | Path,
+    window: int,
+    tasks: Sequence[str] = TASKS,
+    documents: Sequence[Document] = (),
+    prefix: int | None = None,
+    batch_size: int = 16,
 ) -> dict[str, dict[str, float]]:
     """lm-eval's own figures for a checkpoint folder or hub id: for every task `acc` and `acc_norm`.
 
     With `documents` there is also `held_out_documents`, with `bits_per_byte` and `byte_perplexity` of their texts in windows of
-    `window` tokens that do not overlap. As in training, a document is predicted from the end-of-text token, not from the
-    beginning-of-text token that lm-eval would put there. Nothing is downloaded. Raises ImportError without the extra `harness`
-    and ValueError for an unknown task or documents without text.
+    `window` tokens that do not overlap. A document is predicted from the token `prefix` as by `evaluate_documents`: without one
+    from the end-of-text token, where lm-eval would take the beginning-of-text token. Nothing is downloaded. Raises ImportError
+    without the extra `harness` and ValueError for an unknown task or documents without text.
     """
     try:
         from lm_eval import simple_evaluate
     except ModuleNotFoundError as error:
         raise ImportError("lm-eval is not installed; install the extra: pip install -e '.[harness]'.") from error
-    from transformers import AutoTokenizer
 
     configs = [task_config(task) for task in tasks]
-    prefix = AutoTokenizer.from_pretrained(str(checkpoint)).eos_token_id
+    before = read_tokenizer(str(checkpoint)).eos_token_id if prefix is None else prefix
     with tempfile.TemporaryDirectory() as folder:
         if documents:
             configs.append(_document_config(documents, Path(folder)))
         results = simple_evaluate(
             model="hf",
             model_args={
-                "pretrained": str(checkpoint), "dtype": "float32", "max_length": window, "prefix_token_id": prefix,
+                "pretrained": located(checkpoint), "dtype": "float32", "max_length": window, "prefix_token_id": before,
             },
             device="cuda" if torch.cuda.is_available() else "cpu",
             tasks=configs,

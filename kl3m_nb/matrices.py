@@ -19,6 +19,7 @@ import xxhash
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from kl3m_nb import paths
 from kl3m_nb.model_folder import STACK_RECORD, TRAINED_STEPS, read_json, read_stack, weight_files
 from kl3m_nb.profiles import ATTENTION_ROLES
 
@@ -101,9 +102,11 @@ def local_checkpoint(checkpoint: str | os.PathLike) -> Path:
 
     Raises ValueError when the hub cannot be reached or has no such model.
     """
-    path = Path(checkpoint)
-    if path.exists() or not _HUB_ID.fullmatch(os.fspath(checkpoint)):
-        return path
+    place = paths.find(checkpoint)
+    if place.exists():
+        return place
+    if not _HUB_ID.fullmatch(os.fspath(checkpoint)):
+        return Path(checkpoint)
     try:
         return Path(huggingface_hub.snapshot_download(os.fspath(checkpoint), allow_patterns=list(_HUB_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -221,7 +224,7 @@ def model_name(model_or_checkpoint: Checkpoint) -> str:
     """What a figure calls this model: its class, its folder's name, or the file's name without suffix."""
     if isinstance(model_or_checkpoint, torch.nn.Module):
         return type(model_or_checkpoint).__name__
-    path = Path(model_or_checkpoint)
+    path = paths.find(model_or_checkpoint)
     return path.stem if path.is_file() else path.resolve().name
 
 
@@ -233,7 +236,7 @@ def model_step(model_or_checkpoint: Checkpoint) -> int:
     """
     if isinstance(model_or_checkpoint, torch.nn.Module):
         return UNKNOWN_STEP
-    path = Path(model_or_checkpoint)
+    path = paths.find(model_or_checkpoint)
     folder = path.parent if path.is_file() else path
     if match := _STEP_NAME.fullmatch(folder.resolve().name):
         return int(match[1])

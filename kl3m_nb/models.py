@@ -87,7 +87,7 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
     Raises ValueError with one sentence when a folder is missing, incomplete or cut off, or the hub has no such model.
     """
     name = str(path_or_hub_id)
-    folder = paths.resolve(name)
+    folder = paths.find(name)
     if folder.is_dir():
         check_checkpoint(folder)
         name = str(folder)
@@ -117,7 +117,7 @@ def check_checkpoint(folder: str | Path) -> dict:
 
     Raises ValueError with one sentence naming the folder and what is wrong with it.
     """
-    folder = paths.resolve(folder)
+    folder = paths.find(folder)
     if not folder.is_dir():
         raise ValueError(f"There is no checkpoint folder {folder}; train one first, or name another.")
     if not (folder / "config.json").is_file():

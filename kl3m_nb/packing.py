@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kl3m_nb.document_stream import DocumentStream, held_out_documents, preview_tokenized
+from kl3m_nb.document_stream import DocumentStream, forget_held_out, held_out_documents, preview_tokenized
 from kl3m_nb.profiles import DataSpec
 from kl3m_nb.sources import SourceReport
 
@@ -179,7 +179,7 @@ def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torc
 
     Raises ValueError when the source's held-out documents do not fill that many windows.
     """
-    held_out_documents.cache_clear()  # the files may be others than at the last call of this process
+    forget_held_out()  # the files may be others than at the last call of this process
     documents = ([*tokens.tolist(), tokenizer.eos_token_id] for _, tokens in held_out_documents(spec, tokenizer))
     windows = list(pack(documents, spec.seq_len + 1))
     if not windows:

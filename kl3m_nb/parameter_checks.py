@@ -107,8 +107,9 @@ def _check_checkpoints(stage: str, values: Mapping[str, object]) -> None:
     for key in keys:
         for name in runs.listed(values[key]) if key == "others" else [values[key]]:
             if name and not _place(name) and (stage == "stack" or not models.is_hub_id(name)):
+                places = " or ".join(map(str, dict.fromkeys((Path.cwd(), paths.project_root()))))
                 raise ValueError(
-                    f"The parameter {key} names no checkpoint {name} below {paths.project_root()}; give a checkpoint folder"
+                    f"The parameter {key} names no checkpoint {name} below {places}; give a checkpoint folder"
                     f"{'' if stage == 'stack' else ' or a hub id OWNER/NAME'}."
                 )
 
@@ -124,8 +125,9 @@ def _check_start(values: Mapping[str, object]) -> None:
 
 
 def _place(checkpoint: str | Path) -> Path | None:
-    """Where a checkpoint lies, seen from here or from the project's root; None where it does not, as a hub id."""
-    return next((place for place in (Path(checkpoint), paths.resolve(checkpoint)) if place.exists()), None)
+    """Where a checkpoint lies; None where it does not, as a hub id."""
+    place = paths.find(checkpoint)
+    return place if place.exists() else None
 
 
 def _check_role(values: Mapping[str, object]) -> None:
@@ -153,6 +155,6 @@ def _check_writing(values: Mapping[str, object], profile: Profile) -> None:
     given = {"source": values["source"], "stack, step 0": values["stack"], "trained": values["trained"]}
     for checkpoint in runs.named_checkpoints(values["profile"], given, values["others"]).values():
         if place := _place(checkpoint):
-            config = models.check_checkpoint(place.absolute())
+            config = models.check_checkpoint(place)
             if context := config.get("max_position_embeddings"):  # GPT-2 has another name for it
-                generation.check_room(context, read_tokenizer(str(place.absolute())), prompts, sampling)
+                generation.check_room(context, read_tokenizer(str(place)), prompts, sampling)

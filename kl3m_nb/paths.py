@@ -1,6 +1,8 @@
-"""Where things are: every path is resolved from the project's root, whatever folder a kernel or shell was started in.
+"""Where things are, whatever folder a kernel or shell was started in.
 
-Jupyter and nbval start kernels in the notebook's folder, papermill in the caller's; both must find the same `runs/`.
+Jupyter and nbval start kernels in the notebook's folder, papermill in the caller's; both must find the same `runs/`. So what is
+written, recorded or streamed lies below the project's root. A model or tokenizer that somebody names is looked for in the
+current folder first, as a shell would, and then below the root.
 """
 
 from __future__ import annotations
@@ -49,3 +51,18 @@ def resolve(path: str | os.PathLike) -> Path:
     """`path` as it is when absolute, else below the project's root."""
     path = Path(path).expanduser()
     return path if path.is_absolute() else project_root() / path
+
+
+def find(path: str | os.PathLike) -> Path:
+    """Where a model or tokenizer lies that `path` names: seen from the current folder or, failing that, from the project's root.
+
+    An absolute path is taken as it is. Where nothing is there, as of a hub id, it is the place below the root.
+    """
+    here = Path(os.path.abspath(Path(path).expanduser()))
+    return here if here.exists() else Path(os.path.abspath(resolve(path)))
+
+
+def located(name: str | os.PathLike) -> str:
+    """`find` of a relative name as text, where something lies there; else the name as it is: absolute, or a hub id."""
+    place = find(name)
+    return str(place) if place.exists() and not os.path.isabs(name) else os.fspath(name)

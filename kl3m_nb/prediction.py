@@ -86,7 +86,10 @@ class Prediction:
         }
 
     def by_domain(self) -> pd.DataFrame:
-        """A row per domain, the largest first: documents, tokens, and loss and bits per byte with their 95% intervals."""
+        """A row per domain: documents, tokens, bytes, and loss and bits per byte with their 95% intervals.
+
+        The domain with the most bytes of text comes first, so the order is that of every model on the same documents.
+        """
         rows = []
         for domain, documents in self.documents.groupby("domain"):
             loss = bootstrap_interval(documents["loss"], documents["tokens"])
@@ -96,6 +99,7 @@ class Prediction:
                     "domain": domain,
                     "documents": len(documents),
                     "tokens": int(documents["tokens"].sum()),
+                    "bytes": int(documents["bytes"].sum()),
                     "loss": loss.mean,
                     "loss_low": loss.low,
                     "loss_high": loss.high,
@@ -104,7 +108,7 @@ class Prediction:
                     "bits_per_byte_high": per_byte.high,
                 }
             )
-        return pd.DataFrame(rows).sort_values("tokens", ascending=False, ignore_index=True)
+        return pd.DataFrame(rows).sort_values("bytes", ascending=False, kind="stable", ignore_index=True)
 
     def by_position(self, ranges: int = 13) -> pd.DataFrame:
         """What context is worth: a row per range of tokens of context, each about as much longer than the one before.
@@ -150,26 +154,28 @@ def evaluate_documents(
     stride: int,
     batch_tokens: int = 8192,
     autocast: torch.dtype | None = None,
+    prefix: int | None = None,
 ) -> Prediction:
     """Scores of `model` on every token of `documents`, with at most `window` tokens of context.
 
-    The first token of a document is predicted from the end-of-text token, which in training stands between documents; the end
-    of a document is not predicted. Its text is judged; ids it stores are used where they are this tokenizer's own (`token_ids`),
-    so bits per byte of models with other tokenizers compare. A document's `dataset` is its domain. With `stride` equal to
-    `window` the windows do not overlap, which is how lm-eval counts; half the window costs twice the time and gives every token
-    more context.
+    The first token of a document is predicted from the token `prefix`, by default the end-of-text token; which stood there in a
+    model's training is known to `runs.document_prefix`. The end of a document is not predicted. Its text is judged; ids it stores
+    are used where they are this tokenizer's own (`token_ids`), so bits per byte of models with other tokenizers compare. A
+    document's `dataset` is its domain. With `stride` equal to `window` the windows do not overlap, which is how lm-eval counts;
+    half the window costs twice the time and gives every token more context.
     Raises ValueError for no documents or one without text, a window beyond the model's context, or a stride outside 1 … window.
     """
     if not documents:
-        raise ValueError("evaluate_documents was given no documents; it takes one or more, such as preview_texts gives.")
+        raise ValueError("evaluate_documents was given no documents; it takes one or more, such as unseen_documents gives.")
     context = model.config.max_position_embeddings
     if not 1 <= window <= context:
         raise ValueError(f"The window is {window} tokens; this model takes 1 to {context}.")
     if not 1 <= stride <= window:
         raise ValueError(f"The stride is {stride}; it must lie between 1 and the window of {window} tokens.")
+    before = tokenizer.eos_token_id if prefix is None else prefix
     sequences, predicted, owners = [], [], []
     for number, document in enumerate(documents):
-        tokens = [tokenizer.eos_token_id, *token_ids(document, tokenizer)]
+        tokens = [before, *token_ids(document, tokenizer)]
         for start, end, new in sliding_windows(len(tokens), window, stride):
             sequences.append(tokens[start:end])
             predicted.append(new)

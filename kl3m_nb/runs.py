@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.metrics import FILE_NAME, first_step, read_metrics
-from kl3m_nb.model_folder import read_stack, stack_source
+from kl3m_nb.model_folder import TRAINED_STEPS, read_stack, stack_source
 from kl3m_nb.profiles import Profile, get_profile, profile_with
 from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
 
@@ -91,7 +92,7 @@ def listed(others: str) -> list[str]:
 
 def profile_of(checkpoint: str | Path) -> Profile | None:
     """The profile a checkpoint was trained with; None for one that no run here wrote."""
-    folder = paths.resolve(checkpoint)
+    folder = paths.find(checkpoint)
     run_dir = folder.parent.parent
     known = (run_dir / RUN_FILE).is_file() and folder in checkpoints.whole_checkpoints(run_dir)
     return read_run_profile(run_dir) if known else None
@@ -104,7 +105,7 @@ def profile_to_judge(profile_name: str, checkpoint: str | Path, documents: str =
     by the checkpoint itself, and by the named profile where neither says. `changes` are as in `profile_with`, 0 being the
     profile's own. Raises ValueError for values that no profile can have.
     """
-    folder, made_with = paths.resolve(checkpoint), profile_of(checkpoint) or get_profile(profile_name)
+    folder, made_with = paths.find(checkpoint), profile_of(checkpoint) or get_profile(profile_name)
     own = str(folder) if (folder / "tokenizer.json").is_file() else made_with.data.tokenizer
     return profile_with(
         profile_name,
@@ -121,7 +122,7 @@ def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
     Steps that a run carries on from a published checkpoint read other data and are not counted. Raises ValueError when the run's
     metrics, which tell at which step it began, are lost.
     """
-    profile, folder = profile_of(checkpoint), paths.resolve(checkpoint)
+    profile, folder = profile_of(checkpoint), paths.find(checkpoint)
     if profile is None:
         return None
     run_dir = folder.parent.parent
@@ -132,6 +133,19 @@ def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
         )
     steps = checkpoints.checkpoint_step(folder) - began
     return profile, steps * profile.data.micro_batch * profile.data.grad_accumulation
+
+
+def document_prefix(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that a checkpoint's training had before a document: what its first token is to be predicted from.
+
+    Segments begin a document with the beginning-of-text token and never read the end-of-text token, which in dense windows
+    stands between two documents. A fresh stack is as its source was trained; where no run here tells, windows are taken as dense.
+    """
+    record = read_stack(paths.find(checkpoint))
+    source = None if record.get(TRAINED_STEPS) else stack_source(record)
+    profile = profile_of(checkpoint) or (profile_of(source) if source else None)
+    in_segments = profile is not None and profile.data.packing == "segments"
+    return tokenizer.bos_token_id if in_segments else tokenizer.eos_token_id
 
 
 def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:

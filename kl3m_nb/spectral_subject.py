@@ -91,7 +91,7 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     `against` whose depth fits neither, and for source layers of a stack that is not cyclic.
     """
     place = local_checkpoint(checkpoint).absolute()
-    name = model_name(place) if place == Path(checkpoint).absolute() else str(checkpoint)  # a hub id is not its folder's name
+    name = model_name(place) if place == paths.find(checkpoint) else str(checkpoint)  # a hub id is not its folder's name
     run_dir = _run_folder(place)
     start_step = (first_step(run_dir) or 0) if run_dir else 0
     if run_dir == place:

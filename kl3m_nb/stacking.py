@@ -119,7 +119,7 @@ def stack_checkpoint(
     anything else is refused. Raises ValueError when the source is no such checkpoint, the arguments do not fit together or the
     stack would be larger than the target's disk has room for.
     """
-    source, target = paths.resolve(source), paths.resolve(target)
+    source, target = paths.find(source), paths.resolve(target)
     _check_factor(factor)
     check_order(order, noise)
     config = check_checkpoint(source)
@@ -154,7 +154,7 @@ def verify_stack(source: str | Path, target: str | Path) -> int:
     Raises ValueError naming the first thing that differs, or for a source that cannot be stacked, a target that is no stack, is
     damaged or was trained since.
     """
-    source, target = paths.resolve(source), paths.resolve(target)
+    source, target = paths.find(source), paths.resolve(target)
     made = model_folder.read_stack(target)
     if not made:
         raise ValueError(f"{target} holds no {STACK_RECORD}, so it is no stack; name the folder that stacking wrote.")

@@ -111,7 +111,7 @@ def load_tokenizer(name: str, source: str, vocabulary: int) -> PreTrainedTokeniz
 
 def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id. Raises ValueError when it is neither."""
-    folder = paths.resolve(name)
+    folder = paths.find(name)
     try:
         return _read_folder(folder) if folder.is_dir() else AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:  # the last two: from JSON of another kind
@@ -166,7 +166,7 @@ def check_same_entries(tokenizer: PreTrainedTokenizerBase, checkpoint: str | Pat
 
     A hub id, or a folder without a tokenizer, is taken as it is.
     """
-    folder = paths.resolve(checkpoint)
+    folder = paths.find(checkpoint)
     file = folder / "tokenizer.json"
     if file.is_file() and Tokenizer.from_file(str(file)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{checkpoint} was trained with another tokenizer than this run names; use tokenizer = {folder}.")

@@ -60,7 +60,7 @@ def train(
     there, TrainingStopped when steps or weights are not finite or the data breaks off, CheckpointFailed when the last checkpoint
     cannot be written, KeyboardInterrupt after the checkpoint of an interrupted run is saved.
     """
-    run_dir = paths.resolve(run_dir)
+    run_dir, init = paths.resolve(run_dir), paths.located(init) if init else None
     if resume not in ("auto", "never"):
         raise ValueError(f"resume is {resume!r}; it accepts auto and never.")
     with distributed.process_group(), RunLock(run_dir) as lock:

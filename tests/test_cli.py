@@ -99,7 +99,7 @@ def test_an_init_is_looked_for_in_the_shells_folder_and_then_below_the_root(tmp_
     monkeypatch.chdir(tmp_path)
     for init in ("st1", "./st1", "data/prompts", "OWNER/NAME"):
         assert cli.main(["train", "tiny", "--init", init]) == 0
-    assert started == [str(tmp_path / "st1"), str(tmp_path / "st1"), "data/prompts", "OWNER/NAME"]
+    assert started == [str(tmp_path / "st1"), str(tmp_path / "st1"), str(ROOT / "data/prompts"), "OWNER/NAME"]
     assert cli.main(["train", "tiny", "--init", "./st2"]) == 2
     assert f"no checkpoint folder {tmp_path}/st2 or {ROOT}/st2; train one first" in capsys.readouterr().err
 

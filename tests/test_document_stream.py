@@ -11,7 +11,7 @@ import torch
 from test_readers import write_family_parquet, write_rows
 
 from kl3m_nb import corpus, document_stream, packing
-from kl3m_nb.document_stream import DocumentStream, held_out_documents, preview_texts, token_ids
+from kl3m_nb.document_stream import DocumentStream, held_out_documents, token_ids, unseen_documents
 from kl3m_nb.profiles import DataSpec
 
 
@@ -156,15 +156,15 @@ def test_texts_stored_as_tokens_are_read_by_models_of_any_tokenizer(tmp_path, mo
         def decode(self, tokens):
             return super().decode(tokens).upper()
 
-    rows = [{"identifier": f"d{i}", "tokens": [*map(ord, f"of {i} days")]} for i in range(60)]
+    rows = [{"identifier": f"d{i}", "tokens": [*map(ord, f"of {i} days")]} for i in range(200)]
     write_rows(tmp_path / "a.jsonl", rows)
-    documents = preview_texts(f"files:{tmp_path}/*.jsonl", Reader(), held_out=False)
-    assert {document.text for document in documents} <= {f"of {i} days" for i in range(60)} and len(documents) > 40
+    documents = unseen_documents([(_spec(f"files:{tmp_path}/*.jsonl", held_out_windows=9), Reader())])
+    assert {document.text for document in documents} <= {f"of {i} days" for i in range(200)} and len(documents) > 9
     assert token_ids(documents[0], Reader()) == documents[0].tokens.tolist()
     rewritten = dataclasses.replace(documents[0], tokens=np.array([1, 2, 3]))  # another tokenizer's ids
     assert token_ids(rewritten, Reader()) == [*map(ord, documents[0].text)]
     monkeypatch.setattr("kl3m_nb.document_stream.read_tokenizer", {"o/capitals": Capitals()}.get)
-    renamed = preview_texts(f"files:{tmp_path}/*.jsonl(tokenizer=o/capitals)", Reader(), held_out=False)
+    renamed = unseen_documents([(_spec(f"files:{tmp_path}/*.jsonl(tokenizer=o/capitals)", held_out_windows=9), Reader())])
     assert [document.text for document in renamed] == [document.text.upper() for document in documents]
     with pytest.raises(ValueError, match="has no text"):
         token_ids(corpus.Document("d", "", "", np.array([3, 4])), Reader())
@@ -192,6 +192,39 @@ def test_training_documents_like_a_held_out_one_are_left_out(tmp_path):
     assert stream.report.near_held_out >= 2
     leak = corpus.measure_leak(spec.source)
     assert 0 < leak < 1
+
+
+def write_each_text_on_both_sides(path, count=120):
+    """Rows of words, each text once under a held-out name and once under one that is trained on."""
+    names = [f"d{i}" for i in range(30 * count)]
+    sides = [[name for name in names if corpus.is_held_out(corpus.Document(name, "", "")) == side] for side in (True, False)]
+    texts = [" ".join(f"w{i}x{k}" for k in range(30)) for i in range(count)]
+    write_rows(path, [{"identifier": name, "text": text} for side in sides for name, text in zip(side, texts, strict=False)])
+
+
+def test_no_document_is_judged_on_that_one_of_the_runs_was_trained_on(tmp_path):
+    """The run that uses fewer held-out documents decides, in whichever place it stands."""
+    write_each_text_on_both_sides(tmp_path / "a.jsonl")
+    letters = Letters()
+    specs = [_spec(f"files:{tmp_path}/*.jsonl", held_out_windows=windows, seed=windows) for windows in (100, 400, 200)]
+    trained_on = []
+    for spec in specs:
+        stream = DocumentStream(spec, letters)
+        while stream.epoch < 1:
+            trained_on.append("".join(map(chr, stream.next())))
+    unseen = {document.text for document in unseen_documents([(spec, letters) for spec in specs])}
+    assert unseen and not unseen & {*trained_on}
+    assert unseen == {document.text for document, _ in held_out_documents(specs[0], letters)}
+    assert unseen < {document.text for document in unseen_documents([(specs[1], letters)])}
+
+
+def test_a_source_without_a_held_out_document_is_refused(tmp_path):
+    write_rows(
+        tmp_path / "a.jsonl",
+        [row for row in _rows("d", 30, 5) if not corpus.is_held_out(corpus.Document(**row, dataset="", text=""))],
+    )
+    with pytest.raises(ValueError, match="has no held-out document that all of the runs use; give it more documents"):
+        unseen_documents([(_spec(f"files:{tmp_path}/*.jsonl"), Letters())])
 
 
 def test_a_stream_is_not_resumed_with_other_parts(tmp_path):

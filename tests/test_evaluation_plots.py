@@ -57,6 +57,17 @@ class TestPrediction:
         assert domains.get_xlabel() == "bits per byte" and positions.get_ylabel() == "nats per token"
         np.testing.assert_allclose(calibration.lines[1].get_xydata(), [(0.1, 0.2), (0.5, 0.4)])
 
+    def test_a_value_stands_at_its_domain_whatever_each_tokenizer_makes_the_larger(self):
+        """By tokens, "cases" is the larger domain of the first model and "rules" that of the second."""
+        other = prediction(1.5)
+        other.documents["tokens"] = [90, 90, 20, 20]
+        domains, *_ = drawn(plots.plot_prediction({"ours": prediction(2.0), "theirs": other}))
+        labels = [label.get_text() for label in domains.get_yticklabels()]
+        marks = [line for line in domains.lines if line.get_marker() in plots.MARKERS and len(line.get_xdata()) == 3]
+        for line, level in zip(marks, (2.0, 1.5), strict=True):
+            found = {labels[round(place)]: value for value, place in line.get_xydata()}
+            assert (found["cases"], found["rules"]) == pytest.approx((level, level + 0.25))
+
     def test_what_context_is_worth_has_a_band(self):
         predictions = {"source": prediction(2.0), "trained": prediction(1.5)}
         _, positions, _ = drawn(plots.plot_prediction(predictions))

@@ -131,20 +131,23 @@ def test_a_context_that_is_too_long_loses_its_beginning(loaded):
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: harness)")
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_gives_the_same_figures(loaded, tmp_path):
+@pytest.mark.parametrize("from_start", [False, True])
+def test_lm_eval_gives_the_same_figures(loaded, tmp_path, from_start):
     model, tokenizer = loaded
+    prefix = tokenizer.bos_token_id if from_start else None
     model.config.max_position_embeddings = 128  # some items are longer, none of their choices is
     try:
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
-        theirs = harness.run_lm_eval(tmp_path, window=128, documents=DOCUMENTS)
+        theirs = harness.run_lm_eval(tmp_path, window=128, documents=DOCUMENTS, prefix=prefix)
         for task in harness.TASKS:
             table = answer_items(model, tokenizer, load_items(task))
             assert theirs[task]["acc"] == pytest.approx(accuracy(table).mean, abs=1e-12)
             assert theirs[task]["acc_norm"] == pytest.approx(accuracy(table, "correct_per_character").mean, abs=1e-12)
-        ours = prediction.evaluate_documents(model, tokenizer, DOCUMENTS, window=128, stride=128).bits_per_byte.mean
+        judged = prediction.evaluate_documents(model, tokenizer, DOCUMENTS, window=128, stride=128, prefix=prefix)
     finally:
         model.config.max_position_embeddings = 64
+    ours = judged.bits_per_byte.mean
     assert theirs["held_out_documents"]["bits_per_byte"] == pytest.approx(ours, abs=1e-5)
     assert theirs["held_out_documents"]["byte_perplexity"] == pytest.approx(2**ours, abs=1e-4)
 

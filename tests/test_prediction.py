@@ -72,6 +72,14 @@ def test_a_document_within_the_window_has_transformers_own_loss(model):
         assert row.bits_per_byte == pytest.approx(own / math.log(2), abs=1e-5)
 
 
+def test_a_document_is_predicted_from_the_prefix_that_is_given(model):
+    result = evaluate_documents(model, ByteTokenizer(), DOCUMENTS[:1], window=CONTEXT, stride=4, prefix=7)
+    ids = torch.tensor([[7, *DOCUMENTS[0].text.encode()]])
+    with torch.no_grad():
+        own = model(input_ids=ids, labels=ids).loss.item()
+    assert result.documents.loss.item() == pytest.approx(own, abs=1e-5)
+
+
 def test_the_beginning_of_a_document_is_one_of_its_own(model):
     for document in (DOCUMENTS[1], DOCUMENTS[2]):  # with its text, and with its tokens
         part = beginning(document, ByteTokenizer(), 5)

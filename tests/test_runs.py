@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import re
 import shutil
@@ -10,9 +11,10 @@ import signal
 import pytest
 from conftest import at_step, small_profile
 
-from kl3m_nb import checkpoints, run_folder, runs, stacking, training
+from kl3m_nb import checkpoints, corpus, run_folder, runs, stacking, streams, training
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import get_profile
+from kl3m_nb.tokenizer import read_tokenizer
 
 
 def test_a_stage_has_the_profile_it_was_trained_with_or_the_named_one(tmp_path, monkeypatch):
@@ -101,6 +103,24 @@ def test_a_checkpoint_is_known_by_the_run_it_lies_in(trained_run, tmp_path):
     (lost / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"metrics\.jsonl has no evaluation that tells at which step the run began"):
         runs.trained_on(lost / "checkpoints" / result.checkpoint.name)
+
+
+@pytest.mark.parametrize("packing", ["dense", "segments"])
+def test_the_prefix_of_a_document_is_what_stood_before_documents_in_training(packing, tmp_path):
+    settings = small_profile(packing=packing, max_steps=1, seq_len=64)
+    checkpoint = training.train(settings, tmp_path / "run").checkpoint
+    tokenizer = read_tokenizer(str(checkpoint))
+    texts = [document.text for document in corpus.iterate_documents(settings.data.source, held_out=False)]
+    beginnings = {tuple(tokenizer.encode(text[:400], add_special_tokens=False)[:16]) for text in texts}
+    before = collections.Counter()
+    for row in streams.open_stream(settings.data, tokenizer).take(400).input_ids.tolist():
+        before.update(row[place - 1] for place in range(1, 49) if tuple(row[place : place + 16]) in beginnings)
+    ((token, _),) = before.most_common(1)
+    assert runs.document_prefix(checkpoint, tokenizer) == token
+    stacking.stack_checkpoint(checkpoint, tmp_path / "stack", 2)
+    assert runs.document_prefix(str(tmp_path / "stack"), tokenizer) == token
+    for unknown in ("owner/name", shutil.copytree(checkpoint, tmp_path / "foreign" / "model")):
+        assert runs.document_prefix(unknown, tokenizer) == tokenizer.eos_token_id
 
 
 def test_a_checkpoint_is_judged_on_what_it_was_trained_on_unless_told_otherwise(tmp_path):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 
 import pytest
 from conftest import execute_notebook, small_profile
 
-from kl3m_nb import checkpoints, figures, runs, training
+from kl3m_nb import checkpoints, corpus, figures, prediction, runs, streams, training
+from kl3m_nb.document_stream import DocumentStream
+from kl3m_nb.tokenizer import load_tokenizer, read_tokenizer
 
 SMALL = {"document_count": 3, "prompt_count": 2, "max_new_tokens": 4}
 
@@ -40,6 +44,50 @@ def test_a_checkpoint_of_no_run_is_judged_without_what_it_has_seen(run_dir, no_r
     shutil.copytree(checkpoints.latest_checkpoint(run_dir), tmp_path / "elsewhere" / "model")
     namespace = execute_notebook("04_generation_evaluation", {**SMALL, "others": str(tmp_path / "elsewhere" / "model")})
     assert len(namespace["summary"]) == 1 and namespace["gaps"] == namespace["by_step"] == {}
+
+
+def test_no_document_is_judged_that_stands_in_the_text_trained_on(no_runs, tmp_path, monkeypatch):
+    """Each text of the files stands there twice, under a held-out name and under one that is not."""
+    rng, names = random.Random(0), [f"d{i}" for i in range(3000)]
+    sides = [[name for name in names if corpus.is_held_out(corpus.Document(name, "", "")) == side] for side in (True, False)]
+    texts = [" ".join(rng.choices(["pay", "rent", "law", "term", "fee", "tax", "deed", "lien"], k=90)) for _ in range(150)]
+    rows = [{"identifier": name, "text": text} for side in sides for name, text in zip(side, texts, strict=False)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    load_tokenizer("corpus", "package:licensedcode-data", 512).save_pretrained(tmp_path / "tokenizer")
+    settings = small_profile(
+        context=512, seq_len=64, micro_batch=8, max_steps=2, held_out_windows=4, source=f"files:{tmp_path}/texts.jsonl",
+        tokenizer=str(tmp_path / "tokenizer"),
+    )  # fmt: skip
+    checkpoint = training.train(settings, runs.run_path("tiny", "grown")).checkpoint
+    judged = []
+    monkeypatch.setattr(prediction, "evaluate_documents", lambda model, tokenizer, documents, *_, **__: judged.extend(documents))
+    with pytest.raises(AttributeError):  # the table of what nothing was predicted for
+        execute_notebook("04_generation_evaluation", SMALL | {"document_count": 1000})
+    tokenizer = read_tokenizer(str(checkpoint))
+    stream = DocumentStream(settings.data, tokenizer)
+    trained_on = {tokenizer.decode(stream.next()) for _ in range(400) if stream.epoch < 1}
+    assert judged and len(trained_on) > 100
+    assert not {document.text for document in judged} & trained_on
+
+
+def test_a_document_is_predicted_from_a_token_that_stood_there_in_training(no_runs, monkeypatch):
+    """Segments begin with `<|start|>`, and end with `<|end|>`, which therefore is never read."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(model, sequences, *_):
+        read.extend(sequence[0] for sequence in sequences)
+        raise Enough
+
+    settings = small_profile(context=512, seq_len=64, max_steps=1, held_out_windows=2, packing="segments")
+    checkpoint = training.train(settings, runs.run_path("tiny", "grown")).checkpoint
+    read: list[int] = []
+    monkeypatch.setattr(prediction, "score_sequences", stop)
+    with pytest.raises(Enough):
+        execute_notebook("04_generation_evaluation", SMALL)
+    inputs = streams.open_stream(settings.data, read_tokenizer(str(checkpoint))).take(100).input_ids
+    assert read[0] in inputs
 
 
 def test_no_checkpoint_at_all_is_said(no_runs):
