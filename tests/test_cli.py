@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -130,8 +131,9 @@ def test_an_interrupt_during_the_imports_is_one_line(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     ended = subprocess.run(
-        [sys.executable, "-m", "kl3m_nb", "runs"], env=environment, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-m", "kl3m_nb", "runs"], env=environment, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background has it ignored
+    )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (130, "Interrupted.\n")
 
 
