@@ -83,7 +83,7 @@ def carried_counts(init: str | Path | None) -> Counts:
     steps = _steps_by_name(init)
     if steps == 0:
         return Counts()
-    folder = paths.resolve(init)
+    folder = paths.find(init)
     text = read_card(folder) if folder.is_dir() else _fetch_card(str(init))
     found = {name: re.search(_COUNT.format(name), text, re.IGNORECASE) for name in ("Tokens Processed", "Valid Tokens")}
     if found["Tokens Processed"] is None:

@@ -102,7 +102,7 @@ def notebook_profile(stage: str, values: Mapping[str, object]) -> Profile:
 def _check_checkpoints(stage: str, values: Mapping[str, object]) -> None:
     """Refuses a checkpoint that a notebook would look for in vain. A run that has begun does not need its `init` any more."""
     keys = runs.CHECKPOINT_PARAMETERS.get(stage, ())
-    if stage == "grown" and not (runs.run_path(values["profile"], stage, values["run"]) / RUN_FILE).exists():
+    if stage == "grown" and not _has_begun(values):
         keys = ("init",) if values["init"] != "random" else ()
     for key in keys:
         for name in runs.listed(values[key]) if key == "others" else [values[key]]:
@@ -114,10 +114,14 @@ def _check_checkpoints(stage: str, values: Mapping[str, object]) -> None:
                 )
 
 
+def _has_begun(values: Mapping[str, object]) -> bool:
+    """Whether there is a grown run by these values."""
+    return (runs.run_path(values["profile"], "grown", values["run"]) / RUN_FILE).exists()
+
+
 def _check_start(values: Mapping[str, object]) -> None:
     """Refuses a run that would begin with a stack that is not there."""
-    has_begun = (runs.run_path(values["profile"], "grown", values["run"]) / RUN_FILE).exists()
-    if not values["init"] and not has_begun and not runs.stage_checkpoint(values["profile"], "stack"):
+    if not values["init"] and not _has_begun(values) and not runs.stage_checkpoint(values["profile"], "stack"):
         raise ValueError(
             f"There is no stack in {runs.run_path(values['profile'], 'stack')} to begin with; make one with notebook 01, name a "
             "checkpoint (init), or begin with random weights (init random)."

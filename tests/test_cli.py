@@ -199,6 +199,10 @@ def test_steps_that_are_done_are_not_asked_about(trained_run, tmp_path, monkeypa
         cli.main(["train", "tiny", "--init", str(published), "--set", "max_steps", "37004", "--run", str(tmp_path / "on")]) == 2
     )
     assert "for 4 steps" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    given = {"init": "model-step37000", "max_steps": "37004"}
+    assert cli.main(["run", "02_training", *(word for key in given for word in ("-p", key, given[key]))]) == 2
+    assert "for 4 steps" in capsys.readouterr().err, "an init is looked for in the shell's folder, too"
 
 
 def test_a_failing_cell_is_exit_code_1(tmp_path, capsys):
