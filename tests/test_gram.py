@@ -33,7 +33,8 @@ def test_the_gram_matrix_is_that_of_the_weight(precision, shape):
     weight = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     expected = weight.double() @ weight.double().mT
     gram = gram_matrix(weight, precision)
-    rounding = 20 * torch.finfo(precision).eps * expected.abs().max()
+    # Sums of n products: a BLAS kernel may add them one after the other, whose rounding grows with √n.
+    rounding = max(20.0, shape[1] ** 0.5) * torch.finfo(precision).eps * expected.abs().max()
     assert gram.dtype == precision and (gram.double() - expected).abs().max() < rounding
     tall = weight[0].T.contiguous()
     assert (gram_matrix(tall.T, precision).double() - expected[0]).abs().max() < 5 * rounding
