@@ -40,6 +40,11 @@ class Batch:
         """Labels that count."""
         return int((self.labels != -100).sum())
 
+    @property
+    def routed_tokens(self) -> int:
+        """Positions that are no padding: what a mixture's router sends to experts, with a label or without."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
     def __len__(self) -> int:
         return len(self.labels)
 

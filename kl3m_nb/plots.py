@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kl3m_nb import growth
+from kl3m_nb.experts import IDLE
 from kl3m_nb.figures import (
     BLACK,
     BLUE,
@@ -217,7 +218,8 @@ def plot_clamp_events(clamp: pd.DataFrame) -> Figure:
 def plot_expert_use(experts: pd.DataFrame) -> Figure:
     """How a mixture's router shares out the tokens: each expert of each layer at the last step, and each layer over the steps.
 
-    `experts` has a row per step, layer and expert with `share`, of the layer's choices. Raises ValueError when it is empty.
+    `experts` has a row per step, layer and expert with `share`, of the layer's choices. The least share of every layer is a thin
+    line, and a dotted one stands where training warns of an idle expert. Raises ValueError when the table is empty.
     """
     experts = _require_rows(experts, "expert shares")
     even = 1.0 / experts["expert"].nunique()
@@ -235,6 +237,8 @@ def plot_expert_use(experts: pd.DataFrame) -> Figure:
         over_time.fill_between(shares.index, shares.min(axis=1), shares.max(axis=1), color=color, alpha=0.2, linewidth=0)
         median = shares.median(axis=1)
         over_time.plot(median.index, median, color=color, marker="o", markersize=3.5, label=f"{label} expert of a layer")
+    over_time.plot(by_layer["min"], color=BLUE, linewidth=0.5, alpha=0.6)
+    over_time.axhline(IDLE * even, color=BLACK, linewidth=0.9, linestyle=":", label=f"idle below {IDLE * even:.0%}")
     over_time.axhline(even, color=BLACK, linewidth=0.9, linestyle="--")
     over_time.annotate("even", (1, even), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
     over_time.set(ylim=(0, None), ylabel="share (line: median layer, band: all layers)", title="over the run")

@@ -248,6 +248,9 @@ class TestExpertUse:
         np.testing.assert_allclose(now.images[0].get_array(), shares[5])
         np.testing.assert_allclose(line(over_time, "busiest expert of a layer").get_ydata(), [(0.4 + 0.25) / 2, (0.5 + 0.3) / 2])
         np.testing.assert_allclose(line(over_time, "idlest expert of a layer").get_ydata(), [(0.1 + 0.25) / 2, 0.1])
+        np.testing.assert_allclose(line(over_time, "idle below 5%").get_ydata(), 0.05)
+        drawn = [list(each.get_ydata()) for each in over_time.lines]
+        assert all(least in drawn for least in ([0.1, 0.0], [0.25, 0.2])), drawn
 
     def test_a_dense_run_is_refused(self):
         with pytest.raises(ValueError, match="no expert shares"):
