@@ -391,8 +391,8 @@ class _Run:
         self.clip.load_state_dict(state["clip"])
         if self.profile.model.experts and self.world.is_first and state.get("router_loss") != experts.ROUTER_LOSS:
             warnings.warn(
-                f"The steps up to {self.counters['step']:,} were trained with a router's loss that pooled all layers; from here on "
-                "it is the mean of the layers' own, so its value may jump.",
+                f"The steps up to {self.counters['step']:,} were trained with a router's loss that pooled all layers; from here "
+                "on it is the mean of the layers' own, so its value may jump.",
                 stacklevel=2,
             )
         self.clamp.load_state_dict(state["clamp"])
