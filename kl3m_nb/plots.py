@@ -37,6 +37,7 @@ from kl3m_nb.figures import (
 )  # fmt: skip
 from kl3m_nb.model_clamp import LOOKED_AT
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, ObjectiveSpec
+from kl3m_nb.pulls import entropy_target_parts
 
 __all__ = [
     "plot_clamp_events", "plot_expert_use", "plot_growth", "plot_objective_terms", "plot_stack_map", "plot_training",
@@ -125,8 +126,10 @@ _TERMS = {
 
 
 @styled
-def plot_objective_terms(train: pd.DataFrame, entropy_target_bits: float = ObjectiveSpec.entropy_target_bits) -> Figure:
+def plot_objective_terms(train: pd.DataFrame, spec: ObjectiveSpec) -> Figure:
     """What each regulariser adds to the loss (nats per token), and the entropy of the predictions (bits) with its target.
+
+    Of the entropy target both parts are drawn, as `pulls.entropy_target_parts` has them.
 
     `train` has step, cross_entropy, entropy_bits and the four terms as columns, of a mixture also its router_loss. Raises
     ValueError when it is empty.
@@ -144,11 +147,15 @@ def plot_objective_terms(train: pd.DataFrame, entropy_target_bits: float = Objec
             _noisy_line(axes[term], train["step"], 1000 * train[term], color, None)
             axes[term].axhline(0, color=BLACK, linewidth=0.8)
             axes[term].set(title=title, ylabel="$10^{-3}$ nats per token")
+    parts = 1000 * entropy_target_parts(train, spec)
+    for part, dashes in (("spread", "--"), ("offset", ":")):
+        axes["entropy_target"].plot(train["step"], _smooth(parts[part]), dashes, color=BLACK, linewidth=1.2, label=part)
+    axes["entropy_target"].legend()
     _noisy_line(axes["bits"], train["step"], train["entropy_bits"], BLUE, "entropy of the predictions")
     bits = _smooth(train["cross_entropy"]) / math.log(2)
     axes["bits"].plot(train["step"], bits, "-.", color=VERMILLION, label="cross-entropy, for comparison")
-    target = f"target {entropy_target_bits:g} bits"
-    axes["bits"].axhline(entropy_target_bits, color=BLACK, linestyle="--", linewidth=1.2, label=target)
+    target = f"target {spec.entropy_target_bits:g} bits"
+    axes["bits"].axhline(spec.entropy_target_bits, color=BLACK, linestyle="--", linewidth=1.2, label=target)
     axes["bits"].set_ylim(bottom=0)
     axes["bits"].set(title="Entropy", ylabel="bits per token")
     axes["bits"].legend(loc="lower left")

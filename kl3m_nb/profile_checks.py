@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 
 _CHOICES = {
+    "entropy_target_over": ("token", "batch"),
     "clip_mode": ("adaptive", "fixed", "off"),
     "precision": ("auto", "float32", "bfloat16"),
     "attention": ("auto", "sdpa", "flash_attention_2", "flash_attention_4", "eager"),
