@@ -67,9 +67,9 @@ def chunked_objective(
     element-wise work with torch.compile: on a GPU it then reads the logits a few times instead of sixteen.
 
     With `spec.entropy_target_over` "batch" the mean entropy has to be known before the first gradient: the logits are computed
-    twice, which is one matrix product more beside three. Exact is this within a call. Micro-batches take the mean of their own
-    valid labels, weighted by how many they are, so their sum exceeds the term of the step by the target's weight times the
-    variance of these means: where tokens are independent, the variance over tokens divided by the valid labels of a micro-batch.
+    twice, which is one matrix product more beside three. This is exact within a call. A micro-batch takes the mean over its own
+    valid labels and weighs as many as they are, so the sum over micro-batches exceeds the term of the step by the target's weight
+    times the variance of their means. For independent tokens that is their variance over the valid labels of a micro-batch.
 
     Raises ValueError for shapes or dtypes that do not fit together, and for float16 products, in which gradients underflow.
     """

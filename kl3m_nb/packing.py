@@ -142,9 +142,9 @@ class PackedStream(BatchStream):
         input_ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         if self.spec.document_borders == "ignored":
             return Batch(input_ids, labels)
+        # Only together: without the mask a query would see keys of earlier documents at rotary distances of zero and below.
         positions = restarting_positions(input_ids, self.tokenizer.eos_token_id)
-        documents = (positions == 0).cumsum(1) if self.spec.document_borders == "mask" else None
-        return Batch(input_ids, labels, position_ids=positions, document_ids=documents)
+        return Batch(input_ids, labels, position_ids=positions, document_ids=(positions == 0).cumsum(1))
 
     def state_dict(self) -> dict:
         """Place in the source, shuffle buffer, its generator, tokens not yet given; cheap enough for every step."""

@@ -131,7 +131,7 @@ class DataSpec:
     held_out_windows: int = 64
     seed: int = 7
     packing: str = "dense"  # dense: windows across documents | segments: never two documents in one, padded at random
-    document_borders: str = "ignored"  # of dense windows: ignored | positions begin anew | mask: attention stays inside, too
+    document_borders: str = "ignored"  # of dense windows: ignored | mask: attention stays inside, and positions begin anew
     p_sft: float = 0.0  # share of segments that are instruction pairs (inferred; the card says "hybrid NTP and SFT")
     sft_loss: str = "response"  # response | all: which tokens of an instruction pair are trained on
 
