@@ -18,9 +18,13 @@ that count; cases take turns, and the best of the rounds is kept. A case that fa
 The last two take `scaled_dot_product_attention`, whatever is installed.
 
 Tokens are synthetic (uniform over the tokenizer, from a parquet file) or real (licence texts). The real models' own tokenizers
-are on the hub; here all text goes through one of 4,096 entries, trained on the spot, unless --tokenizer names another. MFU is
-relative to the data sheet of the GPU, in two conventions: causal attention counted exactly, and PaLM's 6N + 12LHT. The time by
-part is from further steps, in which the device is waited for at both ends of every part; "other" is the rest of those steps.
+are on the hub; here all text goes through one of 4,096 entries, trained on the spot, unless --tokenizer names another. The time
+by part is from further steps, in which the device is waited for at both ends of every part; "other" is the rest of those steps.
+
+MFU and HFU are relative to the data sheet of the GPU. MFU counts what the model needs, three times forward with causal attention;
+HFU what is computed, with the scores that attention's backward pass computes again, and gradient checkpointing; MFU PaLM is
+6N + 12LHT, as published figures often are.
+
 Trainer needs `accelerate`, which the extra `bench` installs.
 """
 
@@ -102,14 +106,15 @@ def measure(arguments: argparse.Namespace, name: str, tokens: str, case: str) ->
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         chosen = settings(arguments, folder, name, tokens, padded=case == PADDED)
+        recompute = choose_runtime(chosen).recompute
         if case in (CASES[0], PADDED):
-            return measure_ours(arguments, chosen, folder, padded=case == PADDED)
+            return measure_ours(arguments, chosen, folder, padded=case == PADDED) | {"recompute": recompute}
         batches = windows_of(chosen, arguments.warmup + arguments.steps)
         if case == "plain loop":
             seconds = measure_plain_loop(arguments, chosen, batches)
         else:
             seconds = measure_trainer(arguments, chosen, batches, folder, compiled="compiled" in case)
-        return {"rate": chosen.tokens_per_step / seconds, "peak": peak_bytes()}
+        return {"rate": chosen.tokens_per_step / seconds, "peak": peak_bytes(), "recompute": recompute}
 
 
 def measure_ours(arguments: argparse.Namespace, chosen: Profile, folder: Path, padded: bool) -> dict[str, float]:
@@ -261,13 +266,17 @@ def results_of(arguments: argparse.Namespace, name: str, tokens: str) -> dict[st
 def rows_of(chosen: Profile, tokens: str, results: dict[str, dict]) -> tuple[list[dict], dict]:
     """The table's rows of one profile and one kind of tokens, and the row of the time by part."""
     gpu = data_sheet(torch.cuda.get_device_name()) if ON_GPU else None
-    exact = flops.flops_per_token(chosen.model, chosen.data.seq_len)
-    palm = flops.palm_flops_per_token(chosen.model, chosen.data.seq_len)
+    shape = chosen.model, chosen.data.seq_len
     ours = results.get(CASES[0], {})
     rows = []
     for case, result in results.items():
         rate = result.get("rate", 0.0)
         compared = rate and case != PADDED
+        counted = {
+            "MFU": flops.model_flops_per_token(*shape),
+            "HFU": flops.flops_per_token(*shape, recompute=result.get("recompute", False)),
+            "MFU PaLM": flops.palm_flops_per_token(*shape),
+        }
         rows.append(
             {
                 "profile": chosen.name,
@@ -276,8 +285,10 @@ def rows_of(chosen: Profile, tokens: str, results: dict[str, dict]) -> tuple[lis
                 "case": case,
                 "tokens/s": rate or "",
                 "ours / this": ours["rate"] / rate if compared and "rate" in ours else "",
-                "MFU causal": f"{rate * exact / gpu.products:.1%}" if compared and gpu else "",
-                "MFU PaLM": f"{rate * palm / gpu.products:.1%}" if compared and gpu else "",
+                **{
+                    name: f"{rate * operations / gpu.products:.1%}" if compared and gpu else ""
+                    for name, operations in counted.items()
+                },
                 "peak GB": result["peak"] / 1e9 if rate else "",
                 "failed": result.get("failed", ""),
             }

@@ -238,6 +238,9 @@ def _stacking(profile: Profile, facts: CardFacts) -> str:
     return f"{text}\n\n{_items(rows)}"
 
 
+_TARGET_OF = {"token": "for every token", "batch": "for the mean of a batch"}
+
+
 def _configuration(profile: Profile) -> str:
     spec, clamp, objective = profile.optimizer, profile.clamp, profile.objective
     optimizer = _items(
@@ -261,7 +264,7 @@ def _configuration(profile: Profile) -> str:
             "Spectral clamping": ceilings,
             "Label smoothing": f"{objective.label_smoothing:g}",
             "Entropy": f"bonus {objective.entropy_bonus:g}, target {objective.entropy_target_bits:g} bits "
-            f"with weight {objective.entropy_target_weight:g}",
+            f"{_TARGET_OF[objective.entropy_target_over]} with weight {objective.entropy_target_weight:g}",
             "Activation norm": f"{objective.activation_norm:g}",
         }
     )

@@ -87,6 +87,7 @@ class Estimate:
     largest_kept: int
     largest_recomputed: int
     flops_per_token: float
+    model_flops_per_token: float
     palm_flops_per_token: float
     tokens_per_second: float
     tokens_per_step: int
@@ -131,7 +132,8 @@ class Estimate:
             "a step": f"{_gib(self.memory)} GiB, {chosen} gradient checkpointing{'' if self.fits else ': does not fit'}",
             "largest micro_batch that fits": f"{self.largest_kept}, {self.largest_recomputed} with gradient checkpointing",
             "operations per token": (
-                f"{self.flops_per_token / 1e9:.2f} GFLOP (forward and backward, attention counted causally); "
+                f"{self.flops_per_token / 1e9:.2f} GFLOP computed, attention causal and its scores twice, as an HFU counts; "
+                f"{self.model_flops_per_token / 1e9:.2f} needed, as an MFU counts; "
                 f"{self.palm_flops_per_token / 1e9:.2f} in PaLM's convention, 6N + 12LHT"
             ),
             "tokens per second": f"{self.tokens_per_second:,.{0 if self.tokens_per_second >= 10 else 1}f}",
@@ -180,6 +182,7 @@ def estimate(profile: Profile, gpu: str = "") -> Estimate:
         largest_kept=largest[0],
         largest_recomputed=largest[1],
         flops_per_token=flops.flops_per_token(profile.model, profile.data.seq_len, recompute),
+        model_flops_per_token=flops.model_flops_per_token(profile.model, profile.data.seq_len),
         palm_flops_per_token=flops.palm_flops_per_token(profile.model, profile.data.seq_len),
         tokens_per_second=profile.tokens_per_step / seconds,
         tokens_per_step=profile.tokens_per_step,

@@ -75,9 +75,10 @@ def held_out_loss(
 
     `model` is a transformers causal LM whose logits are its output embedding applied to its body's last hidden state (Llama,
     Mixtral and their like). `windows` is int64 of shape [N, seq_len + 1], e.g. [64, 4097], on any device; `batch_windows` of them
-    go through the model at a time. `autocast` is the dtype of the matrix products, e.g. torch.bfloat16; without it they run in
-    the weights' own dtype. Cross-entropy and entropy are taken in float32 and averaged in float64. Gradients, train or evaluation
-    mode and the random state of the caller are left as they are. A diverged model gives NaN or infinity, not an error.
+    go through the model at a time. `autocast` is the dtype of the matrix products below the LM head, e.g. torch.bfloat16; without
+    it they run in the weights' own dtype. Logits, cross-entropy and entropy are float32 in any case (`head_logits`), averages
+    float64. Gradients, train or evaluation mode and the random state of the caller are left as they are. A diverged model gives
+    NaN or infinity, not an error.
 
     Raises ValueError for windows of another shape or dtype, or none at all.
     """
@@ -163,24 +164,42 @@ def _batches_of_like_length(sequences: Sequence[Sequence[int]], batch_tokens: in
 
 
 def token_scores(hidden: Tensor, lm_head: nn.Module, labels: Tensor) -> TokenScores:
-    """Scores of every label, float32 [tokens].
+    """Scores of every label, [tokens], float32 (float64 for float64 weights).
 
     `hidden` [tokens, width], e.g. [4096, 576], is what `lm_head` turns into logits; `labels` is int64 [tokens].
     """
     chunk = max(TOKENS_AT_ONCE, LOGITS_AT_ONCE // lm_head.weight.shape[0])
     parts = []
-    for hidden_part, label_part in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        log_probabilities = lm_head(hidden_part).float().log_softmax(dim=-1)
-        best = log_probabilities.max(dim=-1)
-        parts.append(
-            TokenScores(
-                loss=F.nll_loss(log_probabilities, label_part, reduction="none"),
-                entropy=-torch.linalg.vecdot(log_probabilities.exp(), log_probabilities),
-                confidence=best.values.exp(),
-                correct=(best.indices == label_part).float(),
+    with torch.autocast(hidden.device.type, enabled=False):  # it would take the products of the entropy in bfloat16 too
+        for hidden_part, label_part in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+            log_probabilities = head_logits(hidden_part, lm_head).log_softmax(dim=-1)
+            best = log_probabilities.max(dim=-1)
+            parts.append(
+                TokenScores(
+                    loss=F.nll_loss(log_probabilities, label_part, reduction="none"),
+                    entropy=-torch.linalg.vecdot(log_probabilities.exp(), log_probabilities),
+                    confidence=best.values.exp(),
+                    correct=(best.indices == label_part).to(log_probabilities.dtype),
+                )
             )
-        )
     return TokenScores(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def head_logits(hidden: Tensor, lm_head: nn.Linear) -> Tensor:
+    """What `lm_head` makes of hidden [..., width], in float32 (float64 for float64 weights).
+
+    The product runs in that dtype under autocast too, and with all its digits where TF32 is allowed: in bfloat16 a logit of 20
+    is rounded to a multiple of an eighth.
+    """
+    dtype = torch.promote_types(lm_head.weight.dtype, torch.float32)
+    weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (lm_head.weight, lm_head.bias))
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(dtype), weight, bias)
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def bits_per_byte(loss_nats: float, tokens: int, num_bytes: int) -> float:

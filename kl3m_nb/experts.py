@@ -1,7 +1,8 @@
-"""A mixture's experts as two grouped matrix products in the precision of autocast; what its routers decide.
+"""A mixture's experts as two grouped matrix products in the precision of autocast; what its routers decide, and their loss.
 
 transformers' own grouped form multiplies in the dtype of the weights. Over float32 master weights that is float32 even under
-bfloat16 autocast, for which a GPU has no fast grouped kernel. Nothing here asks the host for a number, so a GPU never waits.
+bfloat16 autocast, for which a GPU has no fast grouped kernel. The routers' logits are the exception: they stay in the dtype of
+the weights (ST-MoE, arXiv:2202.08906). Only what is logged asks the host for a number, so a GPU does not wait.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 IMPLEMENTATION = "kl3m_nb_grouped_autocast"
+ROUTER_LOSS = "mean over layers"  # what `load_balancing_loss` is; earlier versions pooled the layers, and named nothing
+IDLE = 0.2  # of an even share: 5% with four experts
 
 
 def grouped_experts(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -46,20 +50,29 @@ def use_grouped_experts(model: PreTrainedModel) -> None:
         model.set_experts_implementation(IMPLEMENTATION)
 
 
-def keep_router_logits(model: PreTrainedModel) -> PreTrainedModel:
-    """Lets every router of `model` keep the logits of its last pass, for `take_router_logits`; a dense model is left as it is.
+class Router(MixtralTopKRouter):
+    """A Mixtral's router that multiplies in the dtype of its weights, also under autocast, and keeps the logits of its last pass.
 
-    transformers' own way, `output_router_logits`, cannot be compiled: it breaks each block into several graphs.
+    In bfloat16 a logit has 8 bits: experts of nearly the same logit would change places, and each probability be off by up to 1%.
+    transformers' own way to the logits, `output_router_logits`, cannot be compiled: it breaks each block into several graphs.
     """
+
+    logits: Tensor | None = None  # not a list that grows: compiled code would be guarded by its length, one graph for every layer
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [tokens, experts]; weights and numbers (int64) of the chosen experts, both [tokens, active]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            output = super().forward(hidden.to(self.weight.dtype))
+        self.logits = output[0]
+        return output
+
+
+def use_exact_routers(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes every router of `model` a `Router`, in place; a dense model is left as it is."""
     if getattr(model.config, "num_local_experts", 0):
         for layer in model.model.layers:
-            layer.mlp.gate.logits = None
-            layer.mlp.gate.register_forward_hook(_keep_logits)
+            layer.mlp.gate.__class__ = Router
     return model
-
-
-def _keep_logits(router: nn.Module, _inputs, output: tuple[Tensor, ...]) -> None:
-    router.logits = output[0]  # an attribute: a list that grows would be guarded by its length, one graph for every layer
 
 
 def take_router_logits(layer: nn.Module) -> Tensor | None:
@@ -82,25 +95,54 @@ def expert_counts(router_logits: Sequence[Tensor], active: int, attention_mask: 
     return chosen.sum(1) if attention_mask is None else (chosen * attention_mask.reshape(1, -1, 1)).sum(1)
 
 
-def load_balancing_loss(router_logits: Sequence[Tensor], counts: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Experts × Σ over them of (share of tokens that chose it) × (its mean probability), a 0-d float32 tensor over all layers.
+def load_balancing_loss(
+    router_logits: Sequence[Tensor], counts: Tensor, active: int, attention_mask: Tensor | None = None
+) -> Tensor:
+    """The mean over layers of E · Σ_e f_e · P_e, 0-d: E experts, f_e the share of tokens that chose e, P_e its mean probability.
 
-    Switch Transformer, arXiv:2101.03961, equations 4 to 6, as transformers computes it; even use gives the number of active
-    experts. router_logits, attention_mask: as for `expert_counts`, which gave `counts`.
+    Switch Transformer, arXiv:2101.03961, equations 4 to 6, one layer at a time; even use gives `active`. Pooled over layers, as
+    transformers has it, layers cancel: where every layer leaves two of four experts out, others in each, it is that of even use.
+    router_logits, active, attention_mask: as for `expert_counts`, which gave `counts` [layers, experts]. The result is float32
+    (float64 for float64 logits); a batch of nothing but padding gives 0.
+
+    Σ over micro-batches, weighted by their share of the routed tokens: with `counts` of the whole optimizer step this is exactly
+    the loss of the step, value and gradient, however it is divided into micro-batches or ranks, as P_e is a mean over tokens. But
+    these counts are known only after the last micro-batch, and another forward pass to count takes a third of a step. With its
+    own counts for each micro-batch, as in training, the sum exceeds the loss of the step by E · Σ_e cov(f_e, P_e) over the
+    micro-batches, averaged over layers: little where each holds many documents. The shares that are logged are those of the step.
     """
-    probabilities = torch.stack(router_logits).float().softmax(-1)
+    logits = torch.stack(router_logits)
+    probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
     tokens = probabilities.shape[1]
     if attention_mask is not None:
         probabilities, tokens = probabilities * attention_mask.reshape(1, -1, 1), attention_mask.sum().clamp(min=1)
-    rows = len(counts) * tokens
-    return counts.shape[1] * ((counts.sum(0) / rows) * (probabilities.sum((0, 1)) / rows)).sum()
+    chosen = active * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return counts.shape[1] * (chosen * (probabilities.sum(1) / tokens)).sum(1).mean()
 
 
 def expert_columns(counts: Tensor) -> dict[str, list]:
-    """Each expert's share of its layer's choices, as columns to log: layer, expert, share. counts: as of `expert_counts`."""
+    """Each expert's share of its layer's choices, as columns to log: layer, expert, share, least_share (of its layer).
+
+    counts: as of `expert_counts`.
+    """
     layers, experts = counts.shape
+    shares = counts / counts.sum(1, keepdim=True)
+    least = shares.min(1, keepdim=True).values.expand_as(shares)
     return {
         "layer": [layer for layer in range(layers) for _ in range(experts)],
         "expert": list(range(experts)) * layers,
-        "share": [round(share, 5) for share in (counts / counts.sum(1, keepdim=True)).flatten().tolist()],
+        "share": [round(share, 5) for share in shares.flatten().tolist()],
+        "least_share": [round(share, 5) for share in least.flatten().tolist()],
+    }
+
+
+def idle_experts(counts: Tensor) -> dict[int, str]:
+    """For each layer with an expert below a fifth of an even share, a sentence that names the idlest. counts: as above."""
+    shares = counts / counts.sum(1, keepdim=True)
+    even = 1.0 / counts.shape[1]
+    return {
+        layer: f"In layer {layer} expert {share.argmin()} gets {share.min():.1%} of the choices, where {even:.0%} would be even; "
+        "if this stays so, raise router_aux_loss."
+        for layer, share in enumerate(shares)
+        if share.min() < IDLE * even
     }

@@ -1,9 +1,13 @@
-"""Floating-point operations per token of a decoder: what a run's `flops` column, MFU and the growth speedups count.
+"""Floating-point operations per token of a decoder: what a run's `flops` column, MFU, HFU and the growth speedups count.
 
 Convention, everywhere in the project unless a function says otherwise: a multiply-add is 2 operations; only matrix products
 count (blocks, attention scores and values, router, LM head), not norms, activations, softmax or the embedding lookup; causal
 attention is counted exactly, position i sees min(i + 1, window) keys; of the experts only the active ones count. Backward is
 twice forward, but 2.5 times for attention: FlashAttention-like kernels compute the scores again, so 5 products stand against 2.
+
+Model FLOPs utilisation (MFU) counts what the model asks for, twice forward for attention too (`model_flops_per_token`); hardware
+FLOPs utilisation (HFU) what is computed, recomputed scores and gradient checkpointing included (`flops_per_token`). The two names
+are PaLM's (arXiv:2204.02311, appendix B).
 """
 
 from __future__ import annotations
@@ -70,6 +74,15 @@ def flops_per_token(spec: ModelSpec, seq_len: int, recompute: bool = False) -> f
     forward = forward_flops_per_token(spec, seq_len)
     training = (1 + MATMUL_BACKWARD) * (forward.blocks + forward.lm_head) + (1 + ATTENTION_BACKWARD) * forward.attention
     return training + (forward.blocks + forward.attention if recompute else 0.0)
+
+
+def model_flops_per_token(spec: ModelSpec, seq_len: int) -> float:
+    """Operations that forward and backward need per trained token, three times forward: those of an MFU.
+
+    Nothing that is computed again counts. At their full context: kl3m-007-500m 4.70e9, kl3m-006-170m 1.51e9, kl3m-002-520m
+    1.76e9.
+    """
+    return 3.0 * forward_flops_per_token(spec, seq_len).total
 
 
 def palm_flops_per_token(spec: ModelSpec, seq_len: int) -> float:

@@ -134,15 +134,21 @@ FARTHEST_FORECAST = 3.0  # times the last evaluated step: no law fitted to less 
 
 
 def forecast_match(
-    held_out: pd.DataFrame, reference_loss: float, planned_steps: int, resamples: int = 500, seed: int = 0
+    held_out: pd.DataFrame,
+    reference_loss: float,
+    planned_steps: int,
+    resamples: int = 500,
+    seed: int = 0,
+    first_step: int = 0,
 ) -> MatchForecast:
     """When the run meets `reference_loss`: from its evaluations if it has, else by extrapolating them, if they allow it.
 
     The law is loss = E + A · step^−α, fitted by least squares to the evaluations after the first quarter of the run (before,
     warmup shapes the curve); its uncertainty comes from refitting to resampled residuals. The forecast is refused, with the
     reason, when there are fewer than 6 such evaluations, when more than 2.5% of the refits never come down to the reference,
-    or when the interval reaches beyond three times the last step or beyond `planned_steps`, where the learning rate has run
-    out and the curve's law with it. The interval knows the scatter of the evaluations, not whether the law holds.
+    or when the interval reaches beyond three times the steps evaluated or beyond `planned_steps`, where the learning rate has run
+    out and the curve's law with it. `first_step` is where the run began: above 0 where it continues a published model. The
+    interval knows the scatter of the evaluations, not whether the law holds.
     Raises ValueError like `quality_match`, and for planned steps before the last evaluation.
     """
     match = quality_match(held_out, reference_loss)
@@ -157,13 +163,15 @@ def forecast_match(
         return MatchForecast(match.reference_loss, "unknowable", math.nan, math.nan, math.nan, reason, curve)
 
     curve = _checked_curve(held_out, "step")
-    tail = curve[(curve["step"] > 0) & (curve["step"] >= match.last_step / 4)]
+    seen = match.last_step - first_step
+    tail = curve[(curve["step"] > first_step) & (curve["step"] >= first_step + seen / 4)]
+    farthest = first_step + FARTHEST_FORECAST * seen
     if len(tail) < FEWEST_EVALUATIONS:
         return unknowable(
             f"{len(tail)} evaluations after the first quarter of the run are too few to extrapolate", pd.DataFrame()
         )
     laws = _resampled_laws(tail["step"].to_numpy(float), tail["held_out_loss"].to_numpy(float), resamples, seed)
-    steps = np.geomspace(tail["step"].iloc[0], min(planned_steps, FARTHEST_FORECAST * match.last_step), 60)
+    steps = np.geomspace(tail["step"].iloc[0], min(planned_steps, farthest), 60)
     low, middle, high = np.quantile(laws.loss(steps), [0.025, 0.5, 0.975], axis=1)
     band = pd.DataFrame({"step": steps, "loss": middle, "low": low, "high": high})
     crossings = np.sort(laws.step_of(reference_loss))
@@ -176,7 +184,7 @@ def forecast_match(
         return unknowable(
             f"the interval reaches to step {last:,.0f}, beyond the {planned_steps:,} steps the run is planned for", band
         )
-    if last > FARTHEST_FORECAST * match.last_step:
+    if last > farthest:
         return unknowable(f"the interval reaches to step {last:,.0f}, more than three times what was seen", band)
     reason = f"extrapolated from {len(tail)} evaluations to step {match.last_step:,}"
     return MatchForecast(match.reference_loss, "forecast", float(median), float(first), float(last), reason, band)

@@ -18,7 +18,7 @@ _FLOAT32 = 4
 _KEPT = {
     ("float32", False): (8, 10, 4),
     ("float32", True): (7, 10, 3),
-    ("bfloat16", False): (15, 16, 4),
+    ("bfloat16", False): (15, 18, 4),
     ("bfloat16", True): (7, 10, 3),
 }
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from transformers.utils.logging import disable_progress_bar
 
 from kl3m_nb import paths
-from kl3m_nb.experts import expert_counts, keep_router_logits, load_balancing_loss, take_router_logits
+from kl3m_nb.experts import expert_counts, load_balancing_loss, take_router_logits, use_exact_routers
 from kl3m_nb.model_folder import read_json, weight_files
 from kl3m_nb.profiles import ModelSpec, Profile
 from kl3m_nb.roles import parameter_roles, role_table
@@ -78,7 +78,7 @@ def build_model(profile: Profile, device: str | torch.device | None = None, atte
     model_class = MixtralForCausalLM if profile.model.experts else LlamaForCausalLM
     with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
         torch.manual_seed(profile.data.seed)
-        return keep_router_logits(model_class(config))
+        return use_exact_routers(model_class(config))
 
 
 def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTrainedModel:
@@ -104,7 +104,7 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
         raise ValueError(
             f"There is no checkpoint folder {folder}, and the hub gave no model {name} ({reason}); name a folder or a hub id."
         ) from error
-    return keep_router_logits(model)
+    return use_exact_routers(model)
 
 
 def is_hub_id(name: str) -> bool:
@@ -232,8 +232,9 @@ def forward_body(
         router_logits.append(logits)
     router_loss, counts = residual.new_zeros(()), residual.new_zeros(0, 0)
     if getattr(model.config, "num_local_experts", 0):
-        counts = expert_counts(router_logits, model.config.num_experts_per_tok, attention_mask)
-        router_loss = load_balancing_loss(router_logits, counts, attention_mask)
+        active = model.config.num_experts_per_tok
+        counts = expert_counts(router_logits, active, attention_mask)
+        router_loss = load_balancing_loss(router_logits, counts, active, attention_mask)
     return BodyOutput(body.norm(residual), residual, router_loss, counts)
 
 

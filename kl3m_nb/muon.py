@@ -200,9 +200,11 @@ class Muon(torch.optim.Optimizer):
         self._movement = {}
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group, checked as the constructor does."""
+        """Adds a group, checked as the constructor does. One that is refused, with ValueError, leaves the optimizer as it was."""
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        group = self.param_groups.pop()
+        _check_group(group)
+        self.param_groups.append(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:

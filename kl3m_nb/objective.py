@@ -66,6 +66,11 @@ def chunked_objective(
     most tokens whose logits exist at one time; on a CPU fewer are taken when the vocabulary is large. `compiled` fuses the
     element-wise work with torch.compile: on a GPU it then reads the logits a few times instead of sixteen.
 
+    With `spec.entropy_target_over` "batch" the mean entropy has to be known before the first gradient: the logits are computed
+    twice, which is one matrix product more beside three. This is exact within a call. A micro-batch takes the mean over its own
+    valid labels and weighs as many as they are, so the sum over micro-batches exceeds the term of the step by the target's weight
+    times the variance of their means. For independent tokens that is their variance over the valid labels of a micro-batch.
+
     Raises ValueError for shapes or dtypes that do not fit together, and for float16 products, in which gradients underflow.
     """
     _check_inputs(hidden, weight, labels)
@@ -115,7 +120,8 @@ class _ChunkedObjective(torch.autograd.Function):
         L = lse(z) - (1-ε)·z_y - ε·mean(z) - b·H/u + w·(H/u - H*)²
         ∂L/∂z = p·(1 - c·(z - E)) - (1-ε)·e_y - ε/V,   c = (2w·(H/u - H*) - b)/u
 
-    The middle term and the last are taken apart from the first, which `_softmax_terms_` computes.
+    The middle term and the last are taken apart from the first, which `_softmax_terms_` computes. With the target over the batch
+    the last term of L is w·(H̄/u - H*)² and H in c is H̄, the mean over the valid tokens of the call: c is the same for all.
     """
 
     @staticmethod
@@ -145,6 +151,18 @@ class _ChunkedObjective(torch.autograd.Function):
             softmax_terms_ = _compiled_softmax_terms()
         else:
             softmax_terms_ = functools.partial(_softmax_terms_, work=torch.empty_like(logits_buffer[:block]))
+        mean_bits = None
+        if spec.entropy_target_over == "batch":
+            for start in range(0, tokens, chunk):
+                rows = slice(start, min(start + chunk, tokens))
+                _product(states[rows], head.t(), logits_buffer[: rows.stop - start])
+                computed = slice(start, start + chunk) if compiled else rows
+                logits = logits_buffer[: computed.stop - start]
+                # The label's logit is not known yet: only the entropy, which does not depend on it, is taken.
+                _, entropy_bits[computed], _ = softmax_terms_(
+                    logits, label_logit[computed], scale_with_room[computed], spec, None, None
+                )
+            mean_bits = torch.where(valid, entropy_bits[:tokens], 0.0).sum() / _at_least_one(valid.sum())
         for start in range(0, tokens, chunk):
             rows = slice(start, min(start + chunk, tokens))
             count, label = rows.stop - start, labels[rows, None]
@@ -155,7 +173,7 @@ class _ChunkedObjective(torch.autograd.Function):
             logits = logits_buffer[: computed.stop - start]
             gradient = logits if grad_buffer is logits_buffer else grad_buffer[: computed.stop - start]
             cross_entropy[computed], entropy_bits[computed], label_grad[computed] = softmax_terms_(
-                logits, label_logit[computed], scale_with_room[computed], spec, gradient if any(gradients) else None
+                logits, label_logit[computed], scale_with_room[computed], spec, mean_bits, gradient if any(gradients) else None
             )
             if any(gradients):
                 logits_grad = grad_buffer[:count]
@@ -176,6 +194,8 @@ class _ChunkedObjective(torch.autograd.Function):
         ctx.gradients = (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
 
         distance = entropy_bits - spec.entropy_target_bits
+        if mean_bits is not None:
+            distance = (mean_bits - spec.entropy_target_bits).expand_as(entropy_bits)
         terms = torch.stack(
             [
                 cross_entropy,
@@ -205,12 +225,19 @@ class _ChunkedObjective(torch.autograd.Function):
 
 
 def _softmax_terms_(
-    logits: Tensor, label_logit: Tensor, scale: Tensor, spec: ObjectiveSpec, gradient: Tensor | None, work: Tensor
+    logits: Tensor,
+    label_logit: Tensor,
+    scale: Tensor,
+    spec: ObjectiveSpec,
+    mean_bits: Tensor | None,
+    gradient: Tensor | None,
+    work: Tensor,
 ) -> Tensor:
     """Cross-entropy (nats), entropy (bits) and the label's entry of scale·p·(1 - c·(z - E)): [3, tokens].
 
     With a `gradient`, like `logits` or `logits` itself, all entries of the latter are written there. logits: [tokens,
-    vocabulary], spoilt in any case. label_logit, scale: [tokens]. work: like some rows of `logits`, so many go at once.
+    vocabulary], spoilt in any case. label_logit, scale: [tokens]. mean_bits: of the batch, 0-d, where the entropy target is over
+    that. work: like some rows of `logits`, so many go at once.
     """
     terms = torch.empty(3, len(logits), dtype=logits.dtype, device=logits.device)
     for start in range(0, len(logits), len(work)):
@@ -222,7 +249,7 @@ def _softmax_terms_(
         # `sum` adds pairwise. torch.softmax does not, and loses two digits at 131,072 entries.
         total = exponentials.sum(-1)
         expected = torch.linalg.vecdot(exponentials, z) / total
-        entropy_bits, slope, offset = _gradient_of(total, expected, scale[rows], spec)
+        entropy_bits, slope, offset = _gradient_of(total, expected, scale[rows], spec, mean_bits)
         if gradient is not None:
             z.mul_(slope.unsqueeze(1)).add_(offset.unsqueeze(1)).mul_(exponentials)
             if gradient is not logits:
@@ -232,7 +259,12 @@ def _softmax_terms_(
 
 
 def _fused_softmax_terms_(
-    logits: Tensor, label_logit: Tensor, scale: Tensor, spec: ObjectiveSpec, gradient: Tensor | None
+    logits: Tensor,
+    label_logit: Tensor,
+    scale: Tensor,
+    spec: ObjectiveSpec,
+    mean_bits: Tensor | None,
+    gradient: Tensor | None,
 ) -> Tensor:
     """`_softmax_terms_` for torch.compile, which makes two passes over the logits of it: sums by piece, then the gradient.
 
@@ -249,17 +281,22 @@ def _fused_softmax_terms_(
     factor = distance.exp()
     total = (factor * totals).sum(-1)
     expected = (factor * (weighted + distance * totals)).sum(-1) / total
-    entropy_bits, slope, offset = _gradient_of(total, expected, scale, spec)
+    entropy_bits, slope, offset = _gradient_of(total, expected, scale, spec, mean_bits)
     if gradient is not None:
         z = logits - largest
         gradient.copy_((slope.unsqueeze(1) * z + offset.unsqueeze(1)) * z.exp())
     return _terms_of(label_logit - largest.squeeze(-1), total, entropy_bits, slope, offset)
 
 
-def _gradient_of(total: Tensor, expected: Tensor, scale: Tensor, spec: ObjectiveSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Entropy in bits, and a and b of the gradient (a·z + b)·exp(z) by the logits z, from Σ exp(z) and E; all [tokens]."""
+def _gradient_of(
+    total: Tensor, expected: Tensor, scale: Tensor, spec: ObjectiveSpec, mean_bits: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy in bits, and a and b of the gradient (a·z + b)·exp(z) by the logits z, from Σ exp(z) and E; all [tokens].
+
+    mean_bits: as in `_softmax_terms_`.
+    """
     entropy_bits = (total.log() - expected) / _NATS_PER_BIT
-    distance = entropy_bits - spec.entropy_target_bits
+    distance = (entropy_bits if mean_bits is None else mean_bits) - spec.entropy_target_bits
     pull = (2.0 * spec.entropy_target_weight * distance - spec.entropy_bonus) / _NATS_PER_BIT
     share = scale / total
     return entropy_bits, -pull * share, (1.0 + pull * expected) * share

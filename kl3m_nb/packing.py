@@ -40,6 +40,11 @@ class Batch:
         """Labels that count."""
         return int((self.labels != -100).sum())
 
+    @property
+    def routed_tokens(self) -> int:
+        """Positions that are no padding: what a mixture's router sends to experts, with a label or without."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -137,9 +142,9 @@ class PackedStream(BatchStream):
         input_ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         if self.spec.document_borders == "ignored":
             return Batch(input_ids, labels)
+        # Only together: without the mask a query would see keys of earlier documents at rotary distances of zero and below.
         positions = restarting_positions(input_ids, self.tokenizer.eos_token_id)
-        documents = (positions == 0).cumsum(1) if self.spec.document_borders == "mask" else None
-        return Batch(input_ids, labels, position_ids=positions, document_ids=documents)
+        return Batch(input_ids, labels, position_ids=positions, document_ids=(positions == 0).cumsum(1))
 
     def state_dict(self) -> dict:
         """Place in the source, shuffle buffer, its generator, tokens not yet given; cheap enough for every step."""

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kl3m_nb import growth
+from kl3m_nb.experts import IDLE
 from kl3m_nb.figures import (
     BLACK,
     BLUE,
@@ -36,6 +37,7 @@ from kl3m_nb.figures import (
 )  # fmt: skip
 from kl3m_nb.model_clamp import LOOKED_AT
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES, ObjectiveSpec
+from kl3m_nb.pulls import entropy_target_parts
 
 __all__ = [
     "plot_clamp_events", "plot_expert_use", "plot_growth", "plot_objective_terms", "plot_stack_map", "plot_training",
@@ -124,8 +126,10 @@ _TERMS = {
 
 
 @styled
-def plot_objective_terms(train: pd.DataFrame, entropy_target_bits: float = ObjectiveSpec.entropy_target_bits) -> Figure:
+def plot_objective_terms(train: pd.DataFrame, spec: ObjectiveSpec) -> Figure:
     """What each regulariser adds to the loss (nats per token), and the entropy of the predictions (bits) with its target.
+
+    Of the entropy target both parts are drawn, as `pulls.entropy_target_parts` has them.
 
     `train` has step, cross_entropy, entropy_bits and the four terms as columns, of a mixture also its router_loss. Raises
     ValueError when it is empty.
@@ -143,11 +147,15 @@ def plot_objective_terms(train: pd.DataFrame, entropy_target_bits: float = Objec
             _noisy_line(axes[term], train["step"], 1000 * train[term], color, None)
             axes[term].axhline(0, color=BLACK, linewidth=0.8)
             axes[term].set(title=title, ylabel="$10^{-3}$ nats per token")
+    parts = 1000 * entropy_target_parts(train, spec)
+    for part, dashes in (("spread", "--"), ("offset", ":")):
+        axes["entropy_target"].plot(train["step"], _smooth(parts[part]), dashes, color=BLACK, linewidth=1.2, label=part)
+    axes["entropy_target"].legend()
     _noisy_line(axes["bits"], train["step"], train["entropy_bits"], BLUE, "entropy of the predictions")
     bits = _smooth(train["cross_entropy"]) / math.log(2)
     axes["bits"].plot(train["step"], bits, "-.", color=VERMILLION, label="cross-entropy, for comparison")
-    target = f"target {entropy_target_bits:g} bits"
-    axes["bits"].axhline(entropy_target_bits, color=BLACK, linestyle="--", linewidth=1.2, label=target)
+    target = f"target {spec.entropy_target_bits:g} bits"
+    axes["bits"].axhline(spec.entropy_target_bits, color=BLACK, linestyle="--", linewidth=1.2, label=target)
     axes["bits"].set_ylim(bottom=0)
     axes["bits"].set(title="Entropy", ylabel="bits per token")
     axes["bits"].legend(loc="lower left")
@@ -217,7 +225,8 @@ def plot_clamp_events(clamp: pd.DataFrame) -> Figure:
 def plot_expert_use(experts: pd.DataFrame) -> Figure:
     """How a mixture's router shares out the tokens: each expert of each layer at the last step, and each layer over the steps.
 
-    `experts` has a row per step, layer and expert with `share`, of the layer's choices. Raises ValueError when it is empty.
+    `experts` has a row per step, layer and expert with `share`, of the layer's choices. The least share of every layer is a thin
+    line, and a dotted one stands where training warns of an idle expert. Raises ValueError when the table is empty.
     """
     experts = _require_rows(experts, "expert shares")
     even = 1.0 / experts["expert"].nunique()
@@ -235,6 +244,8 @@ def plot_expert_use(experts: pd.DataFrame) -> Figure:
         over_time.fill_between(shares.index, shares.min(axis=1), shares.max(axis=1), color=color, alpha=0.2, linewidth=0)
         median = shares.median(axis=1)
         over_time.plot(median.index, median, color=color, marker="o", markersize=3.5, label=f"{label} expert of a layer")
+    over_time.plot(by_layer["min"], color=BLUE, linewidth=0.5, alpha=0.6)
+    over_time.axhline(IDLE * even, color=BLACK, linewidth=0.9, linestyle=":", label=f"idle below {IDLE * even:.0%}")
     over_time.axhline(even, color=BLACK, linewidth=0.9, linestyle="--")
     over_time.annotate("even", (1, even), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
     over_time.set(ylim=(0, None), ylabel="share (line: median layer, band: all layers)", title="over the run")

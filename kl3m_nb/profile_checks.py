@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 
 _CHOICES = {
+    "entropy_target_over": ("token", "batch"),
     "clip_mode": ("adaptive", "fixed", "off"),
     "precision": ("auto", "float32", "bfloat16"),
     "attention": ("auto", "sdpa", "flash_attention_2", "flash_attention_4", "eager"),
@@ -18,10 +19,17 @@ _CHOICES = {
     "tf32": ("auto", "on", "off"),
     "adjust_lr": ("original", "match_rms_adamw"),
     "packing": ("dense", "segments"),
-    "document_borders": ("ignored", "positions", "mask"),
+    "document_borders": ("ignored", "mask"),
     "sft_loss": ("response", "all"),
     "ns_coefficients": ("keller_jordan", "polar_express"),
     "ns_precision": ("auto", "float32", "bfloat16"),
+}
+REMOVED = {  # what an earlier version accepted: field and value, and why it is gone
+    (
+        "document_borders",
+        "positions",
+    ): "document_borders 'positions' let tokens see earlier documents at rotary distances of zero "
+    "and below, which no model is used with, and is gone; take 'mask', which hides them, or 'ignored'",
 }
 _RANGES = {  # what is accepted, in words: the test, and the fields
     "at least 1 and finite": (
@@ -52,6 +60,8 @@ _RANGES = {  # what is accepted, in words: the test, and the fields
 def check_values(values: Mapping[str, object]) -> None:
     """Raises ValueError for the first of a profile's `values`, all its fields by name, that cannot be meant."""
     for key, choices in _CHOICES.items():
+        if remark := REMOVED.get((key, values[key])):
+            raise ValueError(f"The profile field {remark}.")
         if values[key] not in choices:
             raise ValueError(f"The profile field {key!r} is {values[key]!r}; it accepts {', '.join(choices)}.")
     for words, (accepts, keys) in _RANGES.items():

@@ -43,12 +43,17 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """Weights of the training objective (kl3m-007 card, "Regularization"); all zero is plain cross-entropy."""
+    """Weights of the training objective (kl3m-007 card, "Regularization"); all zero is plain cross-entropy.
+
+    The card names an entropy target and not what has to meet it; both values of `entropy_target_over` are inferred. Over tokens
+    the term is (mean entropy - target)² + the variance of the entropy over tokens, over the batch it is the first part alone.
+    """
 
     label_smoothing: float = 0.001
     entropy_bonus: float = 0.001
     entropy_target_bits: float = 6.5
     entropy_target_weight: float = 0.001
+    entropy_target_over: str = "token"  # token: every token's entropy is to meet the target | batch: their mean is
     activation_norm: float = 0.0006  # weight of mean(h²) of the residual stream before the final norm
     chunk_tokens: int = 1024  # tokens whose logits exist at one time
 
@@ -126,7 +131,7 @@ class DataSpec:
     held_out_windows: int = 64
     seed: int = 7
     packing: str = "dense"  # dense: windows across documents | segments: never two documents in one, padded at random
-    document_borders: str = "ignored"  # of dense windows: ignored | positions begin anew | mask: attention stays inside, too
+    document_borders: str = "ignored"  # of dense windows: ignored | mask: attention stays inside, and positions begin anew
     p_sft: float = 0.0  # share of segments that are instruction pairs (inferred; the card says "hybrid NTP and SFT")
     sft_loss: str = "response"  # response | all: which tokens of an instruction pair are trained on
 

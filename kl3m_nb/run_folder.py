@@ -20,6 +20,7 @@ from pathlib import Path
 from kl3m_nb import distributed, paths, profiles
 from kl3m_nb.metrics import FILE_NAME
 from kl3m_nb.model_folder import STACK_IDENTITY, STATE_FOLDER, read_stack
+from kl3m_nb.profile_checks import REMOVED
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
 
@@ -150,6 +151,8 @@ def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -
     record = _record(run_dir)
     was, now = _settings(record["profile"]), _settings(profile.to_dict())
     for key, value in now.items():
+        if remark := REMOVED.get((key, was[key])):
+            raise ValueError(f"The run of {run_dir} cannot be continued: {remark}, and use another run folder.")
         if was[key] != value:
             raise ValueError(
                 f"The run folder {run_dir} belongs to the profile {was['name']} with {key} = {was[key]!r}, now it is {value!r}; "

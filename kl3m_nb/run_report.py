@@ -33,7 +33,7 @@ def write_run_report(run_dir: str | Path) -> Path:
     page.heading("Training")
     page.figure(plots.plot_training(train, held_out), "training", "Loss, learning rates, gradient norm and speed.", train)
     page.heading("What the objective consists of")
-    figure = plots.plot_objective_terms(train, profile.objective.entropy_target_bits)
+    figure = plots.plot_objective_terms(train, profile.objective)
     page.figure(figure, "objective_terms", "What each regulariser adds, and the entropy of the predictions.", train)
     clamps = history.clamp_history(run_dir, profile.model.layers // profile.growth_factor)
     if not clamps.empty:

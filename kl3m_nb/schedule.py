@@ -1,8 +1,9 @@
 """The learning-rate schedule and the clipping of the global gradient norm.
 
 `lr_factor` multiplies the peak LR of every parameter group, Muon's and AdamW's alike. `AdaptiveClip` follows the kl3m-007 card,
-"Adaptive clipping, max 64, coeff 2.0, beta 0.9": the threshold is a multiple of a running mean of past norms. The EMA takes in
-the *clipped* norm, so one spike cannot raise the threshold for the steps after it by more than the coefficient allows.
+"Adaptive clipping, max 64, coeff 2.0, beta 0.9": the threshold is a multiple of a running mean of past norms. The mean takes in
+the *clipped* norm, so one spike cannot raise the threshold for the steps after it by more than the coefficient allows. How the
+mean starts is inferred: from the first norms, so that the clip is in force while the learning rate warms up.
 """
 
 from __future__ import annotations
@@ -65,9 +66,10 @@ class ClipOutcome:
 class AdaptiveClip:
     """Clips the global gradient norm in the mode of `spec`.
 
-    * `adaptive`: threshold_t = min(max_norm, coefficient · EMA_{t-1}), EMA_t = β·EMA_{t-1} + (1-β)·min(norm_t, threshold_t).
-      The EMA starts at max_norm / coefficient: the first threshold is `max_norm`, and a first norm of zero cannot shut the clip
-      for good.
+    * `adaptive`: threshold_t = min(max_norm, coefficient · mean_{t-1}), mean_t the running mean of min(norm, threshold) up to t
+      with Adam's bias correction: EMA_t / (1 - β^t), EMA_t = β·EMA_{t-1} + (1-β)·min(norm_t, threshold_t), EMA_0 = 0. So it is
+      in force from the second norm on; only the first threshold is `max_norm`. A norm of exactly zero, a step without any
+      gradient, is not counted: it says nothing of the next, and as the first it would shut the clip for good.
     * `fixed`: threshold `max_norm` at every step.
     * `off`: the norm is measured, gradients stay as they are.
     """
@@ -83,7 +85,8 @@ class AdaptiveClip:
         if not 0.0 <= spec.clip_beta < 1.0:
             raise ValueError(f"clip_beta is {spec.clip_beta}; it must lie in [0, 1).")
         self.spec = spec
-        self.norm_ema = spec.clip_max_norm / spec.clip_coefficient
+        self.norm_mean = spec.clip_max_norm / spec.clip_coefficient  # stands for the first threshold; the first norm replaces it
+        self.norms: float = 0  # counted so far
 
     @property
     def threshold(self) -> float:
@@ -92,7 +95,7 @@ class AdaptiveClip:
             return math.inf
         if self.spec.clip_mode == "fixed":
             return self.spec.clip_max_norm
-        return min(self.spec.clip_max_norm, self.spec.clip_coefficient * self.norm_ema)
+        return min(self.spec.clip_max_norm, self.spec.clip_coefficient * self.norm_mean)
 
     @torch.no_grad()
     def clip_(self, parameters: Iterable[nn.Parameter], norm: float | Tensor | None = None, loss: float = 0.0) -> ClipOutcome:
@@ -110,18 +113,20 @@ class AdaptiveClip:
         clipped = norm > threshold
         if clipped and gradients:
             torch._foreach_mul_(gradients, threshold / norm)
-        if self.spec.clip_mode == "adaptive":
+        if self.spec.clip_mode == "adaptive" and norm > 0.0:
+            self.norms += 1
             beta = self.spec.clip_beta
-            self.norm_ema = beta * self.norm_ema + (1.0 - beta) * min(norm, threshold)
+            share = (1.0 - beta) / (1.0 - beta**self.norms)  # of this norm in EMA / (1 - β^t), taken step by step
+            self.norm_mean = (1.0 - share) * self.norm_mean + share * min(norm, threshold)
         return ClipOutcome(norm, threshold, clipped, finite=True)
 
     def state_dict(self) -> dict[str, float]:
-        """The running mean, for a checkpoint; the settings come from the profile."""
-        return {"norm_ema": self.norm_ema}
+        """The running mean and how many norms are in it, for a checkpoint; the settings come from the profile."""
+        return {"norm_ema": self.norm_mean, "norms": self.norms}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Inverse of `state_dict`."""
-        self.norm_ema = state["norm_ema"]
+        """Inverse of `state_dict`. A state of earlier versions has a mean without bias correction and goes on without one."""
+        self.norm_mean, self.norms = state["norm_ema"], state.get("norms", math.inf)
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:

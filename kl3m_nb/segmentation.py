@@ -3,7 +3,9 @@
 The card says "document-aware segmentation", "randomized padding" and "hybrid NTP and SFT cotraining"; what is done here is read
 from these words. A long document is cut at the last paragraph border in the second half of the context, else at the last sentence
 border there, else where the context ends. `<|start|>` and `<|end|>` stand at the document's own borders only. The free room is
-split at random between left and right; padding is masked in attention and has no label.
+split at random between left and right; padding is masked in attention and has no label. As rotary positions are relative, where a
+segment lies changes neither loss nor gradient by more than rounding, 1e-6: the card's words are followed, and nothing is learned
+from it.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -109,8 +110,16 @@ def open_stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> BatchStre
     return (PackedStream if spec.packing == "dense" else SegmentedStream)(spec, tokenizer)
 
 
-def take_share(stream: PrefetchedStream, spec: DataSpec, stop: StopRequest) -> tuple[list[Batch], int] | None:
-    """This rank's micro-batches of the next step, and the valid labels of all ranks.
+class Share(NamedTuple):
+    """One rank's part of a step."""
+
+    micro_batches: list[Batch]
+    valid_tokens: int  # labels of the whole step, all ranks
+    routed_tokens: int  # positions of the whole step that are no padding, all ranks
+
+
+def take_share(stream: PrefetchedStream, spec: DataSpec, stop: StopRequest) -> Share | None:
+    """This rank's micro-batches of the next step, and what all ranks have together.
 
     None, on all ranks, when one is asked to stop before it has its batch. Raises SourceBroke, on all ranks, when one cannot read
     the step or has read another one than rank 0: of shares of different steps some windows would come twice and others never.
@@ -121,10 +130,10 @@ def take_share(stream: PrefetchedStream, spec: DataSpec, stop: StopRequest) -> t
     except (OSError, ValueError, RuntimeError) as error:
         failure = error
     share = rank_share(batch, spec.micro_batch, world.rank, world.size) if batch else []
-    valid_tokens = sum(micro_batch.valid_tokens for micro_batch in share)
+    counted = [sum(getattr(each, what) for each in share) for what in ("valid_tokens", "routed_tokens")]
     digest = zlib.crc32(batch.input_ids.numpy()) if batch and world.size > 1 else 0
-    mine = [valid_tokens, failure is not None, batch is None, digest]
-    valid, broken, missing, digests = zip(*distributed.gather_numbers(mine), strict=True)
+    mine = [*counted, failure is not None, batch is None, digest]
+    valid, routed, broken, missing, digests = zip(*distributed.gather_numbers(mine), strict=True)
     if any(broken):
         reasons = distributed.gather(f"{type(failure).__name__}: {failure}")
         rank = broken.index(True)
@@ -133,4 +142,4 @@ def take_share(stream: PrefetchedStream, spec: DataSpec, stop: StopRequest) -> t
         return None
     if other := [rank for rank in range(world.size) if digests[rank] != digests[0]]:
         raise SourceBroke(f"process {other[0]} has read other documents than process 0; give both the same files")
-    return share, int(sum(valid))
+    return Share(share, int(sum(valid)), int(sum(routed)))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kl3m_nb.evaluation import evaluation_mode
+from kl3m_nb.evaluation import evaluation_mode, head_logits
 from kl3m_nb.generation import Sample
 
 ALTERNATIVES = 5
@@ -35,7 +35,7 @@ def token_choices(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sa
     ids = torch.tensor([[*sample.prompt_tokens, *drawn]], device=model.device)
     with evaluation_mode(model):
         hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[0, -len(drawn) :]
-        probabilities = model.get_output_embeddings()(hidden).float().softmax(dim=-1).cpu()
+        probabilities = head_logits(hidden, model.get_output_embeddings()).softmax(dim=-1).cpu()
     choices = []
     for token, distribution in zip(drawn, probabilities, strict=True):
         best = distribution.topk(ALTERNATIVES)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -110,6 +111,7 @@ class _Run:
         self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
         self.losses = {"held_out_loss": float("nan"), "held_out_step": carried.step, "cross_entropy": float("nan")}
         self.conditions = ClampConditions()
+        self.layers_warned_of: set[int] = set()  # for an expert that hardly any token chooses
         self.stack = {} if checkpoint else carried_stack(init, profile)
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
@@ -207,7 +209,7 @@ class _Run:
             share = take_share(self.stream, self.profile.data, stop)
         if share is None:
             return False
-        micro_batches, valid_tokens = share
+        micro_batches, valid_tokens, routed_tokens = share
         factor = lr_factor(self.counters["step"], self.profile.schedule, self.counters["first_step"])
         for group in (*self.muon.param_groups, *self.aux.param_groups):
             group["lr"] = group["peak_lr"] * factor
@@ -217,7 +219,7 @@ class _Run:
                 self._zero_gradients()
                 return False
             with self.parallel.averaging_gradients(now=batch is micro_batches[-1]):
-                values = self._forward_backward(batch, valid_tokens)
+                values = self._forward_backward(batch, valid_tokens, routed_tokens)
             for name, value in values.items():
                 terms[name] = terms[name] + value if name in terms else value
         expert_counts = terms.pop("expert_counts")
@@ -263,7 +265,15 @@ class _Run:
         if expert_counts.numel() and self._evaluates_after(counters["step"]):
             counts = torch.tensor(distributed.sum_over_ranks(expert_counts.flatten().tolist())).view_as(expert_counts)
             self._record({"kind": "experts", **_progress(self.counters), **experts.expert_columns(counts)})
+            self._warn_of_idle_experts(counts)
         return True
+
+    def _warn_of_idle_experts(self, counts: torch.Tensor) -> None:
+        """Says it once for each layer, on rank 0."""
+        for layer, remark in experts.idle_experts(counts).items() if self.world.is_first else ():
+            if layer not in self.layers_warned_of:
+                self.layers_warned_of.add(layer)
+                warnings.warn(f"{remark} This is step {self.counters['step']:,}.", stacklevel=2)
 
     def _stopped(self, reason: str, stream_state: dict | None = None) -> TrainingStopped:
         """The error to end with, once the last whole step is saved."""
@@ -289,11 +299,11 @@ class _Run:
         newest = distributed.on_first_rank(lambda: self.saver.newest(step)) if skipped else None
         return newest if newest and checkpoints.checkpoint_step(newest) >= step - skipped else None
 
-    def _forward_backward(self, batch: Batch, valid_tokens: int) -> dict[str, torch.Tensor]:
+    def _forward_backward(self, batch: Batch, valid_tokens: int, routed_tokens: int) -> dict[str, torch.Tensor]:
         """Adds the gradients of one micro-batch, returns its terms of the loss."""
         with record_function("kl3m_nb forward"), self.runtime.autocast():
             total, values = self.parallel(
-                training_loss, self.model, batch.to(self.runtime.device), valid_tokens, self.profile,
+                training_loss, self.model, batch.to(self.runtime.device), valid_tokens, routed_tokens, self.profile,
                 self.runtime.recompute, self.runtime.compile_blocks,
             )  # fmt: skip
         with record_function("kl3m_nb backward"):
@@ -354,6 +364,7 @@ class _Run:
             "aux": self.aux.state_dict(),
             "clip": self.clip.state_dict(),
             "clamp": self.clamp.state_dict(),
+            "router_loss": experts.ROUTER_LOSS,
             "stream": stream_state or self.stream.state_dict(),
             "random": random_state(),
             "metrics_position": self.log.position if self.log else 0,
@@ -378,6 +389,12 @@ class _Run:
         distributed.load_optimizer_state(self.muon, state["muon"])
         distributed.load_optimizer_state(self.aux, state["aux"])
         self.clip.load_state_dict(state["clip"])
+        if self.profile.model.experts and self.world.is_first and state.get("router_loss") != experts.ROUTER_LOSS:
+            warnings.warn(
+                f"The steps up to {self.counters['step']:,} were trained with a router's loss that pooled all layers; from here "
+                "on it is the mean of the layers' own, so its value may jump.",
+                stacklevel=2,
+            )
         self.clamp.load_state_dict(state["clamp"])
         self.stream.load_state_dict(state["stream"])
         set_random_state(state["random"])

@@ -12,12 +12,19 @@ from kl3m_nb.profiles import Profile
 
 
 def training_loss(
-    model: PreTrainedModel, batch: Batch, valid_tokens: int, profile: Profile, recompute: bool, compiled: bool
+    model: PreTrainedModel,
+    batch: Batch,
+    valid_tokens: int,
+    routed_tokens: int,
+    profile: Profile,
+    recompute: bool,
+    compiled: bool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss to go backward from, and its terms by the names they are logged under, 0-d and without a backward.
 
     All are sums over the valid labels of `batch` divided by `valid_tokens`, those of the whole optimizer step, so they add up
-    over micro-batches and ranks. Among them is "expert_counts" [layers, experts], which is no term and sums up as well.
+    over micro-batches and ranks. The router's loss is a mean over the tokens of `batch` that are routed, padding left out, and
+    weighs as their share of `routed_tokens`, those of the step. "expert_counts" [layers, experts] is no term and adds up as well.
     recompute: blocks are computed again in the backward pass. compiled: the objective's element-wise work is.
     """
     spec, labels = profile.objective, batch.labels
@@ -25,8 +32,8 @@ def training_loss(
     head = model.get_output_embeddings().weight
     terms = chunked_objective(body.hidden, head, labels, spec, num_valid=valid_tokens, compiled=compiled)
     activation = activation_penalty(body.residual, labels, spec.activation_norm, valid_tokens)
-    # the router's loss is a mean over its tokens: weighted by their share, micro-batches add up to the mean
-    router = profile.model.router_aux_loss * body.router_loss * ((labels != -100).sum() / max(valid_tokens, 1))
+    routed = labels.numel() if batch.attention_mask is None else batch.attention_mask.sum()
+    router = profile.model.router_aux_loss * body.router_loss * (routed / routed_tokens)
     total = terms.total + activation + router
     values = {
         "loss": total.detach(),

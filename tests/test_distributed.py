@@ -24,7 +24,10 @@ SEGMENTS = {
     "vocabulary": 900,
     "clamp_every": 0,
 }  # ranks have unequal numbers of valid labels
-MIXTURE = {"max_steps": 6, "micro_batch": 2, "grad_accumulation": 4, "experts": 4, "active_experts": 2, "router_aux_loss": 0.05}
+MIXTURE = {  # of segments, so that ranks have unequal numbers of routed tokens too
+    "max_steps": 6, "micro_batch": 2, "grad_accumulation": 4, "experts": 4, "active_experts": 2, "router_aux_loss": 0.05,
+    "packing": "segments", "vocabulary": 900,
+}  # fmt: skip
 
 
 def _losses(run_dir) -> list[float]:

@@ -48,6 +48,30 @@ def test_equals_transformers_own_loss(build, tokens_at_once, monkeypatch):
     assert result.entropy_bits == pytest.approx(distribution.entropy().mean().item() / math.log(2), abs=1e-5)
 
 
+def test_under_autocast_the_logits_are_float32():
+    """Against float64 logits of the same hidden states, for the held-out loss and for scored sequences; logits are near 20."""
+    model, windows, bodies = llama(initializer_range=1.0), random_windows(), []
+    model.base_model.register_forward_hook(lambda *arguments: bodies.append(arguments[2].last_hidden_state))
+    result = held_out_loss(model, windows, autocast=torch.bfloat16)
+    scores = score_sequences(model, windows.tolist(), autocast=torch.bfloat16)
+    logits = bodies[0].double() @ model.lm_head.weight.detach().double().T
+    expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert logits.abs().max() > 20 and result.loss == pytest.approx(expected.item(), rel=1e-6)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    assert result.entropy_bits == pytest.approx(entropy.mean().item() / math.log(2), rel=1e-5)
+    confidence = torch.cat([each.confidence for each in scores])
+    torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1).flatten(), rtol=1e-5, atol=1e-7)
+
+
+def test_the_precision_of_products_is_given_back():
+    torch.set_float32_matmul_precision("high")
+    try:
+        held_out_loss(llama(), random_windows())
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_profiles_are_the_losses_of_single_tokens_and_average_to_the_total():
     model, windows = llama().eval(), random_windows()
     with torch.no_grad():
@@ -90,9 +114,15 @@ def test_the_model_is_left_as_it_was():
     assert torch.is_grad_enabled()
 
 
-def test_no_graph_is_built():
-    model, seen = llama(), []
-    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.requires_grad))
+def test_no_graph_is_built(monkeypatch):
+    model, seen, head_logits = llama(), [], evaluation.head_logits
+
+    def watched(*arguments):
+        logits = head_logits(*arguments)
+        seen.append(logits.requires_grad)
+        return logits
+
+    monkeypatch.setattr(evaluation, "head_logits", watched)
     held_out_loss(model, random_windows())
     assert seen == [False]
 

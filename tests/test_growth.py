@@ -225,6 +225,16 @@ def test_what_cannot_be_known_is_said(frame, reference, planned, reason):
     assert "not to be known" in str(forecast)
 
 
+def test_a_run_that_continues_a_model_is_cut_by_its_own_steps():
+    """Begun at step 37,000 and seen to 38,000: its first quarter ends at 37,250, and three times what was seen is 40,000."""
+    steps = np.arange(37_000, 38_001, 50)
+    frame = curve(2.0 + 20.0 * steps**-0.5, steps=steps)
+    band = forecast_match(frame, 1.0, 10**6, first_step=37_000).curve
+    assert band["step"].iloc[0] == 37_250 and band["step"].iloc[-1] == pytest.approx(40_000)
+    few = forecast_match(frame.head(7), 1.0, 10**6, first_step=37_000)
+    assert "5 evaluations after the first quarter" in few.reason
+
+
 def test_a_loss_already_met_needs_no_forecast():
     forecast = forecast_match(curve([5.0, 4.0, 3.0]), 4.0, planned_steps=20)
     assert (forecast.status, forecast.step, forecast.low, forecast.high) == ("met", 10, 10, 10)

@@ -442,3 +442,25 @@ def test_parameters_that_hold_no_matrices_are_refused():
     shared = nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(ValueError, match="more than one parameter group"):
         Muon([{"params": [shared]}, {"params": [shared]}], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"params": [nn.Parameter(torch.zeros(3))]}, {"params": [nn.Parameter(torch.zeros(3, 2))], "lr": -1.0},
+     {"params": [nn.Parameter(torch.zeros(3, 2))], "fused": 2}, {"params": [nn.Parameter(torch.zeros(3, 2))], "ns_steps": 2},
+     {"params": [nn.Parameter(torch.zeros(3, 2))], "precision": "half"}],
+    ids=["a vector", "lr", "fused", "ns_steps", "precision"],
+)  # fmt: skip
+def test_a_group_that_is_refused_leaves_nothing_behind(bad):
+    parameter = nn.Parameter(torch.randn(4, 3))
+    optimizer, alone = Muon([parameter], lr=0.1), nn.Parameter(parameter.detach().clone())
+    with pytest.raises(ValueError):
+        optimizer.add_param_group(bad)
+    assert [group["params"] for group in optimizer.param_groups] == [[parameter]]
+    bad["params"][0].grad, parameter.grad = torch.ones_like(bad["params"][0]), torch.ones(4, 3)
+    alone.grad = torch.ones(4, 3)
+    optimizer.step()
+    Muon([alone], lr=0.1).step()
+    assert torch.equal(parameter, alone) and not bad["params"][0].any()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
+    assert len(optimizer.param_groups) == 2

@@ -20,6 +20,7 @@ from kl3m_nb.profiles import ObjectiveSpec
 
 CARD = ObjectiveSpec()
 STRONG = ObjectiveSpec(label_smoothing=0.1, entropy_bonus=0.3, entropy_target_bits=2.0, entropy_target_weight=0.5)
+OVER_BATCH = dataclasses.replace(STRONG, entropy_target_over="batch")
 PLAIN = ObjectiveSpec(label_smoothing=0.0, entropy_bonus=0.0, entropy_target_weight=0.0)
 
 
@@ -37,10 +38,15 @@ def reference(hidden, weight, labels, spec, num_valid=None) -> dict[str, torch.T
         "entropy_bits": bits.sum(),
         "label_smoothing": F.cross_entropy(logits, labels, reduction="sum", label_smoothing=spec.label_smoothing) - plain,
         "entropy_bonus": -spec.entropy_bonus * bits.sum(),
-        "entropy_target": spec.entropy_target_weight * ((bits - spec.entropy_target_bits) ** 2).sum(),
+        "entropy_target": spec.entropy_target_weight * (_met(bits, spec) ** 2).sum(),
     }
     terms = {name: term / count for name, term in terms.items()}
     return terms | {"total": sum(term for name, term in terms.items() if name != "entropy_bits")}
+
+
+def _met(bits, spec):
+    """The distance of each token's entropy from the target, or of the mean over all of them."""
+    return (bits if spec.entropy_target_over == "token" else bits.mean().expand_as(bits)) - spec.entropy_target_bits
 
 
 def reference_gradients(hidden, weight, labels, spec, num_valid=None):
@@ -91,14 +97,15 @@ weights_of_terms = st.floats(0.0, 0.5)
     bonus=weights_of_terms,
     target=st.floats(0.0, 8.0),
     target_weight=weights_of_terms,
+    over=st.sampled_from(["token", "batch"]),
     seed=st.integers(0, 1000),
 )
-def test_equals_float64_autograd(tokens, hidden, vocabulary, chunk, ignored, smoothing, bonus, target, target_weight, seed):
-    spec = ObjectiveSpec(smoothing, bonus, target, target_weight, chunk_tokens=chunk)
+def test_equals_float64_autograd(tokens, hidden, vocabulary, chunk, ignored, smoothing, bonus, target, target_weight, over, seed):
+    spec = ObjectiveSpec(smoothing, bonus, target, target_weight, over, chunk_tokens=chunk)
     assert_equals_reference(*problem(tokens, hidden, vocabulary, ignored, seed=seed), spec, 1e-8)
 
 
-@pytest.mark.parametrize("spec", [CARD, STRONG, PLAIN], ids=["card", "strong", "plain"])
+@pytest.mark.parametrize("spec", [CARD, STRONG, OVER_BATCH, PLAIN], ids=["card", "strong", "over batch", "plain"])
 @pytest.mark.parametrize("ignored", [0.0, 1.0], ids=["all valid", "one valid"])
 def test_float32_equals_float64_autograd_at_a_large_vocabulary(spec, ignored):
     # At this length torch's own float32 softmax is off by 1e-5.
@@ -134,6 +141,22 @@ def test_micro_batches_add_up_to_the_whole_step():
         torch.testing.assert_close(sum(getattr(piece, name).detach() for piece in pieces), getattr(whole, name).detach())
     assert relative_error(hidden.grad, hidden_grad) < 1e-10
     assert relative_error(weight.grad, weight_grad) < 1e-10
+
+
+def test_over_the_batch_micro_batches_add_up_to_the_step_and_the_variance_of_their_means():
+    hidden, weight, labels = problem(tokens=40)
+    num_valid = int((labels != -100).sum())
+    pieces = [
+        chunked_objective(h, weight, y, OVER_BATCH, num_valid) for h, y in zip(hidden.split(11), labels.split(11), strict=True)
+    ]
+    counts = torch.tensor([float((y != -100).sum()) for y in labels.split(11)])
+    means = torch.stack([piece.entropy_bits for piece in pieces]) * num_valid / counts
+    variance = (counts * (means - (counts * means).sum() / num_valid) ** 2).sum() / num_valid
+    step = chunked_objective(hidden, weight, labels, OVER_BATCH).entropy_target
+    total = sum(piece.entropy_target for piece in pieces)
+    torch.testing.assert_close(total, step + OVER_BATCH.entropy_target_weight * variance)
+    per_token = chunked_objective(hidden, weight, labels, STRONG).entropy_target
+    assert step < total < per_token
 
 
 def test_masking_equals_leaving_rows_out():
@@ -192,7 +215,7 @@ def test_compiled_code_takes_any_count_of_labels_and_another_vocabulary():
 
 
 @pytest.mark.parametrize("vocabulary", [101, 1280], ids=["in one piece", "in five pieces"])
-@pytest.mark.parametrize("spec", [CARD, STRONG, PLAIN], ids=["card", "strong", "plain"])
+@pytest.mark.parametrize("spec", [CARD, STRONG, OVER_BATCH, PLAIN], ids=["card", "strong", "over batch", "plain"])
 def test_the_work_for_the_compiler_gives_the_same_terms_and_gradients(monkeypatch, spec, vocabulary):
     compile_without_a_compiler(monkeypatch)
     hidden, weight, labels = problem(vocabulary=vocabulary, spread=3.0)

@@ -110,12 +110,12 @@ def test_positions_begin_anew_behind_every_end():
 def test_borders_say_what_a_batch_holds_and_all_of_it_is_contiguous(spec):
     """Of a view, which is not contiguous, a GPU's copy cannot be queued: the host waits."""
     held = {}
-    for borders in ("ignored", "positions", "mask"):
+    for borders in ("ignored", "mask"):
         batch = packing.PackedStream(dataclasses.replace(spec, document_borders=borders), Letters()).take(2)
         held[borders] = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
         assert all(tensor.is_contiguous() and tensor.shape == (2, 9) for tensor in held[borders].values())
     assert set(held["ignored"]) == {"input_ids", "labels"}
-    assert set(held["positions"]) == {"input_ids", "labels", "position_ids"}
+    assert set(held["mask"]) == {"input_ids", "labels", "position_ids", "document_ids"}
     documents, tokens = held["mask"]["document_ids"], held["mask"]["input_ids"]
     assert torch.equal(documents.diff(dim=1), (tokens[:, :-1] == 0).long())
 
@@ -127,16 +127,16 @@ def test_a_source_without_held_out_text_says_that_it_takes_more_documents(tmp_pa
 
 
 @pytest.mark.parametrize("experts", [0, 4])
-def test_a_document_mask_hides_the_documents_before_and_positions_alone_do_not(spec, experts):
+def test_a_document_mask_hides_the_documents_before(spec, experts):
     """A document in a window against the same document alone."""
     torch.manual_seed(0)
     model = models.build_model(small_profile(experts=experts, active_experts=experts // 2, sliding_window=4 if experts else 0))
     batches = {
         borders: packing.PackedStream(dataclasses.replace(spec, seq_len=31, document_borders=borders), Letters()).take(2)
-        for borders in ("ignored", "positions", "mask")
+        for borders in ("ignored", "mask")
     }
-    first, *others = (batch.input_ids for batch in batches.values())
-    assert all(torch.equal(first, other) for other in others)
+    first = batches["ignored"].input_ids
+    assert torch.equal(first, batches["mask"].input_ids)
     outputs = {}
     for borders, batch in batches.items():
         tokens = batch.input_ids % 500
@@ -147,8 +147,12 @@ def test_a_document_mask_hides_the_documents_before_and_positions_alone_do_not(s
         alone = models.forward_body(model, first[row : row + 1, begin:end] % 500).hidden[0]
         assert torch.allclose(outputs["mask"][row, begin:end], alone, atol=1e-5)
         assert not torch.allclose(outputs["ignored"][row, begin:end], alone, atol=1e-3)
-        assert not torch.allclose(outputs["positions"][row, begin:end], alone, atol=1e-3)
-    assert not torch.allclose(outputs["ignored"], outputs["positions"], atol=1e-4)
+
+    batch = batches["mask"]
+    distances = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]
+    seen = (batch.document_ids[:, :, None] == batch.document_ids[:, None, :]).tril()
+    places = torch.arange(31)
+    assert torch.equal(distances[seen], (places[:, None] - places).expand_as(seen)[seen]), "as far as they stand apart"
 
 
 def test_flash_attention_is_refused_where_it_would_mix_documents(spec):

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kl3m_nb import growth, plots
-from kl3m_nb.profiles import ATTENTION_ROLES
+from kl3m_nb.profiles import ATTENTION_ROLES, ObjectiveSpec
 
 
 def drawn(figure: Figure) -> list[Axes]:
@@ -94,11 +94,14 @@ class TestTraining:
 
 def test_objective_terms_are_in_thousandths_and_the_target_in_bits():
     log = training_log(30)
-    figure = plots.plot_objective_terms(log, entropy_target_bits=5.5)
+    figure = plots.plot_objective_terms(log, ObjectiveSpec(entropy_target_bits=5.5))
     panels = {axes.get_title(loc="left"): axes for axes in drawn(figure)}
     assert set(panels) == {"Label smoothing", "Entropy bonus", "Entropy target", "Activation norm", "Entropy"}
     np.testing.assert_allclose(panels["Entropy bonus"].lines[0].get_ydata(), -6)
     np.testing.assert_allclose(panels["Activation norm"].lines[0].get_ydata(), 100 / log.step)
+    offset = (log.entropy_bits - 5.5) ** 2  # of a weight of 0.001, in thousandths
+    np.testing.assert_allclose(line(panels["Entropy target"], "offset").get_ydata(), offset)
+    np.testing.assert_allclose(line(panels["Entropy target"], "spread").get_ydata(), 1000 * log.entropy_target - offset)
     assert "10^{-3}" in panels["Entropy bonus"].get_ylabel() and panels["Entropy"].get_ylabel() == "bits per token"
     assert set(line(panels["Entropy"], "target 5.5 bits").get_ydata()) == {5.5}
     np.testing.assert_allclose(panels["Entropy"].lines[1].get_ydata(), log.cross_entropy / math.log(2))
@@ -106,7 +109,7 @@ def test_objective_terms_are_in_thousandths_and_the_target_in_bits():
 
 def test_of_a_mixture_the_router_has_its_panel_among_the_terms():
     log = training_log(30).assign(router_loss=0.1)
-    panels = {axes.get_title(loc="left"): axes for axes in drawn(plots.plot_objective_terms(log))}
+    panels = {axes.get_title(loc="left"): axes for axes in drawn(plots.plot_objective_terms(log, ObjectiveSpec()))}
     assert len(panels) == 6
     np.testing.assert_allclose(panels["Router loss, weighted"].lines[0].get_ydata(), 100)
 
@@ -248,6 +251,9 @@ class TestExpertUse:
         np.testing.assert_allclose(now.images[0].get_array(), shares[5])
         np.testing.assert_allclose(line(over_time, "busiest expert of a layer").get_ydata(), [(0.4 + 0.25) / 2, (0.5 + 0.3) / 2])
         np.testing.assert_allclose(line(over_time, "idlest expert of a layer").get_ydata(), [(0.1 + 0.25) / 2, 0.1])
+        np.testing.assert_allclose(line(over_time, "idle below 5%").get_ydata(), 0.05)
+        drawn = [list(each.get_ydata()) for each in over_time.lines]
+        assert all(least in drawn for least in ([0.1, 0.0], [0.25, 0.2])), drawn
 
     def test_a_dense_run_is_refused(self):
         with pytest.raises(ValueError, match="no expert shares"):

@@ -100,6 +100,8 @@ def test_the_source_of_a_profile_is_shallower_and_nothing_else():
         ("tiny", {"p_sft": 1.5, "packing": "segments"}, "between 0 and 1"),
         ("tiny", {"sft_loss": "all", "packing": "segments"}, "raise p_sft"),
         ("tiny", {"document_borders": "mask", "packing": "segments"}, "never hold two documents"),
+        ("tiny", {"document_borders": "positions"}, "'positions' .* is gone; take 'mask'"),
+        ("tiny", {"entropy_target_over": "step"}, "token, batch"),
         ("tiny", {"prefetch_batches": -1}, "at least 0"),
         ("tiny", {"sliding_window": 64}, "sliding_window is 64 without experts"),
         ("tiny", {"router_aux_loss": 0.05}, "router_aux_loss is 0.05 without experts"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ def _expected(model, windows, spec) -> dict[str, torch.Tensor]:
         "label_smoothing": F.cross_entropy(logits, labels, label_smoothing=spec.label_smoothing) - plain,
         "entropy_bonus": -spec.entropy_bonus * bits.mean(),
         "entropy_target": spec.entropy_target_weight * (bits - spec.entropy_target_bits).square().mean(),
+        "entropy_target: offset": spec.entropy_target_weight * (bits.mean() - spec.entropy_target_bits).square(),
+        "entropy_target: spread": spec.entropy_target_weight * bits.var(correction=0),
         "activation_norm": spec.activation_norm * residual.square().mean(),
     }
     return {name: torch.autograd.grad(term, residual, retain_graph=True)[0].flatten() for name, term in terms.items()}
@@ -51,3 +54,18 @@ def test_a_term_that_is_off_does_not_pull():
     assert table.norm[["entropy_bonus", "activation_norm"]].eq(0).all() and table.norm["entropy_target"] > 0
     assert table.cosine[["entropy_bonus", "activation_norm"]].isna().all()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_entropy_targets_value_is_offset_and_spread():
+    bits, spec = torch.rand(5, 100) * 12, ObjectiveSpec()
+    target = spec.entropy_target_weight * (bits - spec.entropy_target_bits).square().mean(1)
+    train = pd.DataFrame({"step": range(5), "entropy_bits": bits.mean(1), "entropy_target": target})
+    parts = pulls.entropy_target_parts(train, spec)
+    assert parts.spread.tolist() == pytest.approx((spec.entropy_target_weight * bits.var(1, correction=0)).tolist(), rel=1e-3)
+    assert (parts.offset + parts.spread).tolist() == pytest.approx(target.tolist())
+
+
+def test_over_the_batch_there_is_no_spread():
+    model, windows = models.build_model(small_profile()), torch.randint(0, 512, (2, 33))
+    table = pulls.term_pulls(model, windows, ObjectiveSpec(entropy_target_over="batch"))
+    assert table.norm[pulls.TARGET_SPREAD] == 0 < table.norm[pulls.TARGET_OFFSET] == table.norm["entropy_target"]

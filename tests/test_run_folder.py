@@ -81,6 +81,17 @@ def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default(tmp_pa
         run_folder.check_run_folder(tmp_path, small_profile(seed=0), None)
 
 
+def test_a_run_with_a_value_that_is_gone_can_be_read_and_not_continued(tmp_path):
+    run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
+    record = json.loads((tmp_path / run_folder.RUN_FILE).read_text())
+    record["profile"]["data"]["document_borders"] = "positions"
+    (tmp_path / run_folder.RUN_FILE).write_text(json.dumps(record))
+    (tmp_path / "metrics.jsonl").touch()
+    assert run_folder.read_run_profile(tmp_path).data.document_borders == "positions"
+    with pytest.raises(ValueError, match=r"cannot be continued: document_borders 'positions' .* another run folder"):
+        run_folder.check_run_folder(tmp_path, small_profile(), None)
+
+
 def test_a_disk_without_room_for_a_name_still_has_the_lock(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -54,7 +54,7 @@ def test_attention_follows_the_gpu_the_window_and_the_mask(gpu):
     assert chosen("kl3m-002-520m", packing="dense", p_sft=0.0) == "flash_attention_2"
     assert chosen("kl3m-002-520m") == "sdpa", "segments are padded, and their mask costs FlashAttention a host sync a layer"
     gpu["capability"] = (8, 0)
-    assert chosen("kl3m-007-500m") == chosen("kl3m-007-500m", document_borders="positions") == "flash_attention_2"
+    assert chosen("kl3m-007-500m") == "flash_attention_2"
     assert chosen("kl3m-007-500m", document_borders="mask") == "sdpa"
     assert chosen("kl3m-007-500m", attention="sdpa") == chosen("kl3m-007-500m", precision="float32") == "sdpa"
 

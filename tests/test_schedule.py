@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -92,21 +93,47 @@ def test_fixed_mode_equals_torch(norm):
 
 
 def test_adaptive_threshold_follows_the_recurrence():
-    clip = AdaptiveClip(CARD)
-    # Threshold, then EMA after it: min(64, 2·EMA) with EMA starting at 32, 0.9·EMA + 0.1·min(norm, threshold).
-    steps = [
-        (2.0, 64.0, 29.0),
-        (100.0, 58.0, 31.9),
-        (1000.0, 63.8, 35.09),
-        (30.0, 64.0, 34.581),
-        (0.0, 64.0, 31.1229),
-    ]
-    for norm, threshold, ema in steps:
+    """With Adam's bias correction as Adam writes it, in float64."""
+    clip, ema, counted, threshold = AdaptiveClip(CARD), 0.0, 0, 64.0
+    for norm in (2.0, 100.0, 1000.0, 30.0, 0.0, 5.0, 1e-3, 40.0, 0.0, 7.0):
         parameters = parameters_with_norm(norm)
         outcome = clip.clip_(parameters)
         assert outcome.threshold == pytest.approx(threshold) and outcome.clipped == (norm > threshold)
-        assert clip.norm_ema == pytest.approx(ema)
         assert float(flat_gradient(parameters).norm()) == pytest.approx(min(norm, threshold), rel=1e-5)
+        if norm > 0:
+            counted, ema = counted + 1, 0.9 * ema + 0.1 * min(norm, threshold)
+            threshold = min(64.0, 2.0 * ema / (1 - 0.9**counted))
+        assert clip.threshold == pytest.approx(threshold)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999])
+def test_a_constant_norm_has_twice_itself_as_threshold_from_its_first_step_on(beta):
+    clip = AdaptiveClip(dataclasses.replace(CARD, clip_beta=beta))
+    thresholds = [clip.clip_([], norm=1.0).threshold for _ in range(50)]
+    assert thresholds == pytest.approx([64.0] + [2.0] * 49)
+
+
+@pytest.mark.parametrize(("first", "after"), [(0.0, 2.0), (1e-6, 2.0), (1e6, 2.0)])
+def test_no_first_norm_shuts_or_opens_the_clip_for_good(first, after):
+    clip = AdaptiveClip(CARD)
+    clip.clip_([], norm=first)
+    assert clip.threshold == (64.0 if first != 1e-6 else 2e-6)
+    for _ in range(500):
+        clip.clip_([], norm=1.0)
+    assert clip.threshold == pytest.approx(after, rel=1e-6)
+
+
+def test_a_state_of_an_earlier_version_goes_on_as_it_was():
+    """Its mean began at 32 and was not corrected."""
+    clip, ema = AdaptiveClip(CARD), 29.0
+    clip.load_state_dict({"norm_ema": ema})
+    for norm in (3.0, 80.0, 1.0):
+        threshold = min(64.0, 2.0 * ema)
+        assert clip.clip_([], norm=norm).threshold == pytest.approx(threshold)
+        ema = 0.9 * ema + 0.1 * min(norm, threshold)
+    again = AdaptiveClip(CARD)
+    again.load_state_dict(clip.state_dict())
+    assert again.clip_([], norm=2.0) == clip.clip_([], norm=2.0) and again.state_dict() == clip.state_dict()
 
 
 @settings(deadline=None)

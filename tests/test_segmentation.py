@@ -15,6 +15,7 @@ from test_tokenizer import TEXTS
 from kl3m_nb import models, packing, segmentation, streams, tokenizer, training
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.objective import chunked_objective
+from kl3m_nb.training_loss import training_loss
 
 
 @pytest.fixture(scope="module", params=["ordinary", "unorthodox"])
@@ -156,6 +157,29 @@ def test_padding_has_no_influence_on_loss_and_gradients(experts):
     if experts:
         other = input_ids.masked_fill(~mask, 7)
         assert torch.allclose(models.forward_body(model, other, mask).router_loss, body.router_loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_where_the_padding_lies_changes_nothing(experts):
+    """Rotary positions are relative, padding is masked and has no label: in float64 only rounding is left, far below 1e-6."""
+    profile = small_profile(experts=experts, active_experts=min(2, experts), router_aux_loss=0.05 * bool(experts))
+    model = models.build_model(profile).double()
+    model.set_experts_implementation("eager")  # grouped products know no float64
+    generator = torch.Generator().manual_seed(0)
+    lengths, results = [12, 32, 5], []
+    tokens = [torch.randint(10, 500, (length + 1,), generator=generator) for length in lengths]
+    for lefts in ([0, 0, 0], [20, 0, 27], [7, 0, 13]):
+        input_ids, labels, mask = torch.full((3, 32), 2), torch.full((3, 32), -100), torch.zeros(3, 32, dtype=torch.bool)
+        for row, (sample, left) in enumerate(zip(tokens, lefts, strict=True)):
+            place = slice(left, left + lengths[row])
+            input_ids[row, place], labels[row, place], mask[row, place] = sample[:-1], sample[1:], True
+        batch = packing.Batch(input_ids, labels, mask)
+        model.zero_grad()
+        total, _ = training_loss(model, batch, sum(lengths), sum(lengths), profile, False, False)
+        total.backward()
+        results.append(torch.cat([total.detach().view(1), *(parameter.grad.flatten() for parameter in model.parameters())]))
+    for moved in results[1:]:
+        assert (moved - results[0]).norm() < 1e-6 * results[0].norm()
 
 
 def test_a_cotraining_run_is_resumed_bit_for_bit(tmp_path):

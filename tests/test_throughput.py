@@ -80,3 +80,15 @@ def test_a_larger_micro_batch_makes_the_same_step(throughput):
     assert throughput.batch(arguments(grad_accumulation=99), own) == {"micro_batch": 5, "grad_accumulation": 32}
     assert throughput.batch(arguments(grad_accumulation=99, micro_batch=10), own) == {"micro_batch": 10, "grad_accumulation": 16}
     assert throughput.batch(arguments(grad_accumulation=4, micro_batch=10), own)["grad_accumulation"] == 4
+
+
+def test_mfu_leaves_out_what_is_computed_again(throughput, monkeypatch):
+    """The 500M at the rate measured on an H200."""
+    monkeypatch.setattr(throughput, "ON_GPU", True)
+    monkeypatch.setattr(throughput.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    results = {"kl3m_nb": {"rate": 78_800.0, "peak": 1e9}, "Trainer": {"rate": 78_800.0, "peak": 1e9, "recompute": True}}
+    rows, _ = throughput.rows_of(get_profile("kl3m-007-500m"), "synthetic", results)
+    assert [(row["MFU"], row["HFU"], row["MFU PaLM"]) for row in rows] == [
+        ("37.4%", "39.7%", "51.0%"),
+        ("37.4%", "51.0%", "51.0%"),
+    ]

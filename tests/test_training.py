@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -459,9 +460,50 @@ def test_how_a_mixture_uses_its_experts_is_logged(tmp_path):
     used = read_metrics(tmp_path / "run", "experts")
     assert sorted(used.step.unique()) == [3, 6] and len(used) == 2 * 2 * 4
     assert used.groupby(["step", "layer"]).share.sum().tolist() == pytest.approx([1.0] * 4, abs=1e-4)
+    assert used.least_share.tolist() == used.groupby(["step", "layer"]).share.transform("min").tolist()
     # of the choices of all micro-batches: 2 × 256 tokens
     assert (used.share * 2 * 256 % 1).round(2).isin([0.0, 1.0]).all()
     assert (read_metrics(tmp_path / "run", "train").router_loss > 0).all()
+
+
+def test_an_idle_expert_is_warned_of_once_for_its_layer(tmp_path, monkeypatch):
+    """Layer 1 sends nothing to expert 3, of which the router's bias cannot be learned away in six steps."""
+    original = training.training_loss
+
+    def biased(model, *arguments):
+        with torch.no_grad():
+            model.model.layers[1].mlp.gate.weight[3] = 0.0
+            model.model.layers[1].mlp.gate.weight[:3] = 10.0 * torch.eye(3, 32) - 10.0 * torch.eye(3, 32).roll(1, 0)
+        return original(model, *arguments)
+
+    monkeypatch.setattr(training, "training_loss", biased)
+    profile = small_profile(experts=4, active_experts=1, router_aux_loss=0.05, eval_every=1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.train(profile, tmp_path / "run")
+    remarks = [str(warning.message) for warning in caught if "layer 1 " in str(warning.message)]
+    assert len(remarks) == 1 and "expert 3" in remarks[0] and "step 1" in remarks[0]
+
+
+def test_a_mixture_trained_with_the_loss_of_an_earlier_version_goes_on_and_says_so_once(tmp_path, monkeypatch):
+    profile, contents = small_profile(experts=4, active_experts=2, router_aux_loss=0.05), training._Run._contents
+
+    def older(self, stream_state=None):
+        state, card = contents(self, stream_state)
+        del state["router_loss"]
+        state["clip"] = {"norm_ema": 30.0}
+        return state, card
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training._Run, "_contents", older)
+        training.train(profile, tmp_path / "run", callbacks=[_interrupt_at(2)])
+    with pytest.warns(UserWarning, match="up to 2 .* pooled all layers"), pytest.raises(KeyboardInterrupt):
+        training.train(profile, tmp_path / "run", callbacks=[_interrupt_at(4)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.train(profile, tmp_path / "run")
+    assert not [warning for warning in caught if "pooled" in str(warning.message)]
+    assert list(read_metrics(tmp_path / "run", "train").step) == [1, 2, 3, 4, 5, 6]
 
 
 def test_every_checkpoint_has_a_card_of_its_own(trained_run):
