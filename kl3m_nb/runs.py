@@ -156,8 +156,9 @@ def readings(checkpoint: str | Path) -> list[Reading]:
     """
     known, folder = trained_on(checkpoint), paths.find(checkpoint)
     if known is None:
-        source = stack_source(read_stack(folder))
-        if source is None:
+        record = read_stack(folder)
+        source = stack_source(record)
+        if source is None or record.get(TRAINED_STEPS):  # a model trained from a stack, by no run here
             raise UnknownTraining(f"What {checkpoint} was trained on is not recorded here.")
         return readings(source)
     profile, windows = known
