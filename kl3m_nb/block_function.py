@@ -6,7 +6,7 @@ Weights that differ may compute alike and weights that are close may not, so the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from itertools import combinations
 
 import pandas as pd
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kl3m_nb.evaluation import bootstrap_interval, evaluation_mode, held_out_loss
+from kl3m_nb.evaluation import evaluation_mode, held_out_loss
+from kl3m_nb.intervals import mean_interval
 from kl3m_nb.matrices import check_source_layers
 from kl3m_nb.spectra import Progress
 
@@ -29,6 +30,18 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
     return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
 
 
+def chance_cka(first: Tensor, second: Tensor) -> float:
+    """Mean linear CKA over all ways to pair the samples of `first` with those of `second` at random, e.g. [2048, 576] each.
+
+    Exact without any drawing: tr K · tr L / ((n − 1) ‖K‖_F ‖L‖_F) with the Gram matrices K, L of the centred features and n
+    samples (Kazi-Aoual et al. 1995, Comput. Stat. Data Anal. 20, for the RV coefficient, which linear CKA is). NaN where features
+    are constant.
+    """
+    x, y = (features.double() - features.double().mean(dim=0) for features in (first, second))
+    traces = x.square().sum() * y.square().sum()
+    return float(traces / ((len(x) - 1) * (x.T @ x).norm() * (y.T @ y).norm()))
+
+
 def block_similarity(
     model: PreTrainedModel, windows: Tensor, source_layers: int, batch_windows: int = 8, samples: int = 2048
 ) -> pd.DataFrame:
@@ -36,32 +49,37 @@ def block_similarity(
 
     `windows` is int64 [N, seq_len + 1], e.g. [48, 257]; features are taken at up to `samples` positions spread evenly over them.
     output_cka compares the residual stream behind the blocks, which carries what all blocks below wrote; update_cka what the
-    block itself adds to it. output_chance and update_chance are the CKA with the samples of one copy moved by half their number:
-    what unrelated positions give. Raises ValueError for `source_layers` that do not divide the layers or leave one copy.
+    block itself adds to it. output_chance and update_chance are `chance_cka`: what the same features give when the positions of
+    the two copies are paired at random. Raises ValueError for `source_layers` that do not divide the layers or leave one copy.
     """
     pairs = copy_pairs(model, source_layers)
     positions = windows.shape[0] * (windows.shape[1] - 1)
     chosen = torch.linspace(0, positions - 1, min(samples, positions)).round().long().unique()
     outputs, updates = _block_features(model, windows, chosen, batch_windows)
-    shift = len(chosen) // 2
     rows = []
     for source_layer, a, b in pairs:
         row = {"source_layer": source_layer, "copy_a": a // source_layers, "copy_b": b // source_layers}
         for name, features in (("output", outputs), ("update", updates)):
             row[f"{name}_cka"] = linear_cka(features[a], features[b])
-            row[f"{name}_chance"] = linear_cka(features[a], features[b].roll(shift, 0))
+            row[f"{name}_chance"] = chance_cka(features[a], features[b])
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def swap_loss(
-    model: PreTrainedModel, windows: Tensor, source_layers: int, batch_windows: int = 8, progress: Progress | None = None
+    model: PreTrainedModel,
+    windows: Tensor,
+    source_layers: int,
+    families: Sequence[Hashable] | None = None,
+    batch_windows: int = 8,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Change of the held-out loss when two copies of a source block change places: a row per source block and pair of copies.
 
     `windows` is int64 [N, seq_len + 1], e.g. [16, 257]. loss is that of the model as it is, change = swapped loss − loss in nats
-    per token, low and high its 95% bootstrap interval over the windows. Copies that are equal change nothing. The model is as it
-    was afterwards, also after an error. Raises ValueError as `block_similarity`.
+    per token, low and high its 95% interval, effective the effective number of `families` that it rests on: the document family
+    of each window, as `packing.sampled_windows` gives it, or without them the windows. Copies that are equal change nothing. The
+    model is as it was afterwards, also after an error. Raises ValueError as `block_similarity`.
     """
     pairs = copy_pairs(model, source_layers)
     before = held_out_loss(model, windows, batch_windows)
@@ -69,16 +87,17 @@ def swap_loss(
     for done, (source_layer, a, b) in enumerate(pairs, start=1):
         with _swapped(model.model.layers, a, b):
             after = held_out_loss(model, windows, batch_windows)
-        interval = bootstrap_interval(after.loss_per_window - before.loss_per_window)
+        interval = mean_interval(after.loss_per_window - before.loss_per_window, families=families)
         rows.append(
             {
                 "source_layer": source_layer,
                 "copy_a": a // source_layers,
                 "copy_b": b // source_layers,
                 "loss": before.loss,
-                "change": after.loss - before.loss,
+                "change": interval.mean,
                 "low": interval.low,
                 "high": interval.high,
+                "effective": interval.effective,
             }
         )
         if progress is not None:

@@ -252,6 +252,11 @@ def stack_record(folder: Path) -> dict:
     return stack | {TRAINED_STEPS: state["counters"]["step"]} if stack else {}
 
 
+def stream_state(checkpoint: Path) -> dict:
+    """Where the training stream of a run stood at its checkpoint: the state of `streams.open_stream`'s stream."""
+    return _unread_state(checkpoint)["stream"]
+
+
 def start_record(checkpoint: Path) -> dict:
     """What the run of a checkpoint took over of how its start was grown; with `trained_steps` when that had been trained."""
     return _unread_state(checkpoint).get("stack", {})  # an earlier version did not keep it

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from kl3m_nb.evaluation import Interval, bootstrap_interval
+from kl3m_nb.intervals import Interval, mean_interval, verdict
 from kl3m_nb.prediction import Prediction
 
 
@@ -35,7 +36,8 @@ def side_by_side(table: pd.DataFrame, decimals: int = 3) -> pd.DataFrame:
 def steps_table(predictions: Mapping[int, Prediction]) -> pd.DataFrame:
     """A row per step, on the documents that all `predictions` have: `bits_per_byte`, and `difference` from the first step's.
 
-    The difference is paired by document, with its 95% interval, `low` to `high`. Documents that share an identifier are left out.
+    The difference is paired by document, with its 95% interval, `low` to `high`, and its `effective` number of families.
+    Documents that share an identifier are left out.
     """
     tables = {
         step: prediction.documents.drop_duplicates("identifier", keep=False).set_index("identifier")
@@ -48,12 +50,13 @@ def steps_table(predictions: Mapping[int, Prediction]) -> pd.DataFrame:
         bits = documents["bits_per_byte"]
         first = bits if first is None else first
         mean = float(np.average(bits, weights=documents["bytes"]))
-        rows.append((step, len(documents), mean, *bootstrap_interval(bits - first[bits.index], documents["bytes"])))
-    return pd.DataFrame(rows, columns=["step", "documents", "bits_per_byte", "difference", "low", "high"])
+        difference = mean_interval(bits - first[bits.index], documents["bytes"], documents["family"])
+        rows.append((step, len(documents), mean, *difference))
+    return pd.DataFrame(rows, columns=["step", "documents", "bits_per_byte", "difference", "low", "high", "effective"])
 
 
 def paired_difference(first: Prediction, second: Prediction) -> Interval:
-    """Bits per byte of `first` minus those of `second` on the same documents, with a 95% document bootstrap.
+    """Bits per byte of `first` minus those of `second` on the same documents, with its 95% interval.
 
     Below 0, `first` is better. Bits per byte compare between tokenizers. Raises ValueError when the documents are not the same.
     """
@@ -63,14 +66,15 @@ def paired_difference(first: Prediction, second: Prediction) -> Interval:
     ):
         raise ValueError("Two models can only be paired on the same documents in the same order; evaluate both on one list.")
     difference = first.documents["bits_per_byte"] - second.documents["bits_per_byte"]
-    return bootstrap_interval(difference, first.documents["bytes"])
+    return mean_interval(difference, first.documents["bytes"], first.documents["family"])
 
 
 def differences_table(predictions: Mapping[str, Prediction], reference: str) -> pd.DataFrame:
-    """A row per other model: `difference` in bits per byte from `reference`, `low`, `high`, `better_on` and `verdict`.
+    """A row per other model: `difference` in bits per byte from `reference`, `low`, `high`, `effective`, `better_on`, `verdict`.
 
-    `better_on` is the share of documents on which the model beats the reference. The verdict is better or worse where the 95%
-    interval excludes 0, else "not resolved". Raises ValueError when there is no model of that name.
+    `effective` is the effective number of families that the 95% interval rests on, `better_on` the share of documents on which
+    the model beats the reference. The verdict is better or worse where the interval excludes 0, else "not resolved". Raises
+    ValueError when there is no model of that name.
     """
     if reference not in predictions:
         raise ValueError(f"There is no model {reference!r} to compare with; the models are {', '.join(predictions)}.")
@@ -80,26 +84,28 @@ def differences_table(predictions: Mapping[str, Prediction], reference: str) -> 
             continue
         difference = paired_difference(prediction, predictions[reference])
         better = prediction.documents["bits_per_byte"] < predictions[reference].documents["bits_per_byte"]
-        verdict = "better" if difference.high < 0 else "worse" if difference.low > 0 else "not resolved"
         rows.append(
             {
                 "model": name,
                 "difference": difference.mean,
                 "low": difference.low,
                 "high": difference.high,
+                "effective": difference.effective,
                 "better_on": float(better.mean()),
-                "verdict": verdict,
+                "verdict": verdict(difference),
             }
         )
     return pd.DataFrame(rows)
 
 
 def rank_agreement(figures: pd.DataFrame, by: str, lower_is_better: Mapping[str, bool]) -> pd.DataFrame:
-    """Does each figure rank the models as `by` does? A row per figure: its ranking, worst first, and Kendall's tau with `by`.
+    """Does each figure rank the models as `by` does? A row per figure: its `ranking`, worst first, `tau` and `by_chance`.
 
     `figures` has a row per model and a column per figure; `lower_is_better` says for each figure to be judged, and for `by`,
-    which way is better. Tau is tau-a: 1 for the same order, −1 for the opposite one, tied pairs count as 0; NaN with fewer than
-    two models or a figure that is missing for one. Raises ValueError for a column that is not there.
+    which way is better. `tau` is Kendall's tau-b with `by`: 1 for the same order, −1 for the opposite one. `by_chance` is the
+    probability that a random order of the models has at least this tau: 1/6 for the same order of three. Both are NaN with fewer
+    than two models, for a figure that is missing for one, and for one that is the same for all. Raises ValueError for a column
+    that is not there.
     """
     if missing := [name for name in (by, *lower_is_better) if name not in figures.columns or name not in lower_is_better]:
         raise ValueError(f"rank_agreement lacks the figure {missing[0]!r} or which way it is better; name both.")
@@ -108,13 +114,17 @@ def rank_agreement(figures: pd.DataFrame, by: str, lower_is_better: Mapping[str,
     for name in lower_is_better:
         own, reference = figures[name] * signs[name], figures[by] * signs[by]
         order = own.sort_values(kind="stable").index
-        rows.append({"figure": name, "ranking": " < ".join(reversed(order)), "tau": _kendall_tau(own, reference)})
+        tau, by_chance = _kendall_tau(own.to_numpy(dtype=float), reference.to_numpy(dtype=float))
+        rows.append({"figure": name, "ranking": " < ".join(reversed(order)), "tau": tau, "by_chance": by_chance})
     return pd.DataFrame(rows)
 
 
-def _kendall_tau(first: pd.Series, second: pd.Series) -> float:
-    if len(first) < 2 or first.isna().any() or second.isna().any():
-        return math.nan
-    pairs = [(i, j) for j in range(len(first)) for i in range(j)]
-    signs = [np.sign(first.iloc[i] - first.iloc[j]) * np.sign(second.iloc[i] - second.iloc[j]) for i, j in pairs]
-    return float(np.mean(signs))
+def _kendall_tau(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """tau-b, and the share of all orders of `first` (of 9,999 drawn ones beyond seven models) whose tau is as high."""
+    if any(np.isnan(values).any() or len(np.unique(values)) < 2 for values in (first, second)):
+        return math.nan, math.nan
+    test = stats.permutation_test(
+        (first,), lambda order: stats.kendalltau(order, second).statistic, permutation_type="pairings", alternative="greater",
+        n_resamples=9999, rng=0,
+    )  # fmt: skip
+    return float(test.statistic), float(test.pvalue)

@@ -1,4 +1,4 @@
-"""What a causal language model gives every single token, the held-out loss that follows, and intervals for averages.
+"""What a causal language model gives every single token, and the held-out loss that follows.
 
 The LM head is applied to a few tokens at a time, so the logits of a whole batch (5.4 GB in bfloat16 for 5 × 4096 tokens and
 131,072 entries) never exist. The figure is plain cross-entropy: no label smoothing, no entropy term, no router loss.
@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ class HeldOut:
     loss: float  # nats per token, mean over all labels
     tokens: int  # labels that were predicted, N × seq_len
     entropy_bits: float  # mean entropy of the predictive distribution, in bits
-    loss_by_position: Tensor  # [seq_len]: mean over windows at a position; entry t has t + 1 tokens of context
     loss_per_window: Tensor  # [N]: mean over positions of a window
 
     @property
@@ -45,14 +43,6 @@ class TokenScores(NamedTuple):
     entropy: Tensor  # of the predictive distribution, nats
     confidence: Tensor  # probability of the likeliest token
     correct: Tensor  # 1 where the likeliest token is the label, else 0
-
-
-class Interval(NamedTuple):
-    """A weighted mean and its bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @contextlib.contextmanager
@@ -104,7 +94,6 @@ def held_out_loss(
         loss=losses.mean().item(),
         tokens=losses.numel(),
         entropy_bits=torch.cat(entropies).mean().item() / math.log(2),
-        loss_by_position=losses.mean(dim=0),
         loss_per_window=losses.mean(dim=1),
     )
 
@@ -207,51 +196,3 @@ def bits_per_byte(loss_nats: float, tokens: int, num_bytes: int) -> float:
     if num_bytes < 1:
         raise ValueError(f"bits_per_byte was given {num_bytes} bytes of text; it needs at least 1.")
     return loss_nats * tokens / (math.log(2) * num_bytes)
-
-
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray | Tensor,
-    weights: Sequence[float] | np.ndarray | Tensor | None = None,
-    level: float = 0.95,
-    seed: int = 0,
-    resamples: int = 1000,
-) -> Interval:
-    """Percentile-bootstrap interval of the weighted mean Σ w v / Σ w, drawing whole units (documents, windows) with replacement.
-
-    `values` and `weights` are one-dimensional and of one length, e.g. a document's mean loss and its tokens; without weights all
-    units weigh the same. Paired differences of two models on the same units go in as `values`. One unit alone gives an interval
-    of no width, which says nothing about certainty. Raises ValueError for empty or unequal input, a weight that is not positive,
-    or a level outside 0 … 1.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
-    if values.ndim != 1 or values.shape != weights.shape or values.size == 0:
-        raise ValueError(
-            f"bootstrap_interval was given values of shape {list(values.shape)} and weights of shape {list(weights.shape)}; "
-            "it takes two one-dimensional sequences of the same length, at least 1."
-        )
-    if not (weights > 0).all():
-        raise ValueError(f"bootstrap_interval was given a weight of {weights.min()}; every weight must be positive.")
-    if not 0 < level < 1:
-        raise ValueError(f"The level of an interval is {level}; it must lie between 0 and 1.")
-    weighted = values * weights
-    drawn = np.random.default_rng(seed).integers(values.size, size=(resamples, values.size))
-    means = weighted[drawn].sum(axis=1) / weights[drawn].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean=float(weighted.sum() / weights.sum()), low=float(low), high=float(high))
-
-
-def difference_interval(
-    first: Sequence[float], second: Sequence[float], resamples: int = 1000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Percentile-bootstrap interval of mean(first) − mean(second) for two unpaired samples, each resampled on its own.
-
-    Raises ValueError for an empty sample.
-    """
-    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if not (first.size and second.size):
-        raise ValueError(f"difference_interval was given {first.size} and {second.size} values; it needs at least 1 of each.")
-    rng = np.random.default_rng(seed)
-    means = [rng.choice(values, (resamples, values.size)).mean(axis=1) for values in (first, second)]
-    low, high = np.quantile(means[0] - means[1], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean=float(first.mean() - second.mean()), low=float(low), high=float(high))

@@ -1,6 +1,7 @@
 """Figures of predictions, samples and their comparison. Each function takes tables and returns a Figure in the look of `figures`.
 
-A model keeps its colour and marker within a figure; whiskers and bands are 95% intervals.
+A model keeps its colour and marker within a figure; whiskers and bands are 95% intervals over document families, and left out
+where a single family gives none.
 """
 
 from __future__ import annotations
@@ -27,23 +28,27 @@ def _look(number: int) -> dict:
 
 
 @styled
-def plot_prediction(predictions: Mapping[str, Prediction]) -> Figure:
-    """Bits per byte by domain, loss by tokens of context, and calibration: a colour a model.
+def plot_prediction(predictions: Mapping[str, Prediction], contexts: Mapping[str, pd.DataFrame]) -> Figure:
+    """Bits per byte by domain, what the loss gains when context is cut, and calibration: a colour a model.
 
-    Raises ValueError without a model.
+    `contexts` holds what `prediction.worth_of_context` gives of each model. Whiskers of a domain of few families run out of the
+    panel. Raises ValueError without a model, or for a model that is not in both.
     """
-    if not predictions:
-        raise ValueError("plot_prediction was given no models; evaluate at least one.")
+    if not predictions or predictions.keys() != contexts.keys():
+        raise ValueError(
+            f"plot_prediction was given predictions of {list(predictions)} and contexts of {list(contexts)}; "
+            "give both of the same models, at least one."
+        )
     figure, (domains, positions, calibration) = plt.subplots(1, 3, figsize=(14, 5), width_ratios=(1.25, 1, 1))
     calibration.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="as sure as right")
     highest = 0.0
     for number, (name, prediction) in enumerate(predictions.items()):
         look = _look(number)
         _domain_row(domains, prediction, (number - (len(predictions) - 1) / 2) * 0.7 / len(predictions), name, look)
-        context = prediction.by_position()
+        context = contexts[name]
         band = {"color": look["color"], "alpha": 0.12, "linewidth": 0}
-        positions.fill_between(context["context"], context["loss_low"], context["loss_high"], **band)
-        positions.plot(context["context"], context["loss"], DASHES[number % 4], markersize=4, label=name, **look)
+        positions.fill_between(context["context"], context["more_low"], context["more_high"], **band)
+        positions.plot(context["context"], context["more"], DASHES[number % 4], markersize=4, label=name, **look)
         bins = prediction.calibration[prediction.calibration["tokens"] >= FEWEST_TOKENS]
         sizes = 4 + 10 * np.sqrt(bins["tokens"] / bins["tokens"].max())
         calibration.plot(bins["confidence"], bins["accuracy"], DASHES[number % 4], color=look["color"], linewidth=1.2, label=name)
@@ -52,10 +57,15 @@ def plot_prediction(predictions: Mapping[str, Prediction]) -> Figure:
     labels = ["all", *next(iter(predictions.values())).by_domain()["domain"]]
     domains.set_yticks(range(len(labels)), labels)
     domains.invert_yaxis()
-    domains.set(title="By domain", xlabel="bits per byte")
+    effective = next(iter(predictions.values())).bits_per_byte.effective
+    domains.set(title=f"By domain ({effective:.1f} families in effect)", xlabel="bits per byte")
+    _limit_to_means(domains, predictions)
     positions.set_xscale("log", base=2)
     positions.xaxis.set_major_formatter("{x:,.0f}")
-    positions.set(title="By context", xlabel="tokens of context", ylabel="nats per token")
+    positions.axhline(0, color=GREY, linewidth=1)
+    longest = max(context["context"].max() for context in contexts.values())
+    title = "The same tokens, context cut"
+    positions.set(title=title, xlabel="tokens of context", ylabel=f"nats per token more than with {longest:,}")
     limit = min(1.0, 1.05 * highest)
     calibration.set(title="Calibration", xlabel="confidence in the likeliest token", ylabel="how often it is right")
     calibration.set(xlim=(0, limit), ylim=(0, limit))
@@ -76,6 +86,15 @@ def _domain_row(axes: Axes, prediction: Prediction, offset: float, name: str, lo
     axes.errorbar(means, np.arange(len(means)) + offset, xerr=spread, linestyle="", capsize=2.5, markersize=6, label=name, **look)
 
 
+def _limit_to_means(axes: Axes, predictions: Mapping[str, Prediction]) -> None:
+    """Two families leave an interval 13 times its standard error: the axis shows all means and the intervals of the whole."""
+    shown = [value for prediction in predictions.values() for value in prediction.by_domain()["bits_per_byte"]]
+    shown += [value for prediction in predictions.values() for value in prediction.bits_per_byte[:3]]
+    low, high = np.nanmin(shown), np.nanmax(shown)
+    if low < high < np.inf:
+        axes.set_xlim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+
+
 @styled
 def plot_differences(differences: pd.DataFrame, reference: str, models: Sequence[str]) -> Figure:
     """How far each model is from `reference` in bits per byte, paired by document; left of the line is better.
@@ -90,7 +109,8 @@ def plot_differences(differences: pd.DataFrame, reference: str, models: Sequence
     for place, row in enumerate(differences.itertuples()):
         spread = [[row.difference - row.low], [row.high - row.difference]]
         axes.errorbar([row.difference], [place], xerr=spread, capsize=4, **_look(models.index(row.model)))
-        text = f"{row.difference:+.3f}, {row.verdict}; better on {row.better_on:.0%} of the documents".replace("-", "−")
+        text = f"{row.difference:+.3f}, {row.verdict}; better on {row.better_on:.0%} of the documents"
+        text = f"{text}; {row.effective:.1f} families in effect".replace("-", "−")
         axes.annotate(text, (row.difference, place), (0, 8), textcoords="offset points", ha="center", fontsize=9)
     axes.set_yticks(range(len(differences)), differences["model"])
     axes.set(ylim=(len(differences) - 0.5, -0.7), xlabel=f"bits per byte more than {reference}")
@@ -209,24 +229,25 @@ def plot_entropy_along(entropies: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 @styled
-def plot_recital(gaps: Mapping[str, pd.DataFrame]) -> Figure:
-    """Tokens recited by length of the prefix, on training and held-out passages: a panel a model.
+def plot_memorisation(gaps: Mapping[str, pd.DataFrame]) -> Figure:
+    """Tokens continued verbatim by length of the prefix, in passages given in training and not given yet: a panel a model.
 
-    `gaps` maps labels to what `memorisation.recital_gap` returns. Raises ValueError without a model.
+    `gaps` maps labels to what `memorisation.memorisation_gap` returns. Raises ValueError without a model.
     """
     if not gaps:
-        raise ValueError("plot_recital was given no models; measure at least one.")
+        raise ValueError("plot_memorisation was given no models; measure at least one.")
     figure, panels = plt.subplots(1, len(gaps), figsize=(1.5 + 4.2 * len(gaps), 4.6), sharey=True, squeeze=False)
     for axes, (name, gap) in zip(panels[0], gaps.items(), strict=True):
         for column, label, color, marker, shift in (
-            ("training", "training passages", VERMILLION, "o", 0.97), ("held_out", "held-out passages", BLUE, "s", 1.03),
+            ("given", "given in training", VERMILLION, "o", 0.97), ("not_given", "not given yet", BLUE, "s", 1.03),
         ):  # fmt: skip
             spread = [gap[column] - gap[f"{column}_low"], gap[f"{column}_high"] - gap[column]]
             axes.errorbar(gap["prefix"] * shift, gap[column], yerr=spread, color=color, marker=marker, capsize=3, label=label)
         plain_log_axis(axes.xaxis)
         axes.set_xticks(gap["prefix"], [f"{prefix}" for prefix in gap["prefix"]])
         axes.minorticks_off()
-        axes.set(title=name, xlabel="tokens of the prefix")
+        axes.set(title=f"{name} ({gap['given_documents'].iloc[0]} and {gap['not_given_documents'].iloc[0]} documents)")
+        axes.set_xlabel("tokens of the prefix")
         percent_axis(axes.yaxis)
     panels[0, 0].set_ylabel("identical tokens, position by position")
     panels[0, 0].set_ylim(bottom=0)

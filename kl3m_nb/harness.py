@@ -20,7 +20,8 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.corpus import Document
-from kl3m_nb.evaluation import Interval, bootstrap_interval, score_sequences
+from kl3m_nb.evaluation import score_sequences
+from kl3m_nb.intervals import Interval, share_interval
 from kl3m_nb.paths import located, tasks_dir
 from kl3m_nb.tokenizer import read_tokenizer
 
@@ -92,8 +93,8 @@ def answer_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ite
 
 
 def accuracy(answers: pd.DataFrame, column: str = "correct") -> Interval:
-    """Share of right answers with a 95% bootstrap interval over the items; `column` may be `correct_per_character`."""
-    return bootstrap_interval(answers[column].astype(float))
+    """Share of right answers with its 95% interval over the items; `column` may be `correct_per_character`."""
+    return share_interval(answers[column])
 
 
 def answer_bits(answers: pd.DataFrame) -> float:

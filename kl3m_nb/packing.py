@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kl3m_nb.corpus import family
 from kl3m_nb.document_stream import DocumentStream, forget_held_out, held_out_documents, preview_tokenized
 from kl3m_nb.profiles import DataSpec
 from kl3m_nb.sources import SourceReport
@@ -197,8 +198,29 @@ def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torc
             f"The held-out documents of {spec.source!r} fill {len(windows)} windows of {spec.seq_len + 1} tokens, "
             f"{spec.held_out_windows} are asked for; lower held_out_windows or seq_len."
         )
-    chosen = torch.linspace(0, len(windows) - 1, spec.held_out_windows).round().long()
-    return torch.tensor(windows, dtype=torch.int64)[chosen]
+    return torch.tensor(windows, dtype=torch.int64)[_spread(len(windows), spec.held_out_windows)]
+
+
+def sampled_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[torch.Tensor, list[str]]:
+    """`count` of the `held_out_windows`, int64 [count, seq_len + 1], spread evenly over them, and the family of each.
+
+    The family is that of the documents that most tokens of a window are from. All windows are given where there are no more than
+    `count`. Raises ValueError as `held_out_windows`.
+    """
+    windows = held_out_windows(spec, tokenizer)
+    documents = held_out_documents(spec, tokenizer)
+    names = list(dict.fromkeys(family(document) for document, _ in documents))
+    owners = np.repeat([names.index(family(document)) for document, _ in documents], [tokens.size + 1 for _, tokens in documents])
+    length = spec.seq_len + 1
+    owners = owners[: len(owners) // length * length].reshape(-1, length)
+    owners = owners[_spread(len(owners), spec.held_out_windows)]  # the same choice as that of the windows
+    chosen = _spread(len(windows), min(count, len(windows)))
+    return windows[chosen], [names[np.bincount(row).argmax()] for row in owners[chosen]]
+
+
+def _spread(available: int, count: int) -> torch.Tensor:
+    """`count` of the places 0 … available − 1, int64, spread evenly."""
+    return torch.linspace(0, available - 1, count).round().long()
 
 
 def document_table(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, most: int = 500) -> pd.DataFrame:

@@ -1,9 +1,9 @@
 """Prediction on whole documents: every token counted once, whatever the context, in units that compare between tokenizers.
 
 A document longer than the window is read by a window that slides on by `stride` tokens; only what is new in it is predicted, so
-every token but those of the first window has at least window − stride tokens of context. Averages carry intervals by document
-bootstrap: tokens of one document are not independent. Texts of one family are not quite either, so the intervals are, if
-anything, too narrow.
+every token but those of the first window has at least window − stride tokens of context. Averages carry intervals over document
+families (`intervals`): neither tokens of one document nor texts of one family are independent. What context is worth is a
+measure of its own, since tokens far into a document are other tokens than those at its beginning.
 """
 
 from __future__ import annotations
@@ -18,37 +18,38 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kl3m_nb.corpus import Document
+from kl3m_nb.corpus import Document, family
 from kl3m_nb.document_stream import token_ids
-from kl3m_nb.evaluation import Interval, bits_per_byte, bootstrap_interval, score_sequences
+from kl3m_nb.evaluation import bits_per_byte, score_sequences
+from kl3m_nb.intervals import Interval, mean_interval
 from kl3m_nb.profiles import ObjectiveSpec
 
 ENTROPY_TARGET_BITS = ObjectiveSpec.entropy_target_bits
 CALIBRATION_BINS = 15
+FEWEST_FAMILIES = 5  # whose texts must be long enough for a length of context to be judged
 
 
 @dataclass(frozen=True)
 class Prediction:
     """How well one model predicts a set of documents.
 
-    `documents` has a row per document: identifier, domain, tokens, bytes, loss (nats per token), entropy_bits, bits_per_byte.
-    `positions` has a row per document and number of tokens of context: document (its row), context, tokens, loss. `calibration`
-    has a row per bin of confidence that holds tokens: confidence and accuracy, both means over the bin, and tokens.
+    `documents` has a row per document: identifier, domain, family, tokens, bytes, loss (nats per token), entropy_bits,
+    bits_per_byte. `calibration` has a row per bin of confidence that holds tokens: confidence and accuracy, both means over the
+    bin, and tokens.
     """
 
     documents: pd.DataFrame
-    positions: pd.DataFrame
     calibration: pd.DataFrame
 
     @property
     def loss(self) -> Interval:
         """Nats per token with a 95% interval."""
-        return bootstrap_interval(self.documents["loss"], self.documents["tokens"])
+        return _interval(self.documents, "loss", "tokens")
 
     @property
     def bits_per_byte(self) -> Interval:
         """Bits per UTF-8 byte of text with a 95% interval."""
-        return bootstrap_interval(self.documents["bits_per_byte"], self.documents["bytes"])
+        return _interval(self.documents, "bits_per_byte", "bytes")
 
     @property
     def entropy_bits(self) -> float:
@@ -64,6 +65,7 @@ class Prediction:
     def summary(self) -> dict[str, float]:
         """The figures of one row of a table.
 
+        `effective` is the number of families of equal size that would say as much as these documents on the bits per byte.
         `overconfidence_bits` is cross-entropy minus entropy: a model that is as unsure as its errors warrant has 0, one that is
         too sure of itself more.
         """
@@ -78,6 +80,7 @@ class Prediction:
             "bits_per_byte": per_byte.mean,
             "bits_per_byte_low": per_byte.low,
             "bits_per_byte_high": per_byte.high,
+            "effective": per_byte.effective,
             "entropy_bits": self.entropy_bits,
             "entropy_minus_target": self.entropy_bits - ENTROPY_TARGET_BITS,
             "overconfidence_bits": loss.mean / math.log(2) - self.entropy_bits,
@@ -86,14 +89,15 @@ class Prediction:
         }
 
     def by_domain(self) -> pd.DataFrame:
-        """A row per domain: documents, tokens, bytes, and loss and bits per byte with their 95% intervals.
+        """A row per domain: documents, tokens, bytes, loss and bits per byte with their 95% intervals, `effective` families.
 
+        A domain of one family has no interval: its bounds are NaN.
         The domain with the most bytes of text comes first, so the order is that of every model on the same documents.
         """
         rows = []
         for domain, documents in self.documents.groupby("domain"):
-            loss = bootstrap_interval(documents["loss"], documents["tokens"])
-            per_byte = bootstrap_interval(documents["bits_per_byte"], documents["bytes"])
+            loss = _interval(documents, "loss", "tokens")
+            per_byte = _interval(documents, "bits_per_byte", "bytes")
             rows.append(
                 {
                     "domain": domain,
@@ -106,25 +110,10 @@ class Prediction:
                     "bits_per_byte": per_byte.mean,
                     "bits_per_byte_low": per_byte.low,
                     "bits_per_byte_high": per_byte.high,
+                    "effective": per_byte.effective,
                 }
             )
         return pd.DataFrame(rows).sort_values("bytes", ascending=False, kind="stable", ignore_index=True)
-
-    def by_position(self, ranges: int = 13) -> pd.DataFrame:
-        """What context is worth: a row per range of tokens of context, each about as much longer than the one before.
-
-        `context` is the range's geometric centre, `tokens` how many were predicted in it, `loss` their mean in nats with its
-        95% interval, `loss_low` to `loss_high`.
-        """
-        context = self.positions["context"]
-        edges = np.unique(np.geomspace(context.min(), context.max() + 1, ranges + 1).round())
-        rows = []
-        for number, inside in self.positions.groupby(np.searchsorted(edges, context, side="right")):
-            summed = inside.assign(loss=inside["loss"] * inside["tokens"]).groupby("document")[["tokens", "loss"]].sum()
-            loss = bootstrap_interval(summed["loss"] / summed["tokens"], summed["tokens"])
-            centre, tokens = math.sqrt(edges[number - 1] * (edges[number] - 1)), summed["tokens"].sum()
-            rows.append({"context": centre, "tokens": tokens, "loss": loss.mean, "loss_low": loss.low, "loss_high": loss.high})
-        return pd.DataFrame(rows)
 
 
 def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -182,14 +171,71 @@ def evaluate_documents(
             owners.append(number)
     scores = score_sequences(model, sequences, predicted, batch_tokens, autocast)
     owner = np.repeat(owners, predicted)
-    position = np.concatenate([np.arange(len(s) - n, len(s)) for s, n in zip(sequences, predicted, strict=True)])
     loss, entropy, confidence, correct = (torch.cat(values).numpy() for values in zip(*scores, strict=True))
-    tokens = pd.DataFrame({"document": owner, "context": position, "loss": loss, "entropy_bits": entropy / math.log(2)})
-    return Prediction(
-        documents=_per_document(tokens, documents),
-        positions=tokens.groupby(["document", "context"])["loss"].agg(tokens="size", loss="mean").reset_index(),
-        calibration=_calibration(confidence, correct),
-    )
+    tokens = pd.DataFrame({"document": owner, "loss": loss, "entropy_bits": entropy / math.log(2)})
+    return Prediction(documents=_per_document(tokens, documents), calibration=_calibration(confidence, correct))
+
+
+def worth_of_context(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    window: int,
+    prefix: int | None = None,
+    per_family: int = 24,
+    batch_tokens: int = 8192,
+) -> pd.DataFrame:
+    """What context is worth: the same tokens predicted from the last 1, 2, 4 … tokens before them; a row per length of context.
+
+    `context` is the length, `tokens` how many are predicted, `loss` their mean in nats. `more` is how much that is above the loss
+    with the longest context, with its 95% interval over families, `more_low` to `more_high`, and their `effective` number. A
+    model that does not look back has 0 in every row. Each length is read on its own, so nothing from before the cut reaches the
+    prediction through a deeper layer.
+
+    Of each family the longest document gives `per_family` tokens, spread evenly over those that have the longest context before
+    them, the document's `prefix` counted (see `evaluate_documents`). The longest context is the largest power of two up to
+    `window` that the documents of `FEWEST_FAMILIES`, or of all where there are fewer, have so many tokens beyond; where none has,
+    it is a single token. Raises ValueError for no documents, one without text, or a window below 1 or beyond the model's context.
+    """
+    if not documents or not 1 <= window <= model.config.max_position_embeddings:
+        raise ValueError(
+            f"worth_of_context was given {len(documents)} documents and a window of {window} tokens; it takes at least 1 "
+            f"document and a window of 1 to {model.config.max_position_embeddings} tokens."
+        )
+    before = tokenizer.eos_token_id if prefix is None else prefix
+    texts: dict[str, list[int]] = {}
+    for document in documents:
+        texts[family(document)] = max(texts.get(family(document), []), [before, *token_ids(document, tokenizer)], key=len)
+
+    # Which tokens: those of the families whose text is long enough for the longest context that several of them have.
+    def with_context(length: int) -> list[str]:
+        return [name for name, text in texts.items() if length == 1 or len(text) - length >= per_family]
+
+    enough = min(FEWEST_FAMILIES, len(texts))
+    lengths = [2**power for power in range(window.bit_length()) if len(with_context(2**power)) >= enough]
+    chosen = [
+        (name, place)
+        for name in with_context(lengths[-1])
+        for place in np.unique(np.linspace(lengths[-1], len(texts[name]) - 1, per_family).round().astype(int))
+    ]
+    families = [name for name, _ in chosen]
+
+    # Each length of context on its own, and how much its loss is above that of the longest.
+    losses = []
+    for length in lengths:
+        sequences = [texts[name][place - length : place + 1] for name, place in chosen]
+        scores = score_sequences(model, sequences, [1] * len(sequences), batch_tokens)
+        losses.append(torch.cat([score.loss for score in scores]).numpy())
+    rows = []
+    for length, loss in zip(lengths, losses, strict=True):
+        more = mean_interval(loss - losses[-1], families=families)
+        row = {"context": length, "tokens": len(loss), "loss": loss.mean(), "more": more.mean}
+        rows.append(row | {"more_low": more.low, "more_high": more.high, "effective": more.effective})
+    return pd.DataFrame(rows)
+
+
+def _interval(documents: pd.DataFrame, figure: str, weight: str) -> Interval:
+    return mean_interval(documents[figure], documents[weight], documents["family"])
 
 
 def _per_document(tokens: pd.DataFrame, documents: Sequence[Document]) -> pd.DataFrame:
@@ -198,6 +244,7 @@ def _per_document(tokens: pd.DataFrame, documents: Sequence[Document]) -> pd.Dat
         {
             "identifier": [document.identifier for document in documents],
             "domain": [document.dataset for document in documents],
+            "family": [family(document) for document in documents],
             "tokens": by_owner.size(),
             "bytes": [len(document.text.encode()) for document in documents],
             "loss": by_owner["loss"].mean(),

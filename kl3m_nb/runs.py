@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -13,8 +14,21 @@ from transformers import PreTrainedTokenizerBase
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.metrics import FILE_NAME, first_step, read_metrics
 from kl3m_nb.model_folder import TRAINED_STEPS, read_stack, stack_source
-from kl3m_nb.profiles import Profile, get_profile, profile_with
+from kl3m_nb.profiles import DataSpec, Profile, get_profile, profile_with
 from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
+
+
+class UnknownTraining(ValueError):
+    """What a checkpoint, or one that it was begun from, was trained on is not recorded here; the message is one sentence."""
+
+
+class Reading(NamedTuple):
+    """What one run had read of its stream at a checkpoint."""
+
+    data: DataSpec
+    windows: int
+    stream: dict  # the state of the stream behind these windows
+
 
 # What each notebook writes; the laptop profile's runs are the demonstration.
 NOTEBOOK_STAGES = {
@@ -133,6 +147,23 @@ def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
         )
     steps = checkpoints.checkpoint_step(folder) - began
     return profile, steps * profile.data.micro_batch * profile.data.grad_accumulation
+
+
+def readings(checkpoint: str | Path) -> list[Reading]:
+    """What the run of a checkpoint had read, then what the run that it was begun from had, and so on to random weights.
+
+    Of a stack it is what its source had read. Raises UnknownTraining where one of them was not written by a run here.
+    """
+    known, folder = trained_on(checkpoint), paths.find(checkpoint)
+    if known is None:
+        record = read_stack(folder)
+        source = stack_source(record)
+        if source is None or record.get(TRAINED_STEPS):  # a model trained from a stack, by no run here
+            raise UnknownTraining(f"What {checkpoint} was trained on is not recorded here.")
+        return readings(source)
+    profile, windows = known
+    init = read_run_init(folder.parent.parent)
+    return [Reading(profile.data, windows, checkpoints.stream_state(folder)), *(readings(init) if init else [])]
 
 
 def document_prefix(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -25,7 +25,7 @@ from kl3m_nb import (
     spectral_summary,
 )
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER
-from kl3m_nb.packing import held_out_windows
+from kl3m_nb.packing import sampled_windows
 from kl3m_nb.progress_bar import ProgressBar
 from kl3m_nb.report_page import ReportPage
 from kl3m_nb.run_folder import read_run_init
@@ -185,13 +185,16 @@ def _add_clamp(page: ReportPage, subject: Subject) -> None:
 
 
 def _add_function(page: ReportPage, subject: Subject, count: int, progress: Callable[[str], spectra.Progress]) -> None:
-    held_out = held_out_windows(subject.profile.data, read_tokenizer(str(subject.checkpoint)))[:count]
+    held_out, families = sampled_windows(subject.profile.data, read_tokenizer(str(subject.checkpoint)), count)
     model = models.load_model(subject.checkpoint)
     similarity = block_function.block_similarity(model, held_out, subject.source_layers)
-    swaps = block_function.swap_loss(model, held_out, subject.source_layers, progress=progress("swapped copies"))
+    swaps = block_function.swap_loss(model, held_out, subject.source_layers, families, progress=progress("swapped copies"))
     page.heading("Do the copies still do the same?")
     page.sentences += spectral_summary.describe_function(similarity, swaps)
-    caption = f"On {len(held_out)} held-out windows. CKA 1: the same up to rotation and scale. Bars: 95% over the windows."
+    caption = (
+        f"On {len(held_out)} held-out windows. CKA 1: the same up to rotation and scale. Bars: 95% over the families of their "
+        f"documents, {swaps['effective'].iloc[0]:.1f} in effect."
+    )
     data = similarity.merge(swaps, on=["source_layer", "copy_a", "copy_b"])
     page.figure(matrix_plots.plot_block_function(similarity, swaps), "block_function", caption, data)
 

@@ -237,11 +237,14 @@ def describe_function(similarity: pd.DataFrame, swaps: pd.DataFrame) -> list[str
     if known.empty:
         return [*sentences, "The held-out loss is not finite, so swapping copies tells nothing."]
     most = known.loc[known["change"].abs().idxmax()]
+    effective = known["effective"].iloc[0]
+    rest = f"The intervals rest on {effective:.1f} document families in effect." if effective > 1 else "One family: no intervals."
     return [
         *sentences,
         f"Swapping two copies changes the held-out loss of {known['loss'].iloc[0]:.3f} by {known['change'].median():+.3f} nats "
         f"in the median; the largest change is {most['change']:+.3f} (source block {int(most['source_layer'])}, copies "
         f"{int(most['copy_a'])} and {int(most['copy_b'])}).",
+        rest,
     ]
 
 

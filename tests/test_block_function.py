@@ -51,6 +51,18 @@ class TestLinearCka:
         before = block_function.linear_cka(self.x, self.y)
         assert block_function.linear_cka(turned, self.y) == pytest.approx(before, rel=1e-6)
 
+    def test_chance_is_the_mean_over_random_pairings(self):
+        rng = torch.Generator().manual_seed(3)
+        drawn = [block_function.linear_cka(self.x, self.y[torch.randperm(50, generator=rng)]) for _ in range(1000)]
+        assert block_function.chance_cka(self.x, self.y) == pytest.approx(sum(drawn) / 1000, rel=0.02)
+
+    def test_chance_does_not_know_how_the_samples_lie(self):
+        """Of features that repeat after half the samples, those moved by half their number are the same once more."""
+        x, y = (torch.cat([features, features]) for features in (self.x, self.y))
+        alike = block_function.linear_cka(x, y)
+        assert block_function.linear_cka(x, y.roll(50, 0)) == pytest.approx(alike)
+        assert block_function.chance_cka(x, y) < 0.3 * alike
+
     def test_of_unrelated_and_of_constant_features(self):
         many = torch.randn(5000, 4), torch.randn(5000, 4)
         assert block_function.linear_cka(*many) < 0.01
@@ -85,6 +97,14 @@ class TestSwapLoss:
     def test_equal_copies_change_nothing(self):
         swaps = block_function.swap_loss(stacked(copies=3), WINDOWS, source_layers=2)
         assert len(swaps) == 2 * 3 and (swaps[["change", "low", "high"]] == 0).all(axis=None)
+        assert swaps.effective.tolist() == pytest.approx([len(WINDOWS)] * 6)
+
+    def test_windows_of_one_family_are_one(self):
+        model = stacked(noise=0.2)
+        swaps = block_function.swap_loss(model, WINDOWS, 2, [*"aabbcc"])
+        apart = block_function.swap_loss(model, WINDOWS, 2)
+        assert swaps.effective.tolist() == pytest.approx([3, 3]) and swaps.change.tolist() == pytest.approx(apart.change.tolist())
+        assert block_function.swap_loss(model, WINDOWS, 2, ["a"] * 6)[["low", "high"]].isna().all(axis=None)
 
     def test_is_the_loss_of_a_model_built_that_way(self):
         model = stacked(noise=0.2)

@@ -1,17 +1,16 @@
-"""Held-out loss against transformers' own, its profile, and intervals where the answer is known."""
+"""Held-out loss against transformers' own, and that of single windows."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from kl3m_nb import evaluation
-from kl3m_nb.evaluation import bits_per_byte, bootstrap_interval, held_out_loss, score_sequences
+from kl3m_nb.evaluation import bits_per_byte, held_out_loss, score_sequences
 
 SHAPE = dict(
     vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -72,15 +71,13 @@ def test_the_precision_of_products_is_given_back():
         torch.set_float32_matmul_precision("highest")
 
 
-def test_profiles_are_the_losses_of_single_tokens_and_average_to_the_total():
+def test_losses_of_windows_are_means_of_single_tokens_and_average_to_the_total():
     model, windows = llama().eval(), random_windows()
     with torch.no_grad():
         logits = model(input_ids=windows).logits[:, :-1]
     single = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
     result = held_out_loss(model, windows, batch_windows=2)
-    torch.testing.assert_close(result.loss_by_position.float(), single.mean(dim=0), rtol=0, atol=1e-5)
     torch.testing.assert_close(result.loss_per_window.float(), single.mean(dim=1), rtol=0, atol=1e-5)
-    assert result.loss_by_position.mean().item() == pytest.approx(result.loss, abs=1e-12)
     assert result.loss_per_window.mean().item() == pytest.approx(result.loss, abs=1e-12)
 
 
@@ -201,55 +198,3 @@ def test_bits_per_byte_of_a_uniform_byte_model_is_eight():
     assert bits_per_byte(math.log(256), tokens=250, num_bytes=1000) == pytest.approx(2)
     with pytest.raises(ValueError, match="0 bytes"):
         bits_per_byte(1.0, 1, 0)
-
-
-def test_interval_of_equal_values_has_no_width():
-    assert bootstrap_interval([2.5] * 10, range(1, 11)) == pytest.approx((2.5, 2.5, 2.5))
-
-
-def test_interval_agrees_with_the_normal_one_for_many_units():
-    values = np.random.default_rng(5).normal(3.0, 2.0, size=2000)
-    half_width = 1.96 * values.std() / math.sqrt(2000)
-    mean, low, high = bootstrap_interval(torch.tensor(values))
-    assert mean == pytest.approx(values.mean())
-    assert mean - low == pytest.approx(half_width, rel=0.15)
-    assert high - mean == pytest.approx(half_width, rel=0.15)
-
-
-def test_interval_covers_the_truth_as_often_as_its_level_says():
-    rng = np.random.default_rng(11)
-    intervals = [bootstrap_interval(rng.normal(size=60), level=0.8, resamples=200) for _ in range(300)]
-    covered = sum(interval.low <= 0 <= interval.high for interval in intervals)
-    assert 0.72 <= covered / 300 <= 0.86
-
-
-def test_weights_count_as_repeated_tokens_in_the_mean_but_not_as_more_units():
-    weighted = bootstrap_interval([1.0, 4.0], [3, 1])
-    repeated = bootstrap_interval([1.0, 1.0, 1.0, 4.0])
-    assert weighted.mean == pytest.approx(repeated.mean) == pytest.approx(1.75)
-    assert (weighted.low, weighted.high) == pytest.approx((1.0, 4.0))
-
-
-def test_weights_count_in_every_resample():
-    zeros_and_heavy_ones = bootstrap_interval([0.0, 1.0] * 100, weights=[1, 9] * 100)
-    assert 0.85 < zeros_and_heavy_ones.low < 0.9 < zeros_and_heavy_ones.high < 0.95
-
-
-def test_intervals_are_seeded():
-    values = list(range(20))
-    assert bootstrap_interval(values, seed=4) == bootstrap_interval(values, seed=4)
-    assert bootstrap_interval(values, seed=4) != bootstrap_interval(values, seed=5)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(values=[]), "two one-dimensional sequences"),
-        (dict(values=[1.0, 2.0], weights=[1.0]), "two one-dimensional sequences"),
-        (dict(values=[1.0, 2.0], weights=[1.0, 0.0]), "must be positive"),
-        (dict(values=[1.0], level=95), "between 0 and 1"),
-    ],
-)
-def test_bad_samples_for_an_interval_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        bootstrap_interval(**arguments)

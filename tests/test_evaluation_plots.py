@@ -32,36 +32,39 @@ def title(axes: Axes) -> str:
 def prediction(level: float) -> Prediction:
     documents = pd.DataFrame(
         {
-            "identifier": list("abcd"), "domain": ["rules", "rules", "cases", "cases"], "tokens": [10, 10, 40, 40],
-            "bytes": [40, 40, 160, 160], "loss": [level, level + 1, level, level], "entropy_bits": 4.0,
-            "bits_per_byte": [level, level + 0.5, level, level],
+            "identifier": list("abcd"), "domain": ["rules", "rules", "cases", "cases"], "family": list("abcc"),
+            "tokens": [10, 10, 40, 40], "bytes": [40, 40, 160, 160], "loss": [level, level + 1, level, level],
+            "entropy_bits": 4.0, "bits_per_byte": [level, level + 0.5, level, level],
         }
     )  # fmt: skip
-    positions = pd.DataFrame(
-        [(document, place, 3, level + document + 1 / place) for document in range(4) for place in range(1, 257)],
-        columns=["document", "context", "tokens", "loss"],
-    )
     calibration = pd.DataFrame({"confidence": [0.1, 0.5], "accuracy": [0.2, 0.4], "tokens": [90, 30]})
     calibration.loc[2] = [0.9, 1.0, 1]  # one token says nothing
-    return Prediction(documents, positions, calibration)
+    return Prediction(documents, calibration)
+
+
+def contexts(*names) -> dict[str, pd.DataFrame]:
+    more = np.array([0.5, 0.2, 0.0])
+    table = pd.DataFrame({"context": [1, 16, 256], "more": more, "more_low": 0.8 * more, "more_high": 1.3 * more})
+    return {name: table * [1, factor, factor, factor] for factor, name in enumerate(names, start=1)}
 
 
 class TestPrediction:
     def test_every_domain_has_a_row_and_every_model_its_marks(self):
         predictions = {"source": prediction(2.0), "trained": prediction(1.5)}
-        domains, positions, calibration = drawn(plots.plot_prediction(predictions))
+        domains, positions, calibration = drawn(plots.plot_prediction(predictions, contexts(*predictions)))
         assert [label.get_text() for label in domains.get_yticklabels()] == ["all", "cases", "rules"]
         marks = [line for line in domains.lines if line.get_marker() in plots.MARKERS and len(line.get_xdata()) == 3]
         np.testing.assert_allclose(marks[0].get_xdata(), [2.05, 2.0, 2.25])
         np.testing.assert_allclose(marks[1].get_xdata(), [1.55, 1.5, 1.75])
-        assert domains.get_xlabel() == "bits per byte" and positions.get_ylabel() == "nats per token"
+        assert domains.get_xlabel() == "bits per byte" and positions.get_ylabel() == "nats per token more than with 256"
         np.testing.assert_allclose(calibration.lines[1].get_xydata(), [(0.1, 0.2), (0.5, 0.4)])
 
     def test_a_value_stands_at_its_domain_whatever_each_tokenizer_makes_the_larger(self):
         """By tokens, "cases" is the larger domain of the first model and "rules" that of the second."""
         other = prediction(1.5)
         other.documents["tokens"] = [90, 90, 20, 20]
-        domains, *_ = drawn(plots.plot_prediction({"ours": prediction(2.0), "theirs": other}))
+        predictions = {"ours": prediction(2.0), "theirs": other}
+        domains, *_ = drawn(plots.plot_prediction(predictions, contexts(*predictions)))
         labels = [label.get_text() for label in domains.get_yticklabels()]
         marks = [line for line in domains.lines if line.get_marker() in plots.MARKERS and len(line.get_xdata()) == 3]
         for line, level in zip(marks, (2.0, 1.5), strict=True):
@@ -70,25 +73,37 @@ class TestPrediction:
 
     def test_what_context_is_worth_has_a_band(self):
         predictions = {"source": prediction(2.0), "trained": prediction(1.5)}
-        _, positions, _ = drawn(plots.plot_prediction(predictions))
-        table = predictions["trained"].by_position()
-        np.testing.assert_allclose(positions.lines[1].get_xydata(), table[["context", "loss"]])
+        _, positions, _ = drawn(plots.plot_prediction(predictions, contexts(*predictions)))
+        table = contexts(*predictions)["trained"]
+        np.testing.assert_allclose(positions.lines[1].get_xydata(), table[["context", "more"]])
         outline = positions.collections[1].get_paths()[0].vertices
         np.testing.assert_allclose(sorted(set(outline[:, 0])), table["context"])
-        assert (table["loss_low"] < table["loss"]).all()
         for row in table.itertuples():
             heights = outline[np.isclose(outline[:, 0], row.context), 1]
-            assert (heights.min(), heights.max()) == pytest.approx((row.loss_low, row.loss_high))
+            assert (heights.min(), heights.max()) == pytest.approx((row.more_low, row.more_high))
 
-    def test_none_is_refused(self):
-        with pytest.raises(ValueError, match="no models"):
-            plots.plot_prediction({})
+    def test_a_domain_of_one_family_has_no_whisker_and_one_of_two_does_not_widen_the_axis(self):
+        """Two values half a bit apart have an interval of more than six bits."""
+        predictions = {"source": prediction(2.0)}
+        domains, *_ = drawn(plots.plot_prediction(predictions, contexts(*predictions)))
+        [bars] = domains.containers
+        drawn_bars = [segment for segment in bars[2][0].get_segments() if np.isfinite(segment).all() and len(segment)]
+        low, high = predictions["source"].bits_per_byte[1:3]
+        whole, rules = (segment[:, 0] for segment in drawn_bars)  # none of "cases", which is one family
+        assert whole == pytest.approx((low, high)) and np.diff(rules) > 6
+        assert domains.get_xlim()[0] < low and high < domains.get_xlim()[1] and np.diff(domains.get_xlim()) < 2 * (high - low)
+        assert f"{predictions['source'].bits_per_byte.effective:.1f} families" in title(domains)
+
+    @pytest.mark.parametrize("given", [({}, {}), ({"source": prediction(2.0)}, {})])
+    def test_a_model_without_its_numbers_is_refused(self, given):
+        with pytest.raises(ValueError, match="give both of the same models"):
+            plots.plot_prediction(*given)
 
 
 DIFFERENCES = pd.DataFrame(
     {
         "model": ["trained", "stack"], "difference": [-0.15, 0.16], "low": [-0.16, 0.14], "high": [-0.14, 0.19],
-        "better_on": [1.0, 0.0], "verdict": ["better", "worse"],
+        "effective": 3.76, "better_on": [1.0, 0.0], "verdict": ["better", "worse"],
     }
 )  # fmt: skip
 
@@ -99,7 +114,7 @@ def test_differences_stand_at_their_place_with_their_verdict():
     marked = [line for line in axes.lines if line.get_marker() in "sD"]
     assert [line.get_color() for line in marked] == [SEQUENCE[2], SEQUENCE[1]]  # as in the figures that draw all three
     assert axes.get_xlabel() == "bits per byte more than source"
-    assert "−0.150, better; better on 100% of the documents" in texts(figure)
+    assert "−0.150, better; better on 100% of the documents; 3.8 families in effect" in texts(figure)
     assert [line.get_xdata()[0] for line in marked] == [-0.15, 0.16]
     with pytest.raises(ValueError, match="at least two models"):
         plots.plot_differences(DIFFERENCES.head(0), "source", ["source"])
@@ -164,16 +179,17 @@ def test_entropy_along_the_sample_with_the_target():
     assert axes.get_ylabel() == "bits per token" and "target 6.5 bits" in texts(figure)
 
 
-def test_recital_has_a_panel_a_model_and_both_sets():
-    gap = pd.DataFrame({"prefix": [5, 50], "training": [0.2, 0.4], "held_out": [0.2, 0.1]})
-    for column in ("training", "held_out"):
+def test_memorisation_has_a_panel_a_model_and_both_sets():
+    gap = pd.DataFrame({"prefix": [5, 50], "given": [0.2, 0.4], "not_given": [0.2, 0.1]})
+    gap = gap.assign(given_documents=60, not_given_documents=41)
+    for column in ("given", "not_given"):
         gap[f"{column}_low"], gap[f"{column}_high"] = gap[column] - 0.05, gap[column] + 0.05
-    panels = drawn(plots.plot_recital({"source": gap, "trained": gap}))
-    assert [title(axes) for axes in panels] == ["source", "trained"]
+    panels = drawn(plots.plot_memorisation({"source": gap, "trained": gap}))
+    assert [title(axes) for axes in panels] == [f"{name} (60 and 41 documents)" for name in ("source", "trained")]
     heights = [list(line.get_ydata()) for line in panels[1].lines if line.get_marker() in "os"]
     assert heights == [[0.2, 0.4], [0.2, 0.1]]
     with pytest.raises(ValueError, match="no models"):
-        plots.plot_recital({})
+        plots.plot_memorisation({})
 
 
 def curve(losses) -> pd.DataFrame:

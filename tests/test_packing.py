@@ -83,6 +83,19 @@ def test_held_out_windows_are_spread_evenly_over_the_whole_held_out_text(tmp_pat
     assert steps == {2, 3}
 
 
+def test_sampled_windows_are_spread_and_know_the_family_most_of_their_tokens_are_of():
+    spec = DataSpec(source="package:licensedcode-data", seq_len=255, held_out_windows=40)
+    everything = packing.held_out_windows(spec, Letters()).tolist()
+    windows, families = packing.sampled_windows(spec, Letters(), 9)
+    assert [everything.index(window) for window in windows.tolist()] == [0, 5, 10, 15, 20, 24, 29, 34, 39]
+    texts = {document: document.text for document in corpus.preview(spec.source, held_out=True)}
+    for window, family in zip(windows.tolist(), families, strict=True):
+        longest = max("".join(map(chr, window)).split("\x00"), key=len)
+        assert family in {corpus.family(document) for document, text in texts.items() if longest in text}
+    assert len(set(families)) > 4
+    assert packing.sampled_windows(spec, Letters(), 99)[0].tolist() == everything
+
+
 def test_held_out_windows_are_those_of_the_files_as_they_are_now(tmp_path):
     spec, tokenizer = DataSpec(source=f"files:{tmp_path}/*.jsonl", seq_len=7, held_out_windows=2), Letters()
     seen = []

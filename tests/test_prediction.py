@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kl3m_nb.corpus import Document
-from kl3m_nb.evaluation import bootstrap_interval
-from kl3m_nb.prediction import Prediction, beginning, evaluate_documents, sliding_windows
+from kl3m_nb.intervals import mean_interval
+from kl3m_nb.prediction import Prediction, beginning, evaluate_documents, sliding_windows, worth_of_context
 
 CONTEXT = 16
 
@@ -93,22 +94,16 @@ def test_the_beginning_of_a_document_is_one_of_its_own(model):
 def test_a_longer_document_equals_a_loop_over_its_tokens(model, stride):
     result = evaluate_documents(model, ByteTokenizer(), DOCUMENTS, window=CONTEXT, stride=stride, batch_tokens=40)
     ids = [256, *DOCUMENTS[1].text.encode()]
-    losses, contexts, done = [], [], 1
+    losses, done = [], 1
     while done < len(ids):
         end = min(len(ids), CONTEXT + 1 if done == 1 else done + stride)
         start = max(0, end - 1 - CONTEXT)
         with torch.no_grad():
             logits = model(torch.tensor([ids[start : end - 1]])).logits[0].double().log_softmax(dim=-1)
         losses += [-logits[place - 1 - start, ids[place]].item() for place in range(done, end)]
-        contexts += [place - start for place in range(done, end)]
         done = end
     assert result.documents.iloc[1].loss == pytest.approx(np.mean(losses), abs=1e-5)
-    assert max(contexts) == CONTEXT == result.positions["context"].max()
-    assert result.positions["tokens"].sum() == result.calibration["tokens"].sum() == sum(result.documents["tokens"])
-    only_long = evaluate_documents(model, ByteTokenizer(), DOCUMENTS[1:2], window=CONTEXT, stride=stride).positions
-    expected = pd.DataFrame({"context": contexts, "loss": losses}).groupby("context")["loss"].mean()
-    np.testing.assert_allclose(only_long["loss"], expected, atol=1e-5)
-    np.testing.assert_array_equal(only_long["context"], expected.index)
+    assert result.calibration["tokens"].sum() == sum(result.documents["tokens"])
 
 
 def test_a_uniform_model_is_as_unsure_as_it_should_be(model):
@@ -152,45 +147,76 @@ def test_bits_per_byte_compare_between_tokenizers_whoever_stored_the_tokens(mode
         assert [result.bits_per_byte.mean for result in found] == pytest.approx([math.log2(257), math.log2(257) / 2])
 
 
-def positions(rows) -> Prediction:
-    frame = pd.DataFrame(rows, columns=["document", "context", "tokens", "loss"])
-    return Prediction(pd.DataFrame(), frame, pd.DataFrame())
+class TestWorthOfContext:
+    """Texts of 40 bytes: each of `CONTEXT` tokens of context and more, with `<|end|>` before it."""
 
+    texts = tuple(Document(f"d{i}", "x", "".join(chr(97 + (i * n * n) % 23) for n in range(40))) for i in range(1, 7))
 
-def test_every_token_of_context_counts_once():
-    for place in (0, 1, 30, 4095):
-        rows = [(0, context, 1, float(context == place + 1)) for context in range(1, 4097)]
-        table = positions(rows).by_position()
-        assert (table["loss"] > 0).sum() == 1 and table["tokens"].sum() == 4096
-        assert (table["loss"] * table["tokens"]).sum() == pytest.approx(1.0)
+    def test_the_same_tokens_are_predicted_from_what_is_left_of_their_context(self, model):
+        table = worth_of_context(model, ByteTokenizer(), self.texts[:2], CONTEXT, per_family=3, batch_tokens=50)
+        assert table.context.tolist() == [1, 2, 4, 8, 16] and set(table.tokens) == {6} and set(table.effective) == {2}
+        losses = []
+        for length in table.context:
+            for document in self.texts[:2]:
+                ids = [256, *document.text.encode()]
+                for place in (16, 28, 40):
+                    with torch.no_grad():
+                        logits = model(torch.tensor([ids[place - length : place]])).logits[0, -1].double().log_softmax(dim=-1)
+                    losses.append((length, document.identifier, -logits[ids[place]].item()))
+        expected = pd.DataFrame(losses, columns=["context", "family", "loss"])
+        np.testing.assert_allclose(table.loss, expected.groupby("context").loss.mean(), atol=1e-5)
+        by_family = expected.groupby(["context", "family"]).loss.mean().unstack()
+        for row, more in zip(table.itertuples(), (by_family - by_family.loc[16]).to_numpy(), strict=True):
+            expected = tuple(mean_interval(more))
+            assert (row.more, row.more_low, row.more_high, row.effective) == pytest.approx(expected, abs=1e-4)
 
+    def test_a_model_that_does_not_look_back_gains_nothing(self):
+        """A model of no layers predicts from the last token alone: a unigram or bigram model."""
+        config = LlamaConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=0, num_attention_heads=4,
+                             max_position_embeddings=CONTEXT, initializer_range=0.3)  # fmt: skip
+        torch.manual_seed(5)
+        blind = LlamaForCausalLM(config).eval()
+        table = worth_of_context(blind, ByteTokenizer(), self.texts, CONTEXT, per_family=10)
+        assert table.loss.to_numpy() == pytest.approx([table.loss[0]] * 5, abs=1e-5) and table.loss.std() < 1e-5
+        assert table[["more", "more_low", "more_high"]].abs().max(axis=None) < 1e-4
 
-def test_means_over_ranges_of_context_weigh_tokens_and_their_intervals_draw_documents():
-    table = positions([(0, 1, 1, 4.0)]).by_position()
-    assert table.iloc[0].to_dict() == {"context": 1.0, "tokens": 1, "loss": 4.0, "loss_low": 4.0, "loss_high": 4.0}
-    far = positions([(0, context, 9 if context < 228 else 1, 1.0 if context < 228 else 11.0) for context in range(200, 256)])
-    means = far.by_position()["loss"]
-    assert 1.0 == means.iloc[0] < means.iloc[-1] == 11.0
-    rows = [(document, context, 10, 1.0 + document) for document in range(3) for context in (5, 6)]
-    table = positions(rows).by_position(ranges=1)
-    documents = [1.0, 2.0, 3.0]
-    expected = bootstrap_interval(documents, [20, 20, 20])
-    assert tuple(table.loc[0, ["loss", "loss_low", "loss_high"]]) == pytest.approx(expected)
-    assert table["loss_low"][0] == 1.0 and table["loss_high"][0] == 3.0
+    def test_the_longest_text_of_a_family_stands_for_it(self, model):
+        kin = [dataclasses.replace(document, family=name) for document, name in zip(self.texts, "aabbcc", strict=True)]
+        kin[0] = dataclasses.replace(kin[0], text=kin[0].text[:30])
+        table = worth_of_context(model, ByteTokenizer(), kin, CONTEXT, per_family=4)
+        assert table.equals(worth_of_context(model, ByteTokenizer(), [kin[1], kin[2], kin[4]], CONTEXT, per_family=4))
+        assert set(table.effective) == {3}
+
+    @pytest.mark.parametrize(("length", "longest"), [(40, 16), (13, 8), (8, 4), (4, 1), (1, 1)])
+    def test_the_longest_context_is_one_that_the_texts_have(self, model, length, longest):
+        short = [dataclasses.replace(document, text=document.text[:length]) for document in self.texts[:3]]
+        table = worth_of_context(model, ByteTokenizer(), short, CONTEXT, per_family=4)
+        assert table.context.max() == longest and table.more.iloc[-1] == 0
+
+    def test_one_family_has_no_interval(self, model):
+        table = worth_of_context(model, ByteTokenizer(), self.texts[:1], CONTEXT, per_family=4)
+        assert table[["more_low", "more_high"]].isna().all(axis=None) and table.more.notna().all()
+
+    @pytest.mark.parametrize("changes", [{"documents": []}, {"window": CONTEXT + 1}, {"window": 0}])
+    def test_what_cannot_be_judged_is_refused(self, model, changes):
+        with pytest.raises(ValueError, match="at least 1 document and a window of 1 to 16"):
+            worth_of_context(model, ByteTokenizer(), **{"documents": self.texts, "window": 8, **changes})
 
 
 def prediction(rows, calibration=((0.5, 0.5, 10),)) -> Prediction:
     frame = pd.DataFrame(rows, columns=["identifier", "domain", "tokens", "bytes", "loss"])
     frame["bits_per_byte"] = frame.loss * frame.tokens / frame.bytes / math.log(2)
-    return Prediction(
-        frame.assign(entropy_bits=1.0), pd.DataFrame(), pd.DataFrame(calibration, columns=["confidence", "accuracy", "tokens"])
-    )
+    frame = frame.assign(entropy_bits=1.0, family=frame.identifier)
+    return Prediction(frame, pd.DataFrame(calibration, columns=["confidence", "accuracy", "tokens"]))
 
 
 def test_averages_weigh_tokens_and_bytes_not_documents():
     result = prediction([("a", "x", 30, 60, 1.0), ("b", "x", 10, 60, 5.0)])
     assert result.loss.mean == pytest.approx(2.0)
-    assert (result.loss.low, result.loss.high) == (1.0, 5.0)
+    assert result.loss == pytest.approx(mean_interval([1.0, 5.0], [30, 10]))
+    assert result.summary()["effective"] == pytest.approx(2), "of bytes, of which both have 60"
+    kin = Prediction(result.documents.assign(family="kin"), result.calibration)
+    assert kin.summary()["effective"] == 1 and math.isnan(kin.bits_per_byte.low) and kin.bits_per_byte.mean > 0
     assert result.bits_per_byte.mean == pytest.approx(80 / 120 / math.log(2))
 
 
@@ -199,7 +225,10 @@ def test_a_row_a_domain_the_largest_first():
     assert table["domain"].tolist() == ["y", "x"]
     assert table["documents"].tolist() == [2, 1] and table["tokens"].tolist() == [40, 10]
     assert table["loss"].tolist() == pytest.approx([2.5, 1.0])
-    assert table["loss_low"].tolist() == pytest.approx([2.0, 1.0]) and table["loss_high"].tolist() == pytest.approx([4.0, 1.0])
+    low, high = mean_interval([2.0, 4.0], [30, 10])[1:3]
+    assert table["loss_low"].tolist() == pytest.approx([low, math.nan], nan_ok=True)
+    assert table["loss_high"].tolist() == pytest.approx([high, math.nan], nan_ok=True)
+    assert table["effective"].tolist() == pytest.approx([60**2 / (50**2 + 10**2), 1])
 
 
 def test_calibration_error_by_hand():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
 import re
 import shutil
@@ -103,6 +104,27 @@ def test_a_checkpoint_is_known_by_the_run_it_lies_in(trained_run, tmp_path):
     (lost / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"metrics\.jsonl has no evaluation that tells at which step the run began"):
         runs.trained_on(lost / "checkpoints" / result.checkpoint.name)
+
+
+def test_what_a_model_has_read_is_told_back_to_random_weights(trained_run, tmp_path):
+    """A run, its stack, a run of the stack that was stopped and one that was begun from that one."""
+    _, result = trained_run
+    [own] = runs.readings(result.checkpoint)
+    assert (own.data, own.windows) == (runs.trained_on(result.checkpoint)[0].data, runs.trained_on(result.checkpoint)[1])
+    stream = streams.open_stream(own.data, read_tokenizer(str(result.checkpoint)))
+    stream.take(own.windows)
+    assert own.stream["rest"].tolist() == stream.state_dict()["rest"].tolist()
+    stacking.stack_checkpoint(result.checkpoint, tmp_path / "stack", factor=2)
+    assert [reading.windows for reading in runs.readings(tmp_path / "stack")] == [own.windows]
+    settings = small_profile(layers=4, growth_factor=2, max_steps=3, seed=5)
+    grown = training.train(settings, tmp_path / "grown", init=tmp_path / "stack").checkpoint
+    assert [(reading.data.seed, reading.windows) for reading in runs.readings(grown)] == [(5, 12), (own.data.seed, own.windows)]
+    shutil.copytree(tmp_path / "stack", tmp_path / "copy")
+    record = tmp_path / "copy" / "stack.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"trained_steps": 7}))
+    for unknown in ("alea-institute/kl3m-006-170m", tmp_path / "copy"):
+        with pytest.raises(runs.UnknownTraining, match=f"{unknown} was trained on is not recorded"):
+            runs.readings(unknown)
 
 
 @pytest.mark.parametrize("packing", ["dense", "segments"])

@@ -195,7 +195,9 @@ def test_inheritance_and_function_name_the_extremes():
     [unknown] = spectral_summary.describe_inheritance(inherited.assign(rmse=np.nan))
     assert unknown.startswith("3 of 3 matrices")
     assert "exactly its source's" in spectral_summary.describe_inheritance(inherited.assign(rmse=0.0))[0]
-    swaps = pd.DataFrame({"source_layer": [0, 1], "copy_a": 0, "copy_b": [1, 3], "loss": 4.0, "change": [0.1, 0.5]})
+    swaps = pd.DataFrame(
+        {"source_layer": [0, 1], "copy_a": 0, "copy_b": [1, 3], "loss": 4.0, "change": [0.1, 0.5], "effective": 3.0}
+    )
     alike = pd.DataFrame({"update_cka": [0.5, 0.7], "update_chance": 0.04})
     text = " ".join(spectral_summary.describe_function(alike, swaps))
     assert "CKA of 0.60" in text and "the largest change is +0.500 (source block 1, copies 0 and 3)" in text
