@@ -19,7 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from kl3m_nb.corpus import Document
 from kl3m_nb.document_stream import token_ids
 from kl3m_nb.evaluation import bootstrap_interval, difference_interval, evaluation_mode
+from kl3m_nb.generation import generating_by, stopping
 from kl3m_nb.profiles import DataSpec
+from kl3m_nb.special_ids import end_id
 from kl3m_nb.streams import open_stream
 
 PREFIX_LENGTHS = (5, 10, 20, 50)
@@ -48,9 +50,9 @@ def trained_passages(
     stream = open_stream(data, tokenizer)
     labels = stream.take(min(windows, most_windows)).labels.numpy()
     stream.close()
-    pieces = []
+    pieces, end = [], end_id(tokenizer)
     for row in labels:  # a label is a token that was trained on, −100 is none
-        breaks = (row == tokenizer.eos_token_id) | (row == -100)
+        breaks = (row == end) | (row == -100)
         parts = zip(np.split(row, np.flatnonzero(breaks)), np.split(breaks, np.flatnonzero(breaks)), strict=True)
         pieces += [piece[~of_piece].tolist() for piece, of_piece in parts]
     rng = random.Random(seed)
@@ -76,6 +78,7 @@ def _cut(texts: Iterable[list[int]], length: int, count: int, rng: random.Random
 @torch.no_grad()
 def recital(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     passages: Sequence[Sequence[int]],
     prefix_lengths: Sequence[int] = PREFIX_LENGTHS,
     continuation: int = 32,
@@ -93,8 +96,8 @@ def recital(
             f"recital needs passages of exactly {length} tokens: the longest prefix, at least 1, and the continuation."
         )
     ids = torch.tensor(passages, device=model.device)
-    end = model.generation_config.eos_token_id  # stands in no passage: what follows it counts as not recited
-    config = GenerationConfig(do_sample=False, max_new_tokens=continuation, pad_token_id=0 if end is None else end)
+    # the end of a text stands in no passage: what follows it counts as not recited
+    config = GenerationConfig(do_sample=False, max_new_tokens=continuation, **stopping(model, tokenizer))
     asked = pd.DataFrame(
         [(passage, prefix) for prefix in prefix_lengths for passage in range(len(passages))], columns=["passage", "prefix"]
     )
@@ -105,7 +108,8 @@ def recital(
             longest, prefixes = batch["prefix"].max(), torch.tensor(batch["prefix"].to_numpy(), device=model.device)
             prompts = ids[batch["passage"].to_list(), -continuation - longest : -continuation]
             seen = torch.arange(longest, device=model.device) >= longest - prefixes[:, None]
-            part = model.generate(prompts, attention_mask=seen.long(), generation_config=config)[:, longest:]
+            with generating_by(model, config):
+                part = model.generate(prompts, attention_mask=seen.long(), generation_config=config)[:, longest:]
             written.append(F.pad(part, (0, continuation - part.shape[1]), value=-1))  # shorter where every text ended
     same = torch.cat(written) == ids[asked["passage"].to_list(), -continuation:]
     recited = same.long().cumprod(dim=1).sum(dim=1)
@@ -154,6 +158,6 @@ def copying(
     cut = {"length": max(prefix_lengths) + continuation, "count": count, "seed": seed}
     trained = trained_passages(data, tokenizer, windows, **cut)
     held_out = held_out_passages(documents, tokenizer, **cut)
-    table = recital(model, trained + held_out, prefix_lengths, continuation)
+    table = recital(model, tokenizer, trained + held_out, prefix_lengths, continuation)
     is_held_out = table["passage"] >= len(trained)
     return recital_gap(table[~is_held_out], table[is_held_out])

@@ -22,6 +22,7 @@ from kl3m_nb.corpus import Document
 from kl3m_nb.document_stream import token_ids
 from kl3m_nb.evaluation import Interval, bits_per_byte, bootstrap_interval, score_sequences
 from kl3m_nb.profiles import ObjectiveSpec
+from kl3m_nb.special_ids import border_id
 
 ENTROPY_TARGET_BITS = ObjectiveSpec.entropy_target_bits
 CALIBRATION_BINS = 15
@@ -158,7 +159,7 @@ def evaluate_documents(
 ) -> Prediction:
     """Scores of `model` on every token of `documents`, with at most `window` tokens of context.
 
-    The first token of a document is predicted from the token `prefix`, by default the end-of-text token; which stood there in a
+    The first token of a document is predicted from the token `prefix`, by default that of `border_id`; which stood there in a
     model's training is known to `runs.document_prefix`. The end of a document is not predicted. Its text is judged; ids it stores
     are used where they are this tokenizer's own (`token_ids`), so bits per byte of models with other tokenizers compare. A
     document's `dataset` is its domain. With `stride` equal to `window` the windows do not overlap, which is how lm-eval counts;
@@ -172,7 +173,7 @@ def evaluate_documents(
         raise ValueError(f"The window is {window} tokens; this model takes 1 to {context}.")
     if not 1 <= stride <= window:
         raise ValueError(f"The stride is {stride}; it must lie between 1 and the window of {window} tokens.")
-    before = tokenizer.eos_token_id if prefix is None else prefix
+    before = border_id(tokenizer) if prefix is None else prefix
     sequences, predicted, owners = [], [], []
     for number, document in enumerate(documents):
         tokens = [before, *token_ids(document, tokenizer)]

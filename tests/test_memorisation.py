@@ -54,6 +54,10 @@ class Ended(Letters):
         return [chr(number) for number in ids]
 
 
+class Endless(Letters):
+    eos_token_id = bos_token_id = pad_token_id = None
+
+
 @pytest.mark.parametrize("packing", ["dense", "segments"])
 def test_training_passages_are_cut_from_what_the_run_has_seen(tmp_path, packing):
     """Every document has a letter of its own that says which it is; the run saw the first 40 windows only."""
@@ -94,7 +98,7 @@ def overfitted():
 def test_what_was_learned_by_heart_is_recited_and_what_was_not_is_not(overfitted):
     model, seen = overfitted
     unseen = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(7)).tolist()
-    of_seen, of_unseen = recital(model, seen, [4, 8], continuation=16), recital(model, unseen, [4, 8], continuation=16)
+    of_seen, of_unseen = (recital(model, Endless(), passages, [4, 8], continuation=16) for passages in (seen, unseen))
     assert of_seen[of_seen.prefix == 8].identical.mean() > 0.9 > 0.2 > of_unseen.identical.mean()
     gap = recital_gap(of_seen, of_unseen).set_index("prefix").loc[8]
     assert gap.gap_low > 0.5
@@ -119,7 +123,7 @@ def test_copying_is_the_gap_between_what_the_stream_gave_and_what_was_held_out(o
 
 def test_every_prefix_is_judged_on_the_same_tokens_against_a_greedy_loop(overfitted):
     model, seen = overfitted
-    table = recital(model, seen, [2, 8], continuation=16, batch_size=4)
+    table = recital(model, Endless(), seen, [2, 8], continuation=16, batch_size=4)
     for row in table.itertuples():
         passage = seen[row.passage]
         ids = passage[8 - row.prefix : 8]
@@ -133,12 +137,10 @@ def test_every_prefix_is_judged_on_the_same_tokens_against_a_greedy_loop(overfit
 
 def test_a_text_that_was_ended_is_not_recited_further(overfitted):
     model, seen = overfitted
-    before = recital(model, seen[:1], [8], continuation=16).recited.item()
-    model.generation_config.eos_token_id = seen[0][12]  # the fifth token of the continuation
-    try:
-        after = recital(model, seen[:1], [8], continuation=16)
-    finally:
-        model.generation_config.eos_token_id = None
+    before = recital(model, Endless(), seen[:1], [8], continuation=16).recited.item()
+    tokenizer = Ended()
+    tokenizer.eos_token_id = seen[0][12]  # the fifth token of the continuation
+    after = recital(model, tokenizer, seen[:1], [8], continuation=16)
     assert before == 16
     assert after.recited.item() == 5 and after.identical.item() == 5 / 16
 
@@ -154,4 +156,4 @@ def test_gap_by_hand():
 
 def test_passages_of_another_length_are_refused(overfitted):
     with pytest.raises(ValueError, match="exactly 24 tokens"):
-        recital(overfitted[0], [[1] * 23], [8], continuation=16)
+        recital(overfitted[0], Ended(), [[1] * 23], [8], continuation=16)
