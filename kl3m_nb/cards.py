@@ -14,12 +14,13 @@ from pathlib import Path
 import yaml
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kl3m_nb import paths
+from kl3m_nb import models, paths
 from kl3m_nb.card_usage import card_of, usage_of
 from kl3m_nb.clamp_conditions import ClampConditions
 from kl3m_nb.memory import count_parameters
-from kl3m_nb.profiles import PROFILES, Profile
+from kl3m_nb.profiles import PROFILES, ModelSpec, Profile
 
 CARD_FILE = "README.md"
 _STEP_IN_NAME = re.compile(r"-(?:step|checkpoint-)(\d+)$")
@@ -59,6 +60,27 @@ class CardFacts:
     cross_entropy: float = float("nan")
     conditions: ClampConditions = field(default_factory=ClampConditions)
     stack: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a card says of the model itself, by its own configuration and tokenizer: a start may differ from the profile in more
+    than `models.check_fits` refuses.
+
+    `scaling` says how positions are scaled, as `models.position_scaling` does; `start` is empty for a tokenizer without that
+    token.
+    """
+
+    spec: ModelSpec
+    scaling: str
+    start: str  # the beginning-of-text token
+    end: str  # the end-of-text token
+
+
+def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelFacts:
+    """What the card of `model`, trained with `tokenizer`, says of them."""
+    spec, scaling = models.spec_of(model.config), models.position_scaling(model.config)
+    return ModelFacts(spec, scaling, tokenizer.bos_token or "", tokenizer.eos_token)
 
 
 def published_name(profile: Profile, step: int) -> str:
@@ -119,10 +141,10 @@ def _fetch_card(hub_id: str) -> str:
         return ""
 
 
-def model_card(profile: Profile, facts: CardFacts) -> str:
+def model_card(profile: Profile, facts: CardFacts, model: ModelFacts) -> str:
     """The Markdown of a checkpoint's README.md, with the metadata block that the hub reads."""
     name, grown = published_name(profile, facts.counts.step), _source_layers(facts) > 0
-    advised = usage_of(card_of(mixture=bool(profile.model.experts))).arguments
+    advised = usage_of(card_of(mixture=bool(model.spec.experts))).arguments
     metadata = {
         "model_name": name,
         "language": "en",
@@ -132,12 +154,12 @@ def model_card(profile: Profile, facts: CardFacts) -> str:
         "tags": ["kl3m", "legal", *(["g_stack"] if grown else [])],
     }
     sections = {
-        "Model Details": _details(profile, facts),
+        "Model Details": _details(profile, facts, model.spec),
         "Training Progress": _progress(profile, facts),
-        "Model Architecture": _architecture(profile),
+        "Model Architecture": _architecture(model),
         "G_stack": _stacking(profile, facts) if grown else "",
         "Training Configuration": _configuration(profile),
-        "Training Details": _training_details(profile, facts),
+        "Training Details": _training_details(profile, facts, model),
         "Spectra": _spectra(facts),
         "Usage": _usage(name, advised),
         "Generation": f"Recommended sampling: {_advice(advised)}.",
@@ -149,22 +171,22 @@ def model_card(profile: Profile, facts: CardFacts) -> str:
         "License": "Apache 2.0. The text it was trained on has its own terms.",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {name}\n\n{_summary(profile, facts)}\n\n{body}\n"
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {name}\n\n{_summary(facts, model.spec)}\n\n{body}\n"
 
 
-def _summary(profile: Profile, facts: CardFacts) -> str:
-    total = count_parameters(profile.model).total
-    kind = "mixture-of-experts" if profile.model.experts else "dense"
+def _summary(facts: CardFacts, spec: ModelSpec) -> str:
+    total = count_parameters(spec).total
+    kind = "mixture-of-experts" if spec.experts else "dense"
     layers = _source_layers(facts)
     grown = f", grown from {layers} layers by {_manner(facts.stack)}" if layers else ""
     return (
-        f"A {kind} language model of {_millions(total)} parameters and {profile.model.layers} layers{grown}, after "
+        f"A {kind} language model of {_millions(total)} parameters and {spec.layers} layers{grown}, after "
         f"{facts.counts.step:,} training steps."
     )
 
 
-def _details(profile: Profile, facts: CardFacts) -> str:
-    spec, count = profile.model, count_parameters(profile.model)
+def _details(profile: Profile, facts: CardFacts, spec: ModelSpec) -> str:
+    count = count_parameters(spec)
     vocabulary = spec.vocabulary * spec.hidden * (1 if spec.tied_embeddings else 2)
     tied = "one matrix, tied" if spec.tied_embeddings else "two matrices"
     active = f", {count.active:,} active per token" if spec.experts else ""
@@ -193,8 +215,8 @@ def _progress(profile: Profile, facts: CardFacts) -> str:
     )
 
 
-def _architecture(profile: Profile) -> str:
-    spec = profile.model
+def _architecture(model: ModelFacts) -> str:
+    spec = model.spec
     rows = {
         "Hidden size": f"{spec.hidden:,}",
         "Layers": str(spec.layers),
@@ -202,8 +224,10 @@ def _architecture(profile: Profile) -> str:
         "Intermediate size": f"{spec.mlp:,}",
         "Vocabulary": f"{spec.vocabulary:,} tokens",
         "Context": f"{spec.context:,} tokens" + (f", sliding window {spec.sliding_window}" if spec.sliding_window else ""),
-        "RoPE theta": f"{spec.rope_theta:,.0f}",
+        "RoPE theta": f"{spec.rope_theta:,.0f}" + (f", positions scaled ({model.scaling})" if model.scaling else ""),
     }
+    if spec.attention_bias or spec.mlp_bias:
+        rows["Biases"] = ", ".join(["attention"] * spec.attention_bias + ["MLP"] * spec.mlp_bias)
     if spec.experts:
         rows["Experts"] = f"{spec.experts} per layer, {spec.active_experts} active, router loss weight {spec.router_aux_loss:g}"
     return _items(rows)
@@ -278,11 +302,11 @@ def _configuration(profile: Profile) -> str:
     return "\n".join((optimizer, regularization, batch))
 
 
-def _training_details(profile: Profile, facts: CardFacts) -> str:
+def _training_details(profile: Profile, facts: CardFacts, model: ModelFacts) -> str:
     schedule, data = profile.schedule, profile.data
-    marks = "dense windows, `<|end|>` after each document"
+    marks = f"dense windows, `{model.end}` after each document"
     if data.packing == "segments":
-        marks = "padded segments, `<|start|>` and `<|end|>` at a document's own borders"
+        marks = f"padded segments, `{model.start}` and `{model.end}` at a document's own borders"
     if data.p_sft:
         trained_on = "their responses" if data.sft_loss == "response" else "all their tokens"
         marks += f"; {100 * data.p_sft:g}% of the segments are instruction pairs, trained on {trained_on}"

@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("estimate", help="memory and time of a profile, before it is started")
     command.add_argument("profile", help=f"one of {', '.join(profiles.PROFILES)}")
     command.add_argument("--gpu", default="", help=f"one of {', '.join(GPUS)} (default: this machine)")
+    command.add_argument("--init", help="checkpoint folder that training starts from (default: a model as the profile says)")
     command.add_argument("--micro-batch", type=int, help="windows that go through the model at once")
     command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
     command.set_defaults(command=_estimate)
@@ -235,7 +236,8 @@ def _require_gpu_or_consent(
     done = checkpoint_step(newest) if newest else carried_counts(init).step
     if done >= profile.schedule.max_steps:
         return
-    needed = estimate(profiles.override_profile(profile, max_steps=profile.schedule.max_steps - done))
+    remaining = profiles.override_profile(profile, max_steps=profile.schedule.max_steps - done)
+    needed = estimate(models.profile_of_start(remaining, init))
     memory = device_memory(torch.device("cpu"))
     if needed.seconds < LONG_WITHOUT_GPU and needed.memory < memory:
         return
@@ -341,7 +343,11 @@ def _stack(options: argparse.Namespace) -> int:
 def _estimate(options: argparse.Namespace) -> int:
     if options.micro_batch is not None:
         options.set.append(("micro_batch", str(options.micro_batch)))
-    table = estimate(_set_fields(options), options.gpu).table()
+    if options.init and not (folder := paths.find(options.init)).is_dir():
+        raise Refused(
+            f"There is no checkpoint folder {folder} to take the numbers of the model from; name another, or leave out --init."
+        )
+    table = estimate(models.profile_of_start(_set_fields(options), options.init), options.gpu).table()
     for key, value in table.items():
         print(f"{key:{max(map(len, table))}}  {value}")
     return 0

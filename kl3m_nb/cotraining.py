@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from kl3m_nb.instructions import InstructionPair
+from kl3m_nb.special_ids import end_id, start_id
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +31,30 @@ class Sample:
 
 
 def instruction_prompt(instruction: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands before the response to `instruction`, as text; the special tokens in it are matched when it is tokenized."""
-    has_instruction_tokens = not {*map(tokenizer.convert_tokens_to_ids, (OPENING, CLOSING))} & {None, tokenizer.unk_token_id}
-    marked = f"{OPENING}{instruction}{CLOSING}" if has_instruction_tokens else f"{instruction}{SEPARATOR}"
-    return tokenizer.bos_token + marked
+    """What stands before the response to `instruction`, as text; the special tokens in it are matched when it is tokenized.
+
+    Raises ValueError when the tokenizer has no tokens to mark an instruction with, or none for the beginning of a text.
+    """
+    start_id(tokenizer)
+    if _has(tokenizer, OPENING) and _has(tokenizer, CLOSING):
+        return f"{tokenizer.bos_token}{OPENING}{instruction}{CLOSING}"
+    if not _has(tokenizer, SEPARATOR):
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path} has neither {OPENING} and {CLOSING} nor {SEPARATOR}, which "
+            "mark an instruction; set p_sft to 0, or use another tokenizer."
+        )
+    return f"{tokenizer.bos_token}{instruction}{SEPARATOR}"
+
+
+def _has(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
 
 
 def pair_sample(pair: InstructionPair, tokenizer: PreTrainedTokenizerBase, loss: str) -> Sample:
     """The sequence of one pair. `loss` is "response" (the response and `<|end|>` are trained on) or "all"."""
     prompt = tokenizer.encode(instruction_prompt(pair.instruction, tokenizer), add_special_tokens=False)
     response = tokenizer.encode(pair.response, add_special_tokens=False)
-    tokens = np.array([*prompt, *response, tokenizer.eos_token_id], dtype=np.int32)
+    tokens = np.array([*prompt, *response, end_id(tokenizer)], dtype=np.int32)
     return Sample(tokens, len(prompt) if loss == "response" else 0)
 
 

@@ -70,12 +70,17 @@ def held_out_loss(
     float64. Gradients, train or evaluation mode and the random state of the caller are left as they are. A diverged model gives
     NaN or infinity, not an error.
 
-    Raises ValueError for windows of another shape or dtype, or none at all.
+    Raises ValueError for windows of another shape or dtype, longer than the model's context, or none at all.
     """
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(
             f"held_out_loss was given windows of shape {list(windows.shape)} and dtype {windows.dtype}; "
             "it takes int64 token ids of shape [N, seq_len + 1] with N and seq_len at least 1."
+        )
+    context = getattr(model.config, "max_position_embeddings", None) or windows.shape[1]
+    if windows.shape[1] - 1 > context:
+        raise ValueError(
+            f"The windows have {windows.shape[1] - 1} tokens to read; this model takes at most {context}, lower seq_len."
         )
     if batch_windows < 1:
         raise ValueError(f"batch_windows is {batch_windows}; it must be at least 1.")

@@ -5,16 +5,18 @@ How well that is written is measured in `writing`. The cards' own calls, through
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -29,6 +31,8 @@ from kl3m_nb.card_usage import usage_of
 from kl3m_nb.evaluation import evaluation_mode
 from kl3m_nb.extraction import as_instruction, is_decided
 from kl3m_nb.paths import located, prompts_dir
+from kl3m_nb.special_ids import stop_ids
+from kl3m_nb.tokenizer import read_tokenizer
 
 ANSWER_TOKENS = 64  # the longest right answer to an extraction takes 55 of a vocabulary of 4,096
 PROMPT_KINDS = ("card", "clause", "regulation", "citation", "extraction")
@@ -117,7 +121,7 @@ def run_card(checkpoint: str | Path, card: str, seed: int) -> list[list[str]]:
     random state is left as it was. Raises ValueError for a card that prints no call.
     """
     usage = usage_of(card)
-    writer = pipeline("text-generation", model=located(checkpoint))
+    writer = pipeline("text-generation", model=located(checkpoint), tokenizer=read_tokenizer(str(checkpoint)))
     device = writer.model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         _seed(device, seed)
@@ -169,10 +173,10 @@ def generate(
     A text is cut after max_new_tokens or, with `is_whole`, before that, as soon as it says so of a prompt and its continuation.
 
     The same seed, prompts and batch size give the same samples on the same machine; the caller's random state and the model's
-    mode are left as they were. The tokenizer must have a padding and an end-of-text token.
+    mode are left as they were. A text ends at the tokens of `stop_ids`; where there are none it is cut.
     Raises ValueError for a prompt without tokens and for one that leaves no room for `max_new_tokens` in the model's context.
     """
-    config = _generation_config(sampling, tokenizer)
+    config = _generation_config(sampling, model, tokenizer)
     check_room(model.config.max_position_embeddings, tokenizer, prompts, sampling)
     samples = []
     with evaluation_mode(model), torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -211,7 +215,7 @@ def generate_streaming(
     `on_text` gets the whole continuation so far after every token; when `should_stop` says so, the text is cut there. Raises
     ValueError like `generate`.
     """
-    config = _generation_config(sampling, tokenizer)
+    config = _generation_config(sampling, model, tokenizer)
     check_room(model.config.max_position_embeddings, tokenizer, [prompt], sampling)
 
     class Teller(BaseStreamer):
@@ -259,34 +263,48 @@ def _generate_batch(
     model, tokenizer, prompts: Sequence[str], config: GenerationConfig, stop: StoppingCriteria | None = None, streamer=None
 ) -> list[Sample]:
     started = time.perf_counter()
-    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False).to(
-        model.device
-    )
+    # padded by hand: a tokenizer without a padding token pads nothing, and what is masked may be any token
+    tokens = [torch.tensor(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    ids = pad_sequence(tokens, batch_first=True, padding_value=config.pad_token_id, padding_side="left").to(model.device)
+    seen = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True, padding_side="left").to(model.device)
     criteria = StoppingCriteriaList([stop] if stop else [])
-    output = model.generate(**inputs, generation_config=config, stopping_criteria=criteria, streamer=streamer)
-    continuations = output[:, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
+    with generating_by(model, config):
+        output = model.generate(ids, attention_mask=seen, generation_config=config, stopping_criteria=criteria, streamer=streamer)
+    continuations = output[:, ids.shape[1] :].tolist()  # waits for the device
     seconds = (time.perf_counter() - started) / len(prompts)
     lengths = stop.lengths if isinstance(stop, _WholeTexts) else {}
     samples = []
-    for row, (prompt, tokens) in enumerate(zip(prompts, continuations, strict=True)):
-        end, tokens = config.eos_token_id, tokens[: lengths.get(row)]  # what follows a whole text is padding
-        ended = end in tokens
-        tokens = tokens[: tokens.index(end)] if ended else tokens
-        samples.append(
-            Sample(
-                prompt, _decode(tokenizer, tokens), tuple(tokenizer(prompt)["input_ids"]), tuple(tokens), (end,) * ended, seconds
-            )
-        )
+    for row, (prompt, of_prompt, written) in enumerate(zip(prompts, tokens, continuations, strict=True)):
+        written = written[: lengths.get(row)]  # what follows a whole text is padding
+        place = next((place for place, token in enumerate(written) if token in (config.eos_token_id or ())), len(written))
+        text, end = written[:place], written[place : place + 1]
+        samples.append(Sample(prompt, _decode(tokenizer, text), tuple(of_prompt.tolist()), tuple(text), tuple(end), seconds))
     return samples
 
 
-def _generation_config(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+@contextlib.contextmanager
+def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Has `model.generate` obey `config` alone: transformers fills what it leaves at None from the model's own configuration."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def stopping(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Settings of `generate`: where a text ends, and what follows it in a batch whose other texts go on."""
+    stops = stop_ids(model, tokenizer)
+    padding = next((token for token in (tokenizer.pad_token_id, *stops) if token is not None), 0)
+    return {"eos_token_id": stops or None, "pad_token_id": padding}
+
+
+def _generation_config(sampling: Sampling, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     common = {
         "max_new_tokens": sampling.max_new_tokens,
         "repetition_penalty": sampling.repetition_penalty,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
         "use_cache": True,
+        **stopping(model, tokenizer),
     }
     if sampling.temperature == 0:
         return GenerationConfig(do_sample=False, **common)

@@ -7,6 +7,7 @@ figures for whole documents (`held_out_documents`) are those of `prediction` wit
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import tempfile
@@ -23,6 +24,7 @@ from kl3m_nb.corpus import Document
 from kl3m_nb.evaluation import score_sequences
 from kl3m_nb.intervals import Interval, share_interval
 from kl3m_nb.paths import located, tasks_dir
+from kl3m_nb.special_ids import border_id
 from kl3m_nb.tokenizer import read_tokenizer
 
 TASKS = ("clause_cloze", "next_section")
@@ -62,18 +64,16 @@ def answer_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ite
     in nats, and `right_characters`.
 
     The choice of a model is the one whose text has the highest log-likelihood behind the context, in total or divided by its
-    characters: lm-eval's `acc` and `acc_norm`. As lm-eval does, context and choice are tokenized together and cut at the length
-    of the context tokenized alone, and what is too long for the model's context loses its beginning. Raises ValueError for a
-    choice that alone is too long.
+    characters: lm-eval's `acc` and `acc_norm`. Context and choice are tokenized together and cut as `encode_pair` does; as in
+    lm-eval, what is too long for the model's context loses its beginning. Raises ValueError for a choice that alone is too long.
     """
     longest = model.config.max_position_embeddings + 1  # the last token is only predicted
     sequences, predicted = [], []
     for item in items:
-        context = tokenizer.encode(item.context, add_special_tokens=False)
         for choice in item.choices:
-            whole = tokenizer.encode(item.context + item.delimiter + choice, add_special_tokens=False)
-            sequences.append(whole[-longest:])
-            predicted.append(len(whole) - len(context))
+            context, continuation = encode_pair(tokenizer, item.context, item.delimiter + choice)
+            sequences.append([*context, *continuation][-longest:])
+            predicted.append(len(continuation))
     scores = iter(score_sequences(model, sequences, predicted))
     rows = []
     for item in items:
@@ -90,6 +90,25 @@ def answer_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ite
             }
         )
     return pd.DataFrame(rows)
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The token ids of two texts, tokenized together: those that the model reads, and those that it predicts, at least one each.
+
+    The rule is lm-eval's: blanks at the end of the context belong to the continuation, and the cut is at the length of the
+    context tokenized alone. Where a token goes over the end of the context, lm-eval would leave out a part of the text, or all
+    of it; then the cut is at the last border between two tokens that is not behind the end of the context, so the model predicts
+    the last token of the context anew, together with the continuation.
+    """
+    end = len(context.rstrip())
+    alone, whole = tokenizer.encode(context[:end]), tokenizer.encode(context + continuation)
+    cut = len(alone)
+    if whole[:cut] != alone or cut == len(whole):
+        ends = [last for _, last in tokenizer(context + continuation, return_offsets_mapping=True)["offset_mapping"]]
+        cut = next((place for place, last in enumerate(ends) if last > end), len(whole) - 1)
+    if cut == 0:  # context and continuation begin in one token
+        whole, cut = [border_id(tokenizer), *whole], 1
+    return whole[:cut], whole[cut:]
 
 
 def accuracy(answers: pd.DataFrame, column: str = "correct") -> Interval:
@@ -127,30 +146,41 @@ def run_lm_eval(
 
     With `documents` there is also `held_out_documents`, with `bits_per_byte` and `byte_perplexity` of their texts in windows of
     `window` tokens that do not overlap. A document is predicted from the token `prefix` as by `evaluate_documents`: without one
-    from the end-of-text token, where lm-eval would take the beginning-of-text token. Nothing is downloaded. Raises ImportError
-    without the extra `harness` and ValueError for an unknown task or documents without text.
+    from that of `border_id`, where lm-eval would take the beginning-of-text token. The tokenizer is that of `read_tokenizer`, and
+    texts are cut by `encode_pair`. Nothing is downloaded. Raises ImportError without the extra `harness` and ValueError for an
+    unknown task or documents without text.
     """
     try:
         from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
     except ModuleNotFoundError as error:
         raise ImportError("lm-eval is not installed; install the extra: pip install -e '.[harness]'.") from error
 
     configs = [task_config(task) for task in tasks]
-    before = read_tokenizer(str(checkpoint)).eos_token_id if prefix is None else prefix
+    tokenizer = read_tokenizer(str(checkpoint))
+    before = border_id(tokenizer) if prefix is None else prefix
+
+    class CutByOurRule(HFLM):
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            return encode_pair(tokenizer, context, continuation)
+
     with tempfile.TemporaryDirectory() as folder:
         if documents:
             configs.append(_document_config(documents, Path(folder)))
         results = simple_evaluate(
-            model="hf",
-            model_args={
-                "pretrained": located(checkpoint), "dtype": "float32", "max_length": window, "prefix_token_id": before,
-            },
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            model=CutByOurRule(
+                pretrained=located(checkpoint),
+                tokenizer=copy.deepcopy(tokenizer),  # one without a padding token is given one
+                dtype="float32",
+                max_length=window,
+                prefix_token_id=before,
+                batch_size=batch_size,
+                device="cuda" if torch.cuda.is_available() else "cpu",
+            ),
             tasks=configs,
-            batch_size=batch_size,
             bootstrap_iters=0,
             verbosity="ERROR",
-        )["results"]  # fmt: skip
+        )["results"]
     return {task: _plain_names(figures) for task, figures in results.items()}
 
 

@@ -21,10 +21,12 @@ import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.evaluation import evaluation_mode
+from kl3m_nb.generation import generating_by, stopping
 from kl3m_nb.intervals import difference_interval, mean_interval
 from kl3m_nb.packing import Batch
 from kl3m_nb.runs import Reading
 from kl3m_nb.shingles import SHINGLE_TOKENS, token_shingles
+from kl3m_nb.special_ids import end_id
 from kl3m_nb.streams import open_stream
 
 PREFIX_LENGTHS = (5, 10, 20, 50)
@@ -69,7 +71,7 @@ def copying(
             f"Memorisation is not measurable here: {len(sets[0])} documents that were given in training and {len(sets[1])} that "
             f"were not have {length} tokens that stand nowhere else; it takes {FEWEST_DOCUMENTS} of each."
         )
-    table = verbatim_continuation(model, sets[0] + sets[1], prefix_lengths, continuation)
+    table = verbatim_continuation(model, tokenizer, sets[0] + sets[1], prefix_lengths, continuation)
     was_given = table["passage"] < len(sets[0])
     return memorisation_gap(table[was_given], table[~was_given])
 
@@ -137,8 +139,10 @@ def _documents(batches: Iterable[Batch], tokenizer: PreTrainedTokenizerBase) -> 
             is_label = labels != -100
             rows += [inputs[is_label][:1], labels[is_label]]
     tokens = np.concatenate(rows or [np.empty(0, dtype=np.int64)]).astype(np.int32)
-    for piece in np.split(tokens, np.flatnonzero(tokens == tokenizer.eos_token_id)):
-        yield piece[~np.isin(piece, [tokenizer.eos_token_id, tokenizer.bos_token_id])]
+    end = end_id(tokenizer)
+    marks = [end] if tokenizer.bos_token_id is None else [end, tokenizer.bos_token_id]
+    for piece in np.split(tokens, np.flatnonzero(tokens == end)):
+        yield piece[~np.isin(piece, marks)]
 
 
 def shared_shingles(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -176,6 +180,7 @@ def cut_passages(
 @torch.no_grad()
 def verbatim_continuation(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     passages: Sequence[Sequence[int]],
     prefix_lengths: Sequence[int] = PREFIX_LENGTHS,
     continuation: int = 32,
@@ -193,8 +198,8 @@ def verbatim_continuation(
             f"verbatim_continuation takes passages of exactly {length} tokens: the longest prefix, at least 1, and the rest."
         )
     ids = torch.tensor(passages, device=model.device)
-    end = model.generation_config.eos_token_id  # stands in no passage: what follows it counts as wrong
-    config = GenerationConfig(do_sample=False, max_new_tokens=continuation, pad_token_id=0 if end is None else end)
+    # the end of a text stands in no passage: what follows it counts as wrong
+    config = GenerationConfig(do_sample=False, max_new_tokens=continuation, **stopping(model, tokenizer))
     asked = pd.DataFrame(
         [(passage, prefix) for prefix in prefix_lengths for passage in range(len(passages))], columns=["passage", "prefix"]
     )
@@ -205,7 +210,8 @@ def verbatim_continuation(
             longest, prefixes = batch["prefix"].max(), torch.tensor(batch["prefix"].to_numpy(), device=model.device)
             prompts = ids[batch["passage"].to_list(), -continuation - longest : -continuation]
             seen = torch.arange(longest, device=model.device) >= longest - prefixes[:, None]
-            part = model.generate(prompts, attention_mask=seen.long(), generation_config=config)[:, longest:]
+            with generating_by(model, config):
+                part = model.generate(prompts, attention_mask=seen.long(), generation_config=config)[:, longest:]
             written.append(F.pad(part, (0, continuation - part.shape[1]), value=-1))  # shorter where every text ended
     same = torch.cat(written) == ids[asked["passage"].to_list(), -continuation:]
     verbatim = same.long().cumprod(dim=1).sum(dim=1)

@@ -54,7 +54,9 @@ def count_parameters(spec: ModelSpec) -> ParameterCount:
     mlp = 3 * spec.hidden * spec.mlp
     muon = spec.layers * (attention + max(1, spec.experts) * mlp)
     vocabulary = spec.vocabulary * spec.hidden * (1 if spec.tied_embeddings else 2)
-    others = vocabulary + spec.hidden * (2 * spec.layers + 1) + spec.layers * spec.hidden * spec.experts
+    biases = spec.attention_bias * (spec.head_size * (spec.heads + 2 * spec.kv_heads) + spec.hidden)
+    biases += spec.mlp_bias * (2 * spec.mlp + spec.hidden)
+    others = vocabulary + spec.hidden * (2 * spec.layers + 1) + spec.layers * (spec.hidden * spec.experts + biases)
     idle = spec.layers * mlp * (spec.experts - spec.active_experts) if spec.experts else 0
     return ParameterCount(muon + others, muon, muon + others - idle)
 

@@ -6,6 +6,7 @@ is ours is one forward pass that stops before the LM head, because the objective
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from kl3m_nb import paths
@@ -22,7 +31,7 @@ from kl3m_nb.experts import expert_counts, load_balancing_loss, take_router_logi
 from kl3m_nb.model_folder import read_json, weight_files
 from kl3m_nb.profiles import ModelSpec, Profile
 from kl3m_nb.roles import parameter_roles, role_table
-from kl3m_nb.tokenizer import END_ID, PAD_ID, START_ID
+from kl3m_nb.special_ids import FAMILY_IDS, SpecialIds
 
 __all__ = [
     "BodyOutput",
@@ -34,14 +43,17 @@ __all__ = [
     "model_config",
     "parameter_counts",
     "parameter_roles",
+    "position_scaling",
+    "profile_of_start",
     "role_table",
+    "spec_of",
 ]
 
 disable_progress_bar()  # transformers' own bars for files that take milliseconds would drown the one that counts
 
 
-def model_config(spec: ModelSpec) -> LlamaConfig | MixtralConfig:
-    """The Hugging Face configuration of `spec`, with the family's special ids."""
+def model_config(spec: ModelSpec, special: SpecialIds = FAMILY_IDS) -> LlamaConfig | MixtralConfig:
+    """The Hugging Face configuration of `spec`, with the ids of a tokenizer's special tokens, by default the family's."""
     shared = dict(
         vocab_size=spec.vocabulary,
         hidden_size=spec.hidden,
@@ -55,13 +67,13 @@ def model_config(spec: ModelSpec) -> LlamaConfig | MixtralConfig:
         initializer_range=spec.initializer_range,
         tie_word_embeddings=spec.tied_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
-        bos_token_id=START_ID,
-        eos_token_id=END_ID,
-        pad_token_id=PAD_ID,
+        bos_token_id=special.start,
+        eos_token_id=special.end,
+        pad_token_id=special.padding,
         use_cache=True,
     )
     if not spec.experts:
-        return LlamaConfig(**shared)
+        return LlamaConfig(**shared, attention_bias=spec.attention_bias, mlp_bias=spec.mlp_bias)
     return MixtralConfig(
         **shared,
         sliding_window=spec.sliding_window or None,
@@ -71,9 +83,44 @@ def model_config(spec: ModelSpec) -> LlamaConfig | MixtralConfig:
     )
 
 
-def build_model(profile: Profile, device: str | torch.device | None = None, attention: str = "sdpa") -> PreTrainedModel:
-    """A float32 model of `profile` with fresh weights, drawn from `profile.data.seed`; `device="meta"` allocates nothing."""
-    config = model_config(profile.model)
+def spec_of(config: LlamaConfig | MixtralConfig) -> ModelSpec:
+    """The numbers that a model's own configuration has for those of a `ModelSpec`: the inverse of `model_config`."""
+    return ModelSpec(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        mlp=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_size=_setting(config.to_dict(), "head_dim"),
+        vocabulary=config.vocab_size,
+        context=config.max_position_embeddings,
+        rope_theta=config.rope_parameters["rope_theta"],
+        tied_embeddings=config.tie_word_embeddings,
+        sliding_window=getattr(config, "sliding_window", None) or 0,
+        experts=getattr(config, "num_local_experts", 0),
+        active_experts=getattr(config, "num_experts_per_tok", 0),
+        router_aux_loss=getattr(config, "router_aux_loss_coef", 0.0),
+        initializer_range=config.initializer_range,
+        attention_bias=getattr(config, "attention_bias", False),
+        mlp_bias=getattr(config, "mlp_bias", False),
+    )
+
+
+def position_scaling(config: LlamaConfig | MixtralConfig) -> str:
+    """How a model scales its rotary positions, in words such as "linear, factor 4.0"; empty when it does not."""
+    settings = {key: value for key, value in config.rope_parameters.items() if key != "rope_theta"}
+    kind = settings.pop("rope_type", "default")
+    return "" if kind == "default" else ", ".join([kind, *(f"{key} {value}" for key, value in settings.items())])
+
+
+def build_model(
+    profile: Profile, device: str | torch.device | None = None, attention: str = "sdpa", special: SpecialIds = FAMILY_IDS
+) -> PreTrainedModel:
+    """A float32 model of `profile` with fresh weights, drawn from `profile.data.seed`; `device="meta"` allocates nothing.
+
+    `special` are the ids of the tokenizer it will be trained with: the embedding of the padding token is zero, and stays it.
+    """
+    config = model_config(profile.model, special)
     config._attn_implementation = attention
     model_class = MixtralForCausalLM if profile.model.experts else LlamaForCausalLM
     with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
@@ -132,7 +179,10 @@ def check_checkpoint(folder: str | Path) -> dict:
 
 
 def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:
-    """Raises ValueError naming the first number in which a checkpoint's `config.json` differs from `profile`'s shape."""
+    """Raises ValueError naming the first number in which a checkpoint's `config.json` differs from `profile`'s shape, and for a
+    window that is longer than the checkpoint's context. The context, scaled positions and biases may be others: they are the
+    checkpoint's.
+    """
     wanted = model_config(profile.model).to_dict()
     for key in (
         "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -145,6 +195,31 @@ def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:
                 f"The checkpoint {folder} has {key} {found}, the profile {profile.name} wants {expected}; "
                 "choose a matching checkpoint or profile."
             )
+    if profile.data.seq_len > (context := config["max_position_embeddings"]):
+        raise ValueError(
+            f"seq_len {profile.data.seq_len} is longer than the context of {context} tokens that the checkpoint {folder} takes; "
+            f"choose at most {context}."
+        )
+
+
+def profile_of_start(profile: Profile, start: str | Path | None) -> Profile:
+    """`profile` with the numbers of the model that a run begins with, where that is the checkpoint folder `start`.
+
+    As it is when there is no such folder: for random weights, a hub id, or a run that has begun and whose start is gone. Raises
+    ValueError for a folder that holds no checkpoint, or one that `check_fits` refuses.
+    """
+    folder = paths.find(start) if start else None
+    if folder is None or not folder.is_dir():
+        return profile
+    check_checkpoint(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The checkpoint {folder} cannot be loaded ({str(error).splitlines()[0].rstrip('.')}); name another."
+        ) from error
+    check_fits(config.to_dict(), profile, folder)
+    return dataclasses.replace(profile, model=spec_of(config))
 
 
 def _setting(config: dict, key: str):

@@ -1,4 +1,4 @@
-"""From documents to training windows: append `<|end|>` and pack densely across documents.
+"""From documents to training windows: append the end-of-text token and pack densely across documents.
 
 A window holds seq_len + 1 tokens: inputs are its first seq_len, labels its last seq_len, so every position is trained on and
 there is no padding. Windows do not overlap: laid end to end they are the documents again. `PackedStream.state_dict()` holds
@@ -19,6 +19,7 @@ from kl3m_nb.corpus import family
 from kl3m_nb.document_stream import DocumentStream, forget_held_out, held_out_documents, preview_tokenized
 from kl3m_nb.profiles import DataSpec
 from kl3m_nb.sources import SourceReport
+from kl3m_nb.special_ids import end_id
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class PackedStream(BatchStream):
     """Endless training windows of one source, epoch after epoch, with a state that resumes to the token."""
 
     def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase):
+        """Raises ValueError, beside what `BatchStream` does, when the tokenizer names no end-of-text token."""
+        self._end = end_id(tokenizer)
         super().__init__(spec, tokenizer)
         self._rest = np.empty(0, dtype=np.int32)
 
@@ -127,7 +130,7 @@ class PackedStream(BatchStream):
         length = self.spec.seq_len + 1
         wanted = windows * length
         pieces, have = [self._rest], self._rest.size
-        end = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
+        end = np.array([self._end], dtype=np.int32)
         while have < wanted:
             tokens = self._documents.next()
             pieces += [tokens, end]
@@ -144,7 +147,7 @@ class PackedStream(BatchStream):
         if self.spec.document_borders == "ignored":
             return Batch(input_ids, labels)
         # Only together: without the mask a query would see keys of earlier documents at rotary distances of zero and below.
-        positions = restarting_positions(input_ids, self.tokenizer.eos_token_id)
+        positions = restarting_positions(input_ids, self._end)
         return Batch(input_ids, labels, position_ids=positions, document_ids=(positions == 0).cumsum(1))
 
     def state_dict(self) -> dict:
@@ -183,10 +186,12 @@ def check_shares(windows: int, ranks: int) -> None:
 def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The fixed held-out set, int64 [held_out_windows, seq_len + 1]: spread evenly over the held-out documents.
 
-    Raises ValueError when the source's held-out documents do not fill that many windows.
+    Raises ValueError when the source's held-out documents do not fill that many windows, or the tokenizer names no end-of-text
+    token.
     """
+    end = end_id(tokenizer)
     forget_held_out()  # the files may be others than at the last call of this process
-    documents = ([*tokens.tolist(), tokenizer.eos_token_id] for _, tokens in held_out_documents(spec, tokenizer))
+    documents = ([*tokens.tolist(), end] for _, tokens in held_out_documents(spec, tokenizer))
     windows = list(pack(documents, spec.seq_len + 1))
     if not windows:
         raise ValueError(

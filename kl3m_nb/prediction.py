@@ -23,6 +23,7 @@ from kl3m_nb.document_stream import token_ids
 from kl3m_nb.evaluation import bits_per_byte, score_sequences
 from kl3m_nb.intervals import Interval, mean_interval
 from kl3m_nb.profiles import ObjectiveSpec
+from kl3m_nb.special_ids import border_id
 
 ENTROPY_TARGET_BITS = ObjectiveSpec.entropy_target_bits
 CALIBRATION_BINS = 15
@@ -147,7 +148,7 @@ def evaluate_documents(
 ) -> Prediction:
     """Scores of `model` on every token of `documents`, with at most `window` tokens of context.
 
-    The first token of a document is predicted from the token `prefix`, by default the end-of-text token; which stood there in a
+    The first token of a document is predicted from the token `prefix`, by default that of `border_id`; which stood there in a
     model's training is known to `runs.document_prefix`. The end of a document is not predicted. Its text is judged; ids it stores
     are used where they are this tokenizer's own (`token_ids`), so bits per byte of models with other tokenizers compare. A
     document's `dataset` is its domain. With `stride` equal to `window` the windows do not overlap, which is how lm-eval counts;
@@ -161,7 +162,7 @@ def evaluate_documents(
         raise ValueError(f"The window is {window} tokens; this model takes 1 to {context}.")
     if not 1 <= stride <= window:
         raise ValueError(f"The stride is {stride}; it must lie between 1 and the window of {window} tokens.")
-    before = tokenizer.eos_token_id if prefix is None else prefix
+    before = border_id(tokenizer) if prefix is None else prefix
     sequences, predicted, owners = [], [], []
     for number, document in enumerate(documents):
         tokens = [before, *token_ids(document, tokenizer)]
@@ -202,7 +203,7 @@ def worth_of_context(
             f"worth_of_context was given {len(documents)} documents and a window of {window} tokens; it takes at least 1 "
             f"document and a window of 1 to {model.config.max_position_embeddings} tokens."
         )
-    before = tokenizer.eos_token_id if prefix is None else prefix
+    before = border_id(tokenizer) if prefix is None else prefix
     texts: dict[str, list[int]] = {}
     for document in documents:
         texts[family(document)] = max(texts.get(family(document), []), [before, *token_ids(document, tokenizer)], key=len)

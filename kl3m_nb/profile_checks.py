@@ -81,6 +81,11 @@ def _check_experts(values: Mapping) -> None:
     if experts:
         if not 1 <= active <= experts:
             raise ValueError(f"active_experts is {active} of {experts} experts; choose from 1 to {experts}.")
+        for key in ("attention_bias", "mlp_bias"):
+            if values[key]:
+                raise ValueError(
+                    f"{key} is true with {experts} experts, and a Mixtral has no biases; set experts to 0, or {key} to false."
+                )
         return
     for key in ("active_experts", "router_aux_loss", "sliding_window"):
         if values[key]:

@@ -39,6 +39,8 @@ class ModelSpec:
     active_experts: int = 0
     router_aux_loss: float = 0.0
     initializer_range: float = 0.02
+    attention_bias: bool = False  # of q, k, v and o
+    mlp_bias: bool = False  # of gate, up and down
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from kl3m_nb.metrics import FILE_NAME, read_metrics
 from kl3m_nb.profiles import Profile
 from kl3m_nb.run_folder import RunLock
 from kl3m_nb.schedule import warmup_remark
+from kl3m_nb.special_ids import adopt_special_ids, special_ids
 from kl3m_nb.tokenizer import check_same_entries
 
 SEEN_SECONDS = 60  # so long a network file system may show one machine what another has written
@@ -96,12 +97,20 @@ def _reads(file: Path, content: bytes) -> bool:
 def starting_model(
     start: str | Path | None, profile: Profile, tokenizer: PreTrainedTokenizerBase, attention: str
 ) -> PreTrainedModel:
-    """The model of the checkpoint `start`, or one with random weights when None. ValueError where `profile` asks for another."""
+    """The model of the checkpoint `start`, or one with random weights when None, with the special ids of `tokenizer`.
+
+    Raises ValueError where `profile` asks for another, or the tokenizer names no end-of-text token.
+    """
     if start is None:
-        return models.build_model(profile, attention=attention)
+        model = models.build_model(profile, attention=attention, special=special_ids(tokenizer))
+        adopt_special_ids(model, tokenizer)
+        return model
     model = models.load_model(start, attention=attention)
     models.check_fits(model.config.to_dict(), profile, start)
     check_same_entries(tokenizer, start)
+    adopt_special_ids(model, tokenizer)
+    if profile.model.experts:  # what it is trained with
+        model.config.router_aux_loss_coef = profile.model.router_aux_loss
     if distributed.world().size > 1:  # FSDP2 would make one model of the shards of several
         distributed.check_alike({f"the checksum of the weights in {start}": _checksum(model)})
     return model

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from kl3m_nb import checkpoints, paths
 from kl3m_nb.metrics import FILE_NAME, first_step, read_metrics
-from kl3m_nb.model_folder import TRAINED_STEPS, read_stack, stack_source
+from kl3m_nb.model_folder import TRAINED_STEPS, read_json, read_stack, stack_source
 from kl3m_nb.profiles import DataSpec, Profile, get_profile, profile_with
 from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
+from kl3m_nb.special_ids import border_id, start_id
 
 
 class UnknownTraining(ValueError):
@@ -113,19 +114,21 @@ def profile_of(checkpoint: str | Path) -> Profile | None:
 
 
 def profile_to_judge(profile_name: str, checkpoint: str | Path, documents: str = "", tokenizer: str = "", **changes) -> Profile:
-    """The named profile with the held-out text and the tokenizer that a `checkpoint` to be stacked can be judged on.
+    """The named profile with the text, tokenizer, vocabulary and context that a `checkpoint` to be stacked is judged with.
 
     Unless `documents` and `tokenizer` are given, they are those the checkpoint was trained with: told by its run, its tokenizer
-    by the checkpoint itself, and by the named profile where neither says. `changes` are as in `profile_with`, 0 being the
-    profile's own. Raises ValueError for values that no profile can have.
+    by the checkpoint itself, and by the named profile where neither says. Vocabulary and context are those of its config.json.
+    `changes` are as in `profile_with`, 0 being the profile's own. Raises ValueError for values that no profile can have.
     """
     folder, made_with = paths.find(checkpoint), profile_of(checkpoint) or get_profile(profile_name)
     own = str(folder) if (folder / "tokenizer.json").is_file() else made_with.data.tokenizer
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    keys = {"vocabulary": "vocab_size", "context": "max_position_embeddings"}  # windows that the checkpoint can read
     return profile_with(
         profile_name,
         source=documents or made_with.data.source,
         tokenizer=tokenizer or own,
-        vocabulary=made_with.model.vocabulary,
+        **{field: config.get(key, getattr(made_with.model, field)) for field, key in keys.items()},
         **changes,
     )
 
@@ -171,12 +174,13 @@ def document_prefix(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase) 
 
     Segments begin a document with the beginning-of-text token and never read the end-of-text token, which in dense windows
     stands between two documents. A fresh stack is as its source was trained; where no run here tells, windows are taken as dense.
+    Raises ValueError when the tokenizer names no such token.
     """
     record = read_stack(paths.find(checkpoint))
     source = None if record.get(TRAINED_STEPS) else stack_source(record)
     profile = profile_of(checkpoint) or (profile_of(source) if source else None)
     in_segments = profile is not None and profile.data.packing == "segments"
-    return tokenizer.bos_token_id if in_segments else tokenizer.eos_token_id
+    return start_id(tokenizer) if in_segments else border_id(tokenizer)
 
 
 def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:

@@ -2,10 +2,10 @@
 
 The card says "document-aware segmentation", "randomized padding" and "hybrid NTP and SFT cotraining"; what is done here is read
 from these words. A long document is cut at the last paragraph border in the second half of the context, else at the last sentence
-border there, else where the context ends. `<|start|>` and `<|end|>` stand at the document's own borders only. The free room is
-split at random between left and right; padding is masked in attention and has no label. As rotary positions are relative, where a
-segment lies changes neither loss nor gradient by more than rounding, 1e-6: the card's words are followed, and nothing is learned
-from it.
+border there, else where the context ends. The beginning-of-text and end-of-text tokens stand at the document's own borders only.
+The free room is split at random between left and right; padding is masked in attention and has no label. As rotary positions are
+relative, where a segment lies changes neither loss nor gradient by more than rounding, 1e-6: the card's words are followed, and
+nothing is learned from it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kl3m_nb.cotraining import PairSamples, Sample
 from kl3m_nb.instructions import load_pairs
 from kl3m_nb.packing import Batch, BatchStream
 from kl3m_nb.profiles import DataSpec
+from kl3m_nb.special_ids import end_id, padding_id, start_id
 
 _BYTE_LEVEL_SPACES = str.maketrans({"Ġ": " ", "Ċ": "\n", "ĉ": "\t", "č": "\r"})
 
@@ -81,6 +82,8 @@ class SegmentedStream(BatchStream):
     """Endless padded segments, with instruction pairs between them at `spec.p_sft`. Resumes to the segment."""
 
     def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase):
+        """Raises ValueError, beside what `BatchStream` does, when the tokenizer lacks a begin- or end-of-text token."""
+        self._marks, self._padding = (start_id(tokenizer), end_id(tokenizer)), padding_id(tokenizer)
         super().__init__(spec, tokenizer)
         self._borders = TextBorders(tokenizer)
         self._random = random.Random(f"segments {spec.seed}")
@@ -91,7 +94,7 @@ class SegmentedStream(BatchStream):
     def take(self, windows: int) -> Batch:
         """The next `windows` samples."""
         shape = (windows, self.spec.seq_len)
-        input_ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
+        input_ids = np.full(shape, self._padding, dtype=np.int64)
         labels = np.full(shape, -100, dtype=np.int64)
         mask = np.zeros(shape, dtype=bool)
         for row in range(windows):
@@ -124,7 +127,6 @@ class SegmentedStream(BatchStream):
         if self._pairs and self._random.random() < self.spec.p_sft:
             return self._pairs.next()
         if not self._waiting:
-            ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-            self._waiting = list(segments(self._documents.next(), self._borders, self.spec.seq_len + 1, *ids))
+            self._waiting = list(segments(self._documents.next(), self._borders, self.spec.seq_len + 1, *self._marks))
         tokens, self._waiting = self._waiting[0], self._waiting[1:]
         return Sample(tokens)

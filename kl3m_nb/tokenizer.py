@@ -11,14 +11,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
 
 from kl3m_nb import corpus, custom_tokens, model_folder, paths
+
+log = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = (
     "<|start|>", "<|end|>", "<|pad|>", "<|unk|>", "<|sep|>", "<|cls|>", "<|mask|>",
@@ -26,9 +30,14 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 START_ID, END_ID, PAD_ID = 0, 1, 2
 WHITESPACE_MANNERS = ("ordinary", "unorthodox")
+_FILE = "tokenizer.json"
+_NO_ERRORS = {f"_raise_exceptions_for_{kind}": False for kind in ("missing_entries", "connection_errors", "gated_repo")}
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 CORPUS_NAMES = {"corpus": "ordinary", "corpus-001": "unorthodox"}
 _WHITESPACE_RUNS = [" " * n for n in (2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)] + ["\n" * n for n in (2, 3, 4)] + ["\t\t"]
 _MOST_FILLED_UP = 8  # at most an eighth of the entries may be added for want of text
+# What tokenizers differ in: blanks at either end and in rows, line breaks, letter case, accents, ligatures, digits, contractions.
+_PROBE = " Section 12(b).  The Lessee's fee of $1,250\n\n\tis DUE: “naïve” ﬁling № 7, § 3 — 漢字 😀 don't <s> [CLS]\n "
 _MOST_TRAINING_CHARACTERS = 200_000_000  # of an endless source: more changes little and takes minutes
 
 
@@ -110,13 +119,16 @@ def load_tokenizer(name: str, source: str, vocabulary: int) -> PreTrainedTokeniz
 
 
 def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id. Raises ValueError when it is neither."""
+    """The tokenizer of a folder or hub id, which has the ids of its tokenizer.json if there is one.
+
+    Raises ValueError when `name` is neither, or holds no tokenizer that can be loaded.
+    """
     folder = paths.find(name)
     try:
-        return _read_folder(folder) if folder.is_dir() else AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError) as error:  # the last two: from JSON of another kind
+        return _read_folder(folder) if folder.is_dir() else _read(name, cached_file(name, _FILE, **_NO_ERRORS))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:  # the last three: from JSON of another kind
         if folder.is_dir():
-            what = "is damaged or of another kind" if (folder / "tokenizer.json").is_file() else "is not there"
+            what = "is damaged or of another kind" if (folder / _FILE).is_file() else "is not there"
             raise ValueError(
                 f"The folder {folder} holds no tokenizer that can be loaded, its tokenizer.json {what}; "
                 "name a folder with a whole one, a hub id, or corpus."
@@ -150,7 +162,34 @@ class _Content:
 
 @functools.lru_cache(maxsize=4)
 def _read_once(content: _Content) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(str(content.folder), trust_remote_code=False)
+    file = content.folder / _FILE
+    return _read(str(content.folder), file if file.is_file() else None)
+
+
+def _read(name: str, file: str | Path | None) -> PreTrainedTokenizerBase:
+    """What `AutoTokenizer` makes of a folder or hub id, unless that has other ids than its own tokenizer.json: then the file's.
+
+    The class that a tokenizer_config.json names may rebuild the tokenizer by rules of its own and add tokens that the file lacks.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    if file is None:
+        return tokenizer
+    in_file = Tokenizer.from_file(str(file))
+    in_file.no_padding()
+    in_file.no_truncation()
+    theirs = [tokenizer.encode(_PROBE, add_special_tokens=added) for added in (False, True)]
+    if theirs == [in_file.encode(_PROBE, add_special_tokens=added).ids for added in (False, True)]:
+        return tokenizer
+    chosen = type(tokenizer).__name__
+    log.warning("%s gives other ids than the tokenizer.json of %s, which names it; the file's are used and saved.", chosen, name)
+    special = {key: str(token) for key, token in tokenizer.special_tokens_map.items() if key in _NAMED}
+    settings = {key: getattr(tokenizer, key) for key in ("padding_side", "chat_template", "model_max_length")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=in_file,
+        name_or_path=name,
+        **{key: token for key, token in special.items() if in_file.token_to_id(token) is not None},
+        **settings,
+    )
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -167,8 +206,7 @@ def check_same_entries(tokenizer: PreTrainedTokenizerBase, checkpoint: str | Pat
     A hub id, or a folder without a tokenizer, is taken as it is.
     """
     folder = paths.find(checkpoint)
-    file = folder / "tokenizer.json"
-    if file.is_file() and Tokenizer.from_file(str(file)).get_vocab() != tokenizer.get_vocab():
+    if (folder / _FILE).is_file() and read_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(f"{checkpoint} was trained with another tokenizer than this run names; use tokenizer = {folder}.")
 
 

@@ -95,6 +95,7 @@ class _Run:
         self.held_out = held_out_windows(profile.data, self.tokenizer)
         start = checkpoint or init
         self.model = starting_model(start, profile, self.tokenizer, self.runtime.attention)
+        self.described = cards.model_facts(self.model, self.tokenizer)
         self.parallel = self._parallel_model()
         self.parameters = list(self.model.parameters())
         rules = roles.role_table(self.model, profile)
@@ -103,7 +104,7 @@ class _Run:
         self.clamp = SpectralClamp(roles.clamp_targets(self.model, rules, profile))
         self.rules = rules
         self.clip = AdaptiveClip(profile.schedule)
-        self.flops_per_token = flops_per_token(profile.model, profile.data.seq_len)
+        self.flops_per_token = flops_per_token(self.described.spec, profile.data.seq_len)
         self.counters = {
             "first_step": carried.step, "step": carried.step, "tokens": carried.tokens, "valid_tokens": carried.valid_tokens,
             "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0, "clipped_since_row": 0,
@@ -369,7 +370,7 @@ class _Run:
             "random": random_state(),
             "metrics_position": self.log.position if self.log else 0,
         }
-        return state, cards.model_card(self.profile, self._card_facts())
+        return state, cards.model_card(self.profile, self._card_facts(), self.described)
 
     def _card_facts(self) -> cards.CardFacts:
         counts = cards.Counts(*(self.counters[key] for key in ("step", "tokens", "valid_tokens")))

@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from warm_processes import WarmProcesses  # noqa: E402
 
-from kl3m_nb import paths, profiles, training  # noqa: E402
+from kl3m_nb import cards, paths, profiles, training  # noqa: E402
 
 
 def small_profile(**overrides) -> profiles.Profile:
@@ -29,6 +29,11 @@ def small_profile(**overrides) -> profiles.Profile:
         ns_precision="float32",  # what is compared here is compared to more digits than bfloat16 has
     )  # fmt: skip
     return profiles.get_profile("tiny", **{**settings, **overrides})
+
+
+def model_card(profile: profiles.Profile, facts: cards.CardFacts) -> str:
+    """The card of a model that is as `profile` says, with the family's tokenizer."""
+    return cards.model_card(profile, facts, cards.ModelFacts(profile.model, "", "<|start|>", "<|end|>"))
 
 
 def execute_notebook(name: str, parameters: dict) -> dict:

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import yaml
+from conftest import model_card
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from kl3m_nb import cards
@@ -40,7 +41,7 @@ SCRATCH = cards.CardFacts(cards.Counts(200, 409_600, 409_600), "random weights",
 
 
 def test_the_card_of_the_500m_has_the_familys_sections_and_figures():
-    text = cards.model_card(get_profile("kl3m-007-500m"), FACTS)
+    text = model_card(get_profile("kl3m-007-500m"), FACTS)
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == SECTIONS
     for figure in (
         "# kl3m-007-500m-step37000", "500,309,568; 424,812,096 without embedding", "37,000 / 100,000 planned", "3,917,824,000",
@@ -55,7 +56,7 @@ def test_the_card_of_the_500m_has_the_familys_sections_and_figures():
 
 
 def test_the_mixtures_card_speaks_of_experts_and_not_of_stacking():
-    text = cards.model_card(get_profile("kl3m-002-520m"), SCRATCH)
+    text = model_card(get_profile("kl3m-002-520m"), SCRATCH)
     assert "4 per layer, 2 active" in text and "318,866,432 active per token" in text and "temperature 0.5" in text
     assert "sliding window 256" in text and "G_stack" not in text and "gstack2024" not in text
     assert "padded segments, `<|start|>` and `<|end|>` at a document's own borders" in text and "after each document" not in text
@@ -73,7 +74,7 @@ def test_the_mixtures_card_speaks_of_experts_and_not_of_stacking():
     ],
 )
 def test_it_advises_what_the_familys_card_does_and_shows_the_same_in_code(name, advised, prose):
-    text = cards.model_card(get_profile(name), SCRATCH)
+    text = model_card(get_profile(name), SCRATCH)
     assert f"Recommended sampling: {prose}\n" in text
     of_pipeline, of_model = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
     for code, function in ((of_pipeline, "generator"), (of_model, "model.generate")):
@@ -89,13 +90,13 @@ def test_the_share_of_instruction_pairs_is_named_where_there_are_any():
         ({"p_sft": 0.005, "sft_loss": "all"}, "; 0.5% of the segments are instruction pairs, trained on all their tokens\n"),
         ({"p_sft": 0.0}, "own borders\n"),
     ):
-        text = cards.model_card(get_profile("kl3m-002-520m", **changes), SCRATCH)
+        text = model_card(get_profile("kl3m-002-520m", **changes), SCRATCH)
         assert said in text and ("instruction pairs" in text) == ("instruction pairs" in said)
 
 
 def test_a_model_from_scratch_is_not_called_grown():
     """The comparison of notebook 05 trains a profile that says how it is grown from random weights."""
-    text = cards.model_card(get_profile("tiny"), SCRATCH)
+    text = model_card(get_profile("tiny"), SCRATCH)
     assert get_profile("tiny").growth_factor == 4 and "random weights" in text
     for word in ("grown", "stack", "copied", "rescaled", "2405.15319"):
         assert word not in text.lower()
@@ -112,25 +113,25 @@ def test_a_model_from_scratch_is_not_called_grown():
     ],
 )
 def test_the_card_tells_how_the_stack_was_made(stack, said, not_said):
-    text = cards.model_card(get_profile("kl3m-007-500m"), dataclasses.replace(FACTS, stack={**FACTS.stack, **stack}))
+    text = model_card(get_profile("kl3m-007-500m"), dataclasses.replace(FACTS, stack={**FACTS.stack, **stack}))
     assert said in text and not_said not in text
 
 
 def test_a_continued_model_of_the_family_is_a_grown_one_of_which_no_more_is_known():
     start = "alea-institute/kl3m-007-500m-step37000"
     continued = dataclasses.replace(FACTS, init=start, stack={"source_layers": 30, "factor": 4})
-    text = cards.model_card(get_profile("kl3m-007-500m"), continued)
+    text = model_card(get_profile("kl3m-007-500m"), continued)
     assert "grown from 30 layers by stacking" in text and "4 times the 30 blocks" in text and "g_stack" in text
     assert "rescaled" not in text and "copied once" not in text
     random = dataclasses.replace(continued, stack={**continued.stack, "order": "random"})
-    text = cards.model_card(get_profile("kl3m-007-500m"), random)
+    text = model_card(get_profile("kl3m-007-500m"), random)
     assert "grown from 30 layers by random blocks" in text and "The first 30 of its 120 blocks are its source's" in text
 
 
 def test_a_start_is_not_called_grown_for_its_name():
     """Every model that the project exports is named like the family's, those from random weights too."""
     continued = dataclasses.replace(SCRATCH, init="models/tiny-step4")
-    text = cards.model_card(get_profile("tiny"), continued)
+    text = model_card(get_profile("tiny"), continued)
     assert "models/tiny-step4" in text
     for word in ("grown", "stack", "2405.15319"):
         assert word not in text.lower()
@@ -150,12 +151,12 @@ def test_a_start_is_not_called_grown_for_its_name():
 def test_a_model_and_the_source_it_is_grown_from_have_names_of_their_own(profile, name):
     assert cards.published_name(profile, 5) == name
     facts = dataclasses.replace(SCRATCH, counts=cards.Counts(5, 10, 10))
-    assert f"\n# {name}\n" in cards.model_card(profile, facts)
+    assert f"\n# {name}\n" in model_card(profile, facts)
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_its_metadata_is_yaml_and_its_code_is_python(name):
-    text = cards.model_card(get_profile(name), cards.CardFacts(cards.Counts(), "random weights", "CPU"))
+    text = model_card(get_profile(name), cards.CardFacts(cards.Counts(), "random weights", "CPU"))
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["model_name"] == f"{name}-step0" and metadata["pipeline_tag"] == "text-generation"
     for code in re.findall(r"```python\n(.+?)```", text, re.DOTALL):
@@ -164,12 +165,12 @@ def test_its_metadata_is_yaml_and_its_code_is_python(name):
 
 
 def test_the_card_says_of_conditions_what_the_clamp_knew_and_when():
-    text = cards.model_card(get_profile("kl3m-007-500m"), FACTS)
+    text = model_card(get_profile("kl3m-007-500m"), FACTS)
     assert "as the clamp of step 37,000 left them:" in text and "| MLP | 0 of 360 | – | – | all |" in text
     assert "Of the measured conditions 90 are estimates from below" in text and "all zero" not in text
     groups = {"MLP": GroupConditions(360, 357, 0, 0, 4.0, 5.0)}
     later = dataclasses.replace(FACTS, conditions=ClampConditions(36_900, groups))
-    text = cards.model_card(get_profile("kl3m-007-500m"), later)
+    text = model_card(get_profile("kl3m-007-500m"), later)
     assert "as the clamp of step 36,900 left them, 100 training steps before this checkpoint:" in text
     assert "| MLP | 357 of 360 | 4.0 | 5.0 | 0 |" in text and "estimates" not in text
     assert "Matrices that are all zero and have no condition: 3." in text
@@ -178,7 +179,7 @@ def test_the_card_says_of_conditions_what_the_clamp_knew_and_when():
 def test_what_a_card_says_is_what_continuing_from_it_counts_on(tmp_path):
     folder = tmp_path / cards.published_name(get_profile("kl3m-007-500m"), 37_000)
     folder.mkdir()
-    (folder / "README.md").write_text(cards.model_card(get_profile("kl3m-007-500m"), FACTS))
+    (folder / "README.md").write_text(model_card(get_profile("kl3m-007-500m"), FACTS))
     assert cards.carried_counts(folder) == FACTS.counts
 
 

@@ -96,6 +96,7 @@ def test_an_init_is_looked_for_in_the_shells_folder_and_then_below_the_root(tmp_
     started = []
     monkeypatch.setattr(cli, "train", lambda profile, folder, init, callbacks: started.append(init) or SimpleNamespace(
         step=1, held_out_loss=0.0, checkpoint=folder))  # fmt: skip
+    monkeypatch.setattr(cli.models, "profile_of_start", lambda profile, init: profile)  # these folders hold no model
     (tmp_path / "st1").mkdir()
     monkeypatch.chdir(tmp_path)
     for init in ("st1", "./st1", "data/prompts", "OWNER/NAME"):
@@ -194,6 +195,7 @@ def test_steps_that_are_done_are_not_asked_about(trained_run, tmp_path, monkeypa
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")
     assert cli.main(["train", str(run_dir)]) == 2
     assert "for 3 steps" in capsys.readouterr().err
+    monkeypatch.setattr(cli.models, "profile_of_start", lambda profile, init: profile)  # the model is smaller than the profile's
     published = shutil.copytree(trained_run[1].checkpoint, tmp_path / "model-step37000")
     assert (
         cli.main(["train", "tiny", "--init", str(published), "--set", "max_steps", "37004", "--run", str(tmp_path / "on")]) == 2

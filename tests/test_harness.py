@@ -10,10 +10,14 @@ import math
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kl3m_nb import harness, paths, prediction
+from kl3m_nb import models as kl3m_models
 from kl3m_nb.corpus import Document
 from kl3m_nb.harness import ChoiceItem, accuracy, answer_bits, answer_items, load_items, task_summary
+from kl3m_nb.tokenizer import read_tokenizer
 
 
 @pytest.mark.parametrize("task", harness.TASKS)
@@ -111,6 +115,77 @@ def test_the_summary_of_a_task_by_hand():
     assert summary["low"] < 0.75 < summary["high"] and summary["answer_bits"] == pytest.approx(2)
 
 
+def spanning(folder, items, **kinds):
+    """A tokenizer whose tokens go over blanks, so that the last words of a context and a choice are one token."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    phrases = [" ".join(item.context.split()[-2:]) + item.delimiter + choice for item in items for choice in item.choices]
+    special = ["<|start|>", "<|end|>", "<|pad|>"]
+    settings = dict(vocab_size=600, show_progress=False, special_tokens=special)
+    made.train_from_iterator(phrases * 3, trainers.BpeTrainer(**settings, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    made.save(str(folder / "tokenizer.json"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token=special[0], eos_token=special[1], pad_token=special[2], **kinds
+    )
+
+
+SPANNING = [
+    ChoiceItem("a", "The Tenant shall pay", ("rent", "tax due", "a very long list"), 0, " "),
+    ChoiceItem("b", "pay", ("rent", "fees"), 1, " "),  # one token with the whole context
+    ChoiceItem("c", "The Landlord.", ("Law.\nOhio.", "Rent."), 1, "\n\n"),
+]
+
+
+def test_an_answer_inside_a_token_is_scored_from_the_border_before_it(tmp_path):
+    """Against a plain loop: the longest row of whole tokens that lies within the context is read, all others are predicted."""
+    tokenizer, model = spanning(tmp_path, SPANNING), built(vocab_size=600)
+    table = answer_items(model, tokenizer, SPANNING)
+    inside = 0
+    for item, row in zip(SPANNING, table.itertuples(), strict=True):
+        sums = []
+        for choice in item.choices:
+            text = item.context + item.delimiter + choice
+            ids = tokenizer(text)["input_ids"]
+            read = 0
+            while item.context.startswith(tokenizer.decode(ids[: read + 1])):
+                read += 1
+            inside += tokenizer.decode(ids[:read]) != item.context
+            before = [] if read else [tokenizer.eos_token_id]
+            with torch.no_grad():
+                logs = model(torch.tensor([[*before, *ids]])).logits[0].log_softmax(dim=-1)
+            shift = len(before) - 1
+            sums.append(sum(logs[place + shift, ids[place]].item() for place in range(read, len(ids))))
+        assert row.right_log_likelihood == pytest.approx(sums[item.answer], abs=1e-4)
+        assert row.correct == (sums[item.answer] == max(sums))
+    assert inside >= 4, "choices that have no token of their own"
+
+
+@pytest.mark.parametrize("blanks", ["", "  "])
+def test_texts_are_cut_as_lm_eval_documents_it_where_that_leaves_nothing_out(loaded, blanks):
+    _, tokenizer = loaded
+    for item in [item for task in harness.TASKS for item in load_items(task)[:10]]:
+        for choice in item.choices:
+            context, continuation = item.context + blanks, item.delimiter + choice
+            whole, alone = tokenizer.encode(context + continuation), tokenizer.encode(context.rstrip())
+            assert harness.encode_pair(tokenizer, context, continuation) == (alone, whole[len(alone) :])
+
+
+def test_what_a_tokenizer_adds_to_every_text_is_read(tmp_path):
+    """Llama's and Gemma's put the beginning-of-text token before a text, and lm-eval leaves it there."""
+    tokenizer = spanning(tmp_path, SPANNING)
+    made = tokenizer.backend_tokenizer
+    made.post_processor = processors.TemplateProcessing("<|start|> $A", special_tokens=[("<|start|>", 0)])
+    for choice in ("rent", "zebra"):
+        context, continuation = harness.encode_pair(tokenizer, "pay", f" {choice}")
+        assert context[0] == 0 and 0 not in continuation and tokenizer.decode(context[1:] + continuation) == f"pay {choice}"
+
+
+def built(**shape):
+    torch.manual_seed(3)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    return LlamaForCausalLM(LlamaConfig(**sizes | shape, initializer_range=0.3)).eval()
+
+
 DOCUMENTS = [
     Document("a", "x", "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. " * 9),
     Document("b", "x", "Governing law: Ohio – §3."),
@@ -150,6 +225,18 @@ def test_lm_eval_gives_the_same_figures(loaded, tmp_path, from_start):
     ours = judged.bits_per_byte.mean
     assert theirs["held_out_documents"]["bits_per_byte"] == pytest.approx(ours, abs=1e-5)
     assert theirs["held_out_documents"]["byte_perplexity"] == pytest.approx(2**ours, abs=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: harness)")
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_gives_the_same_figures_for_answers_inside_a_token(tmp_path):
+    items = load_items("clause_cloze")
+    spanning(tmp_path, items).save_pretrained(tmp_path)
+    built(vocab_size=600, max_position_embeddings=512).save_pretrained(tmp_path)
+    theirs = harness.run_lm_eval(tmp_path, window=512, tasks=["clause_cloze"])["clause_cloze"]
+    table = answer_items(kl3m_models.load_model(tmp_path), read_tokenizer(str(tmp_path)), items)
+    assert theirs["acc"] == pytest.approx(accuracy(table).mean, abs=1e-12)
+    assert theirs["acc_norm"] == pytest.approx(accuracy(table, "correct_per_character").mean, abs=1e-12)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")

@@ -40,6 +40,10 @@ class Numbers:
         return [chr(number) for number in ids]
 
 
+class Endless(Numbers):
+    eos_token_id = bos_token_id = pad_token_id = None
+
+
 PHRASE = list(range(3, 33))  # what documents copy from each other
 ASKED = dict(seed=3, prefix_lengths=(4, 8), continuation=12)
 
@@ -195,7 +199,7 @@ def overfitted():
 def test_what_was_learned_by_heart_is_continued_and_what_was_not_is_not(overfitted):
     model, seen = overfitted
     unseen = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(7)).tolist()
-    of_seen, of_unseen = (verbatim_continuation(model, passages, [4, 8], continuation=16) for passages in (seen, unseen))
+    of_seen, of_unseen = (verbatim_continuation(model, Endless(), passages, [4, 8], continuation=16) for passages in (seen, unseen))
     assert of_seen[of_seen.prefix == 8].identical.mean() > 0.9 > 0.2 > of_unseen.identical.mean()
     gap = memorisation_gap(of_seen, of_unseen).set_index("prefix").loc[8]
     assert gap.gap_low > 0.5
@@ -204,7 +208,7 @@ def test_what_was_learned_by_heart_is_continued_and_what_was_not_is_not(overfitt
 
 def test_every_prefix_is_judged_on_the_same_tokens_against_a_greedy_loop(overfitted):
     model, seen = overfitted
-    table = verbatim_continuation(model, seen, [2, 8], continuation=16, batch_size=4)
+    table = verbatim_continuation(model, Endless(), seen, [2, 8], continuation=16, batch_size=4)
     for row in table.itertuples():
         passage = seen[row.passage]
         ids = passage[8 - row.prefix : 8]
@@ -218,12 +222,10 @@ def test_every_prefix_is_judged_on_the_same_tokens_against_a_greedy_loop(overfit
 
 def test_a_text_that_was_ended_is_not_continued_further(overfitted):
     model, seen = overfitted
-    before = verbatim_continuation(model, seen[:1], [8], continuation=16).verbatim.item()
-    model.generation_config.eos_token_id = seen[0][12]  # the fifth token of the continuation
-    try:
-        after = verbatim_continuation(model, seen[:1], [8], continuation=16)
-    finally:
-        model.generation_config.eos_token_id = None
+    before = verbatim_continuation(model, Endless(), seen[:1], [8], continuation=16).verbatim.item()
+    tokenizer = Numbers()
+    tokenizer.eos_token_id = seen[0][12]  # the fifth token of the continuation
+    after = verbatim_continuation(model, tokenizer, seen[:1], [8], continuation=16)
     assert before == 16
     assert after.verbatim.item() == 5 and after.identical.item() == 5 / 16
 
@@ -240,6 +242,6 @@ def test_gap_by_hand():
 
 def test_passages_of_another_length_are_refused(overfitted, streamed):
     with pytest.raises(ValueError, match="exactly 24 tokens"):
-        verbatim_continuation(overfitted[0], [[1] * 23], [8], continuation=16)
+        verbatim_continuation(overfitted[0], Endless(), [[1] * 23], [8], continuation=16)
     with pytest.raises(ValueError, match="at least 12"):
         copying(overfitted[0], Numbers(), [streamed[0]], seed=0, prefix_lengths=[3], continuation=4)

@@ -148,16 +148,21 @@ def test_the_prefix_of_a_document_is_what_stood_before_documents_in_training(pac
 def test_a_checkpoint_is_judged_on_what_it_was_trained_on_unless_told_otherwise(tmp_path):
     settings = small_profile(tokenizer="corpus-001", source="package:licensedcode-data(min_tokens=4)", max_steps=1)
     checkpoint = training.train(settings, tmp_path / "run").checkpoint
-    judged = runs.profile_to_judge("tiny", checkpoint, seq_len=0, held_out_windows=4)
+    judged = runs.profile_to_judge("tiny", checkpoint, seq_len=48, held_out_windows=4)
     assert (judged.data.source, judged.data.tokenizer) == (settings.data.source, str(checkpoint))
-    assert (judged.data.held_out_windows, judged.data.seq_len, judged.growth_factor) == (4, 256, 4)
-    assert judged.model.vocabulary == 512 and judged.model.layers == get_profile("tiny").model.layers
-    told = runs.profile_to_judge("tiny", str(checkpoint), "files:texts/*.jsonl", "OWNER/NAME").data
+    assert (judged.data.held_out_windows, judged.data.seq_len, judged.growth_factor) == (4, 48, 4)
+    assert (judged.model.vocabulary, judged.model.context) == (512, 64) and judged.model.layers == get_profile(
+        "tiny"
+    ).model.layers
+    with pytest.raises(ValueError, match="seq_len 256 is longer than the context of 64 tokens"):
+        runs.profile_to_judge("tiny", checkpoint)
+    told = runs.profile_to_judge("tiny", str(checkpoint), "files:texts/*.jsonl", "OWNER/NAME", seq_len=64).data
     assert (told.source, told.tokenizer) == ("files:texts/*.jsonl", "OWNER/NAME")
     foreign = shutil.copytree(checkpoint, tmp_path / "foreign" / "model")
-    assert runs.profile_to_judge("tiny", foreign).data.tokenizer == str(foreign)
+    assert runs.profile_to_judge("tiny", foreign, seq_len=64).data.tokenizer == str(foreign)
     (foreign / "tokenizer.json").unlink()
-    assert runs.profile_to_judge("tiny", foreign) == get_profile("tiny")
+    own = {"vocabulary": 512, "context": 64, "seq_len": 64}
+    assert runs.profile_to_judge("tiny", foreign, seq_len=64) == get_profile("tiny", **own)
 
 
 def test_the_table_tells_of_the_newest_checkpoint_and_of_nothing_later(trained_run, tmp_path):

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import small_profile
+from conftest import model_card, small_profile
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from kl3m_nb import cards, stack_facts, stacking, training
@@ -57,9 +57,9 @@ def test_a_card_says_whether_its_model_was_grown(tmp_path, card, told):
 def test_what_a_card_of_ours_says_of_growth_is_read_from_it(tmp_path, order):
     told = {"source_layers": 30, "factor": 4, **order}
     for number, stack in enumerate((told, told | {"source": "x", "order": "cyclic", "noise": 0.0, "source_sha256": {}, **order})):
-        text = cards.model_card(GROWN, cards.CardFacts(cards.Counts(9, 9, 9), "a", "CPU", stack=stack))
+        text = model_card(GROWN, cards.CardFacts(cards.Counts(9, 9, 9), "a", "CPU", stack=stack))
         assert carried_stack(_folder(tmp_path / f"card{number}", text), GROWN) == told
-    scratch = cards.model_card(GROWN, cards.CardFacts(cards.Counts(9, 9, 9), "random weights", "CPU"))
+    scratch = model_card(GROWN, cards.CardFacts(cards.Counts(9, 9, 9), "random weights", "CPU"))
     assert carried_stack(_folder(tmp_path / "kl3m-007-500m-step9", scratch), GROWN) == {}
 
 

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import string
 import unicodedata
 
 import pytest
+from conftest import small_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
-from kl3m_nb import corpus, custom_tokens, tokenizer
+from kl3m_nb import corpus, custom_tokens, tokenizer, training
 
 TEXTS = [document.text for document in corpus.preview("package:licensedcode-data", held_out=False)[:200]]
 
@@ -157,6 +160,69 @@ def test_a_folder_without_a_tokenizer_is_named_in_one_sentence(tmp_path, file, t
     with pytest.raises(ValueError, match=rf"The folder \S+ holds no tokenizer that can be loaded, .*{words}; name") as caught:
         tokenizer.read_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def _classed(folder, name, trained, **settings):
+    """`trained` in a folder whose tokenizer_config.json names another class, as copied files often do."""
+    trained.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": name} | settings))
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+CLASSES = ("GemmaTokenizer", "Qwen2Tokenizer", "BertTokenizer", "RobertaTokenizer")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_ids_are_those_of_the_file_whatever_class_is_named_beside_it(trained, tmp_path, caplog, name):
+    file, text = _classed(tmp_path / "given", name, trained), "Section 12.  The holder’s\n\n    fee  (a) is DUE "
+    assert AutoTokenizer.from_pretrained(tmp_path / "given").encode(text) != file.encode(text).ids, "the class has its own rules"
+    read = tokenizer.read_tokenizer(str(tmp_path / "given"))
+    [said] = [record.getMessage() for record in caplog.records if record.name == "kl3m_nb.tokenizer"]
+    assert name in said and str(tmp_path / "given") in said
+    assert read.encode(text) == file.encode(text).ids and len(read) == len(trained)
+    assert (read.bos_token_id, read.eos_token_id, read.pad_token_id, read.padding_side) == (0, 1, 2, "left")
+    assert read.decode(read.encode("A fee .  Is due")) == "A fee .  Is due"
+    tokenizer.save_tokenizer(read, tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again.encode(text) == file.encode(text).ids and again.eos_token_id == 1
+
+
+def test_a_class_that_gives_the_files_ids_is_taken_as_it_is(trained, tmp_path, caplog):
+    for number, name in enumerate(("PreTrainedTokenizerFast", "NoSuchTokenizer")):
+        file = _classed(tmp_path / str(number), name, trained)
+        assert tokenizer.read_tokenizer(str(tmp_path / str(number))).encode("A  fee") == file.encode("A  fee").ids
+    assert not [record for record in caplog.records if record.name == "kl3m_nb.tokenizer"]
+
+
+def test_what_the_file_puts_before_a_text_is_kept_and_what_it_cuts_off_is_not(trained, tmp_path):
+    """Truncation and padding stand in many files; they are those of whoever wrote it, and no rule of the tokenizer."""
+    file = _classed(tmp_path, "GemmaTokenizer", trained)
+    file.post_processor = processors.TemplateProcessing("<|cls|> $A", special_tokens=[("<|cls|>", 5)])
+    file.enable_truncation(4)
+    file.enable_padding(length=9, pad_id=2, pad_token="<|pad|>")
+    file.save(str(tmp_path / "tokenizer.json"))
+    text = "Section 12. The holder shall pay the fee"
+    read = tokenizer.read_tokenizer(str(tmp_path))
+    assert read.encode(text) == [5, *trained.encode(text)] and read.encode(text, add_special_tokens=False) == trained.encode(text)
+
+
+def test_a_run_saves_the_tokenizer_that_it_was_trained_with(trained, tmp_path):
+    file = _classed(tmp_path / "given", "GemmaTokenizer", trained)
+    rows = [{"identifier": f"d{number}", "text": text[:500]} for number, text in enumerate(TEXTS)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"tokenizer": str(tmp_path / "given"), "source": f"files:{tmp_path}/a.jsonl", "vocabulary": 1024, "max_steps": 1}
+    checkpoint = training.train(small_profile(**given), tmp_path / "run").checkpoint
+    saved = AutoTokenizer.from_pretrained(checkpoint)
+    assert saved.encode(TEXTS[0]) == file.encode(TEXTS[0]).ids and saved.eos_token_id == 1
+
+
+def test_a_start_and_its_own_tokenizer_fit_whatever_its_settings_add(trained, tmp_path):
+    """A token that tokenizer_config.json names and tokenizer.json lacks becomes a new entry."""
+    _classed(tmp_path, "PreTrainedTokenizerFast", trained, pad_token="[PAD]")
+    read = tokenizer.read_tokenizer(str(tmp_path))
+    assert len(read) == len(trained) + 1
+    tokenizer.check_same_entries(read, tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(trained, tmp_path):
