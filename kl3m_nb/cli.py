@@ -248,8 +248,11 @@ def _what_to_train(options: argparse.Namespace) -> tuple[profiles.Profile, Path,
         raise Refused(f"train goes on with the run {name}, which keeps its folder and its start; leave out --init and --run.")
     folder, changes = _run_folder(name), _changes(options)
     for key in changes:
-        if profiles.FIELD_SECTIONS.get(key, "runtime") != "runtime":
-            raise Refused(f"train goes on with the run {name}, whose {key} stays as it is; --set takes runtime settings here.")
+        if profiles.FIELD_SECTIONS.get(key, "runtime") != "runtime" and key not in run_folder.MICRO_BATCHES:
+            raise Refused(
+                f"train goes on with the run {name}, whose {key} stays as it is; --set takes runtime settings here, and "
+                "micro_batch and grad_accumulation while their product stays."
+            )
     profile, init = run_folder.read_run_profile(folder), run_folder.read_run_init(folder)
     recorded = paths.resolve(init or "")  # below the root, whatever lies in the shell's folder
     start = str(recorded) if init and recorded.exists() else init
