@@ -24,7 +24,7 @@ from kl3m_nb import distributed, growth_runs, models, paths, profiles, publishin
 from kl3m_nb.cards import carried_counts
 from kl3m_nb.checkpoints import CheckpointFailed, check_sound, checkpoint_step, latest_checkpoint
 from kl3m_nb.estimate import GPUS, estimate
-from kl3m_nb.progress import time_left
+from kl3m_nb.progress import time_left, why
 from kl3m_nb.runtime import device_memory
 from kl3m_nb.schedule import warmup_remark
 from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
@@ -48,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_launcher(options.name)
         return options.command(options)
     except (ValueError, FileNotFoundError, ConnectionError) as error:
-        print(f"kl3m_nb: {error}", file=sys.stderr)
+        print(f"kl3m_nb: {_sentence(error)}", file=sys.stderr)
         return EXIT_REFUSED
     except (TrainingStopped, CheckpointFailed, OSError) as error:  # an OSError: a full disk, a folder that takes no file
-        print(f"kl3m_nb: {error}", file=sys.stderr)
+        print(f"kl3m_nb: {_sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if distributed.torchrun_rank() == 0:
@@ -59,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     finally:
         warnings.showwarning = show
+
+
+def _sentence(error: Exception) -> str:
+    return why(error) if isinstance(error, OSError) else str(error)
 
 
 def _check_launcher(command: str) -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kl3m_nb.corpus import Document
 from kl3m_nb.evaluation import Interval, bootstrap_interval, score_sequences
 from kl3m_nb.paths import located, tasks_dir
+from kl3m_nb.progress import replace_text
 from kl3m_nb.tokenizer import read_tokenizer
 
 TASKS = ("clause_cloze", "next_section")
@@ -158,7 +159,7 @@ def _document_config(documents: Sequence[Document], folder: Path) -> dict:
     if not all(document.text for document in documents):
         raise ValueError("lm-eval reads texts, and some of these documents hold only tokens; decode them first.")
     path = folder / f"{HELD_OUT_TASK}.jsonl"
-    path.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in documents), encoding="utf-8")
+    replace_text(path, "".join(json.dumps({"text": document.text}) + "\n" for document in documents))
     return {
         "task": HELD_OUT_TASK,
         "dataset_path": "json",

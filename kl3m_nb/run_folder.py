@@ -72,6 +72,7 @@ class RunLock:
             raise RunIsBusy(_busy(self.path.parent, holder)) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
+                error.filename = str(self.path)
                 raise
             warnings.warn(f"The file system of {self.path} has no locks; see to it that one process trains there.", stacklevel=2)
         if not _is_same_file(descriptor, self.path):  # its holder has just ended and removed it

@@ -33,7 +33,7 @@ from traitlets.config import Config
 
 from kl3m_nb.html import export_html
 from kl3m_nb.parameters import check_parameters, load_notebook, read_parameters
-from kl3m_nb.progress import PROGRESS_VARIABLE, read_progress
+from kl3m_nb.progress import PROGRESS_VARIABLE, naming, read_progress, why
 from kl3m_nb.run_status import TOUCH_SECONDS, RunStatus, attempt_at, code_cells
 from kl3m_nb.stopping import EXIT_INTERRUPTED, catch_stop_signals
 
@@ -237,16 +237,17 @@ def _execute(run: _Run, notebook: Path, output_path: Path, parameters: dict[str,
     """Run through papermill; the end of the run is in the status whatever happens."""
     state, exit_code, error = "failed", EXIT_CELL_ERROR, "the runner stopped"
     try:
-        papermill.execute_notebook(
-            _literal(notebook),
-            _literal(output_path),
-            parameters,
-            engine_name=ENGINE,
-            language="python",
-            progress_bar=False,
-            start_timeout=START_SECONDS,
-            run=run,
-        )
+        with naming(output_path):
+            papermill.execute_notebook(
+                _literal(notebook),
+                _literal(output_path),
+                parameters,
+                engine_name=ENGINE,
+                language="python",
+                progress_bar=False,
+                start_timeout=START_SECONDS,
+                run=run,
+            )
         state, exit_code, error = "completed", EXIT_OK, None
     except PapermillExecutionError as failure:
         error = _one_line(failure.ename, failure.evalue)
@@ -263,6 +264,9 @@ def _execute(run: _Run, notebook: Path, output_path: Path, parameters: dict[str,
             exit_code, error = EXIT_DEAD_KERNEL, _one_line("the kernel did not start", str(failure))
         else:
             raise
+    except OSError as failure:
+        error = why(failure)
+        raise
     finally:
         run.status.end_run(state, exit_code, error)
     return exit_code

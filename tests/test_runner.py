@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -258,6 +259,22 @@ def test_an_executed_notebook_that_is_run_again_has_one_set_of_values(write_note
         assert run_notebook(output, again, given, html=False) == 0
         assert text_of(again) == " ".join(map(str, expected.values())) + "\n"
         assert status_of(again)["parameters"] == expected
+
+
+def test_a_disk_that_is_full_when_the_notebook_is_written_costs_the_earlier_one_nothing(write_notebook, output, monkeypatch):
+    notebook = write_notebook("1")
+    assert run_notebook(notebook, output, {}, html=False) == 0
+    before = files_of(output)
+
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("papermill.iorw.LocalHandler.write", full)
+    with pytest.raises(OSError, match=r"work\.attempt\.ipynb"):
+        run_notebook(notebook, output, {}, html=False)
+    assert files_of(output) == before
+    attempt = read_status(output.with_name("work.attempt.status.json"))
+    assert attempt["state"] == "failed" and "work.attempt.ipynb: No space left on device" in attempt["error"]
 
 
 @pytest.mark.parametrize("cell", ["stepz = 3", "steps = 1 + 1", "steps = 'many'", "steps ="])
