@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kl3m_nb import distributed
 from kl3m_nb.metrics import FILE_NAME
 from kl3m_nb.model_folder import STATE_FOLDER, TRAINED_STEPS, read_stack, sha256
+from kl3m_nb.progress import why
 from kl3m_nb.run_folder import RUN_FILE
 from kl3m_nb.tokenizer import save_tokenizer
 
@@ -97,7 +98,8 @@ def write_checkpoint(
         os.rename(temporary, target)
         _sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
-        raise CheckpointFailed(f"The checkpoint {target} could not be written: {error}.") from error
+        reason = why(error).rstrip(".") if isinstance(error, OSError) else error
+        raise CheckpointFailed(f"The checkpoint {target} could not be written: {reason}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in whole_checkpoints(run_dir)[:-keep]:
@@ -105,7 +107,7 @@ def write_checkpoint(
             try:
                 _remove(old)
             except OSError as error:
-                warnings.warn(f"The checkpoint {old} is no longer needed and could not be removed: {error}.", stacklevel=2)
+                warnings.warn(f"The checkpoint {old} is no longer needed and could not be removed: {why(error)}", stacklevel=2)
     return target
 
 

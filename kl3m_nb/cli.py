@@ -7,7 +7,6 @@ and pages is imported by the commands that need it: it takes seconds, which ever
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import sys
@@ -20,13 +19,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
-import yaml
 
-from kl3m_nb import distributed, growth_runs, models, paths, profiles, publishing, run_folder, runs
+from kl3m_nb import distributed, growth_runs, models, paths, profiles, publishing, run_folder, runs, values
 from kl3m_nb.cards import carried_counts
 from kl3m_nb.checkpoints import CheckpointFailed, check_sound, checkpoint_step, latest_checkpoint
 from kl3m_nb.estimate import GPUS, estimate
-from kl3m_nb.progress import time_left
+from kl3m_nb.progress import time_left, why
 from kl3m_nb.runtime import device_memory
 from kl3m_nb.schedule import warmup_remark
 from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
@@ -50,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_launcher(options.name)
         return options.command(options)
     except (ValueError, FileNotFoundError, ConnectionError) as error:
-        print(f"kl3m_nb: {error}", file=sys.stderr)
+        print(f"kl3m_nb: {_sentence(error)}", file=sys.stderr)
         return EXIT_REFUSED
     except (TrainingStopped, CheckpointFailed, OSError) as error:  # an OSError: a full disk, a folder that takes no file
-        print(f"kl3m_nb: {error}", file=sys.stderr)
+        print(f"kl3m_nb: {_sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if distributed.torchrun_rank() == 0:
@@ -61,6 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     finally:
         warnings.showwarning = show
+
+
+def _sentence(error: Exception) -> str:
+    return why(error) if isinstance(error, OSError) else str(error)
 
 
 def _check_launcher(command: str) -> None:
@@ -171,40 +173,26 @@ def _run(options: argparse.Namespace) -> int:
     from kl3m_nb.runner import run_notebook
 
     notebook = find_notebook(options.notebook)
-    given = {**_parameters_file(options.file), **dict(options.parameter)} if options.file else dict(options.parameter)
+    given = (values.read_mapping(options.file) if options.file else {}) | dict(options.parameter)
     checked = check_parameters(notebook, given)
-    values = {parameter.name: parameter.default for parameter in read_parameters(notebook).values()} | checked
+    asked = {parameter.name: parameter.default for parameter in read_parameters(notebook).values()} | checked
     stage = runs.NOTEBOOK_STAGES.get(notebook.stem)
     folder = Path.cwd()
     if stage:
-        check_values(stage, values)  # the kernel would take seconds, and leave a folder, before it says so
-        folder = runs.run_path(values["profile"], stage, values.get("run", ""))
+        check_values(stage, asked)  # the kernel would take seconds, and leave a folder, before it says so
+        folder = runs.run_path(asked["profile"], stage, asked.get("run", ""))
     if stage in ("source", "grown"):
-        profile = notebook_profile(stage, values)
+        profile = notebook_profile(stage, asked)
         if remark := warmup_remark(profile.schedule):
             warnings.warn(remark, stacklevel=1)
-        init = values["init"] if stage == "grown" and values["init"] != "random" else None
+        init = asked["init"] if stage == "grown" and asked["init"] != "random" else None
         _require_gpu_or_consent(folder, profile, options.without_gpu, init)
     if stage == "growth":
-        plan = growth_runs.plan_comparison(runs.run_path(values["profile"], "grown"), values["scratch_steps"])
-        if values["train_scratch"]:
-            scratch = runs.run_path(values["profile"], "scratch", values["scratch_run"])
+        plan = growth_runs.plan_comparison(runs.run_path(asked["profile"], "grown"), asked["scratch_steps"])
+        if asked["train_scratch"]:
+            scratch = runs.run_path(asked["profile"], "scratch", asked["scratch_run"])
             _require_gpu_or_consent(scratch, plan.scratch, options.without_gpu, lower="scratch_steps")
     return run_notebook(notebook, options.output or folder / "notebooks" / notebook.name, checked)
-
-
-def _parameters_file(path: Path) -> dict:
-    if not path.is_file():
-        raise Refused(f"There is no parameter file {path}; give a YAML file of name: value lines.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except UnicodeDecodeError as error:
-        raise Refused(f"{path} is not UTF-8 text; save it as UTF-8, with name: value lines.") from error
-    except yaml.YAMLError as error:
-        raise Refused(f"{path} is not valid YAML ({str(error).splitlines()[0]}); give name: value lines.") from error
-    if not isinstance(values, dict):
-        raise Refused(f"{path} holds a {type(values).__name__}; give name: value lines.")
-    return values
 
 
 def _set_fields(options: argparse.Namespace) -> profiles.Profile:
@@ -214,12 +202,11 @@ def _set_fields(options: argparse.Namespace) -> profiles.Profile:
 def _changes(options: argparse.Namespace) -> dict:
     changes = {}
     for key, text in options.set:
-        kind = profiles.FIELD_TYPES.get(key, str)
-        changes[key] = text
-        with contextlib.suppress(yaml.YAMLError, ValueError):  # where it stays text, the profile says what is wrong with it
-            changes[key] = text if kind is str else yaml.safe_load(text)
-            if kind is float and isinstance(changes[key], str):  # YAML reads 1e-4 as text
-                changes[key] = float(text)
+        kind = profiles.FIELD_TYPES.get(key, str).__name__  # of an unknown field the profile says what is wrong
+        try:
+            changes[key] = values.cast(kind, text)
+        except (ValueError, OverflowError) as error:
+            raise Refused(f"The profile field {key!r} is of type {kind}; {text!r} is not{error}.") from None
     return changes
 
 
@@ -267,8 +254,11 @@ def _what_to_train(options: argparse.Namespace) -> tuple[profiles.Profile, Path,
         raise Refused(f"train goes on with the run {name}, which keeps its folder and its start; leave out --init and --run.")
     folder, changes = _run_folder(name), _changes(options)
     for key in changes:
-        if profiles.FIELD_SECTIONS.get(key, "runtime") != "runtime":
-            raise Refused(f"train goes on with the run {name}, whose {key} stays as it is; --set takes runtime settings here.")
+        if profiles.FIELD_SECTIONS.get(key, "runtime") != "runtime" and key not in run_folder.MICRO_BATCHES:
+            raise Refused(
+                f"train goes on with the run {name}, whose {key} stays as it is; --set takes runtime settings here, and "
+                "micro_batch and grad_accumulation while their product stays."
+            )
     profile, init = run_folder.read_run_profile(folder), run_folder.read_run_init(folder)
     recorded = paths.resolve(init or "")  # below the root, whatever lies in the shell's folder
     start = str(recorded) if init and recorded.exists() else init

@@ -18,6 +18,7 @@ from kl3m_nb.html import IndexEntry, write_index
 from kl3m_nb.parameters import find_notebook, load_notebook
 from kl3m_nb.progress import clock, replace_text
 from kl3m_nb.run_folder import RunLock
+from kl3m_nb.run_status import read_status
 from kl3m_nb.runner import EXIT_OK, run_notebook
 from kl3m_nb.runtime import versions
 
@@ -52,7 +53,7 @@ def run_demo(fresh: bool = False) -> int:
             not rerun
             and finished.get(name) == fingerprint
             and page.is_file()
-            and _read_json(status_path).get("state") == "completed"
+            and read_status(status_path).get("state") == "completed"
         ):
             print(f"[{name}] {number}/{len(notebooks)} finished before, reused", flush=True)
         else:
@@ -64,7 +65,7 @@ def run_demo(fresh: bool = False) -> int:
                 return exit_code
             finished[name] = fingerprint
             replace_text(report_dir / "finished.json", json.dumps(finished, indent=1) + "\n")
-        entries.append(_entry(notebook, page, _read_json(status_path), report_dir))
+        entries.append(_entry(notebook, page, read_status(status_path), report_dir))
     comparison = report.compare_growth(**growth_runs.curves(*(runs.run_path(PROFILE, stage) for stage in ("grown", "scratch"))))
     conditions = f"{versions()} · {clock(sum(entry.seconds for entry in entries))} for all notebooks"
     index = report_dir / "index.html"

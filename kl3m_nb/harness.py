@@ -24,6 +24,7 @@ from kl3m_nb.corpus import Document
 from kl3m_nb.evaluation import score_sequences
 from kl3m_nb.intervals import Interval, share_interval
 from kl3m_nb.paths import located, tasks_dir
+from kl3m_nb.progress import replace_text
 from kl3m_nb.special_ids import border_id
 from kl3m_nb.tokenizer import read_tokenizer
 
@@ -189,7 +190,7 @@ def _document_config(documents: Sequence[Document], folder: Path) -> dict:
     if not all(document.text for document in documents):
         raise ValueError("lm-eval reads texts, and some of these documents hold only tokens; decode them first.")
     path = folder / f"{HELD_OUT_TASK}.jsonl"
-    path.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in documents), encoding="utf-8")
+    replace_text(path, "".join(json.dumps({"text": document.text}) + "\n" for document in documents))
     return {
         "task": HELD_OUT_TASK,
         "dataset_path": "json",

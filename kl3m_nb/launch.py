@@ -27,11 +27,12 @@ from kl3m_nb.metrics import FILE_NAME, Callback, parse_row, read_metrics, tell
 from kl3m_nb.packing import check_shares
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
-from kl3m_nb.stopping import interrupted
+from kl3m_nb.stopping import STOP_SIGNALS, interrupted
 from kl3m_nb.training import TrainingStopped, TrainResult, train
 
 LOG_FILE, JOB_FILE = "torchrun.log", "torchrun.json"
 POLL_SECONDS = 0.5
+_SIGNALS = ",".join(number.name for number in STOP_SIGNALS)  # torchrun passes them on to its processes
 SAVE_SECONDS = "300"  # what the processes get to save and end; torchrun's own 30 are too few for a large model
 
 
@@ -104,7 +105,8 @@ def is_running(run_dir: Path) -> bool:
 def _start(run_dir: Path, processes: int, max_restarts: int) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        f"--max-restarts={max_restarts}", "-m", "kl3m_nb", "train", str(run_dir), "--without-gpu",
+        f"--max-restarts={max_restarts}", f"--signals-to-handle={_SIGNALS}",
+        "-m", "kl3m_nb", "train", str(run_dir), "--without-gpu",
     ]  # fmt: skip
     python_path = os.pathsep.join([str(paths.project_root()), os.environ.get("PYTHONPATH", "")])
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVE_SECONDS, **os.environ, "PYTHONPATH": python_path}

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kl3m_nb import paths
+from kl3m_nb.progress import naming
 
 STACK_RECORD = "stack.json"  # what a stack was made of, beside it or beside a model that was trained from it
 STACK_IDENTITY = ("source_sha256", "factor", "order", "noise", "seed")  # its entries that tell one stack from another
@@ -77,7 +78,7 @@ def stack_source(record: Mapping) -> Path | None:
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -92,7 +93,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
     temporary.mkdir()
     try:
-        yield temporary
-        os.rename(temporary, folder)
+        with naming(folder):
+            yield temporary
+            os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

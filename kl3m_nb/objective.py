@@ -27,7 +27,9 @@ _NATS_PER_BIT = math.log(2.0)
 _CPU_LOGITS = 2**26  # elements of a chunk's logits on a CPU, 256 MiB in float32: enough tokens for fast matrix products
 _CPU_CACHED_LOGITS = 2**19  # elements that go through the element-wise work together on a CPU, small enough to stay in the cache
 _FUSED_PIECE = 2**10  # entries of a row of logits that compiled code sums at a time, few enough to stay in registers
-_CPU_SUM_LENGTH = 2**12  # entries of the vocabulary that one product sums over on a CPU; some BLAS kernels sum one after the other
+_CPU_SUM_LENGTH = (
+    2**12
+)  # entries of the vocabulary that one product sums over on a CPU; some BLAS kernels sum one after the other
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from kl3m_nb import corpus, generation, launch, models, paths, runs, stacking
+from kl3m_nb import corpus, generation, growth_runs, launch, models, paths, run_folder, runs, stacking
 from kl3m_nb.card_usage import card_of
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER, find_matrices
-from kl3m_nb.parameters import assigned_kinds, find_notebook
+from kl3m_nb.parameters import assigned_kinds, assigned_names, find_notebook, require_known
 from kl3m_nb.profiles import FIELD_TYPES, Profile, get_profile, profile_with, source_profile
 from kl3m_nb.run_folder import RUN_FILE
 from kl3m_nb.spectra import spectrum_key
@@ -26,26 +26,35 @@ _RANGES = {  # what is accepted, in words: the test, and the parameters
     "at least 0 and finite": (lambda value: isinstance(value, (int, float)) and 0 <= value < math.inf, "reference_loss"),
 }
 
+_INJECTED = "# Parameters\n"  # how papermill begins the cell it injects
+
 _TEXT_PARAMETERS = {"source": "source", "stack": "documents", "grown": "source"}  # by stage: which names documents to read
 
 
 def check_notebook(name: str, namespace: Mapping[str, object]) -> None:
     """`check_values` for a notebook's own cell: `name` is "02_training", `namespace` its `globals()`.
 
-    Raises ValueError for a parameter that is missing, and for a value that is not of the type it is declared with, too: papermill
-    casts none.
+    Raises ValueError for a parameter that is missing, a name that the notebook does not have, and a value that is not of the type
+    it is declared with, too: papermill injects any name and casts no value.
     """
     kinds = _declared_kinds(name, namespace)
     if not kinds:
         return
+    require_known(_injected_names(namespace), kinds, name)
     if missing := [key for key in kinds if key not in namespace]:
         raise ValueError(f"The parameter {missing[0]!r} of {name} is not set; put its line back into the parameters cell.")
     values = {key: namespace[key] for key in kinds}
     for key, value in values.items():
         found = type(value).__name__
-        if kinds[key] and found != kinds[key] and (found, kinds[key]) != ("int", "float"):
+        if kinds[key] and found != kinds[key] and (found, kinds[key]) not in (("int", "float"), ("str", "list")):
             raise ValueError(f"The parameter {key!r} of {name} is of type {kinds[key]}; {value!r} is not.")
     check_values(runs.NOTEBOOK_STAGES[name], values)
+
+
+def _injected_names(namespace: Mapping[str, object]) -> Iterable[str]:
+    """The names in the cell that papermill has injected, which IPython remembers; none where there is no such cell."""
+    injected = [source for source in namespace.get("In", ()) if source.startswith(_INJECTED)]
+    return assigned_names(injected[-1]) if injected else ()
 
 
 def _declared_kinds(name: str, namespace: Mapping[str, object]) -> dict[str, str]:
@@ -54,7 +63,7 @@ def _declared_kinds(name: str, namespace: Mapping[str, object]) -> dict[str, str
         notebook = find_notebook(name)
     except ValueError:
         seen = namespace.get("__annotations__", {})
-        return {key: kind.__name__ for key, kind in seen.items() if kind in (int, float, str, bool)}
+        return {key: kind.__name__ for key, kind in seen.items() if kind in (int, float, str, bool, list)}
     return assigned_kinds(notebook)
 
 
@@ -83,6 +92,7 @@ def check_values(stage: str, values: Mapping[str, object]) -> None:
         _check_role(values)
     elif stage == "generation":
         _check_writing(values, profile)
+    _check_run(stage, values, profile)
 
 
 def notebook_profile(stage: str, values: Mapping[str, object]) -> Profile:
@@ -126,6 +136,19 @@ def _check_start(values: Mapping[str, object]) -> None:
             f"There is no stack in {runs.run_path(values['profile'], 'stack')} to begin with; make one with notebook 01, name a "
             "checkpoint (init), or begin with random weights (init random)."
         )
+
+
+def _check_run(stage: str, values: Mapping[str, object], profile: Profile) -> None:
+    """Refuses a run that was begun with other settings or from another start, as training would."""
+    if stage in ("source", "grown"):
+        stack = str(runs.run_path(values["profile"], "stack") / "checkpoint")
+        start = {"random": None, "": stack}.get(values["init"], values["init"]) if stage == "grown" else None
+        folder = runs.run_path(values["profile"], stage, values["run"])
+        run_folder.check_run_folder(folder, profile, paths.located(start) if start else None)
+    grown = runs.run_path(values["profile"], "grown")
+    if stage == "growth" and (grown / RUN_FILE).is_file() and values["train_scratch"]:
+        scratch = runs.run_path(values["profile"], "scratch", values["scratch_run"])
+        run_folder.check_run_folder(scratch, growth_runs.plan_comparison(grown, values["scratch_steps"]).scratch, None)
 
 
 def _place(checkpoint: str | Path) -> Path | None:

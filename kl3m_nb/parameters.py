@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ast
 import io
-import math
 import os
-import re
 import tokenize
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +18,16 @@ import nbformat
 
 from kl3m_nb.display import did_you_mean
 from kl3m_nb.paths import notebooks_dir
-
-KINDS = ("int", "float", "str", "bool")
+from kl3m_nb.values import KINDS, cast
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One line of a parameters cell, `name: kind = default  # help`; `kind` is "int", "float", "str" or "bool"."""
+    """One line of a parameters cell, `name: kind = default  # help`; `kind` is one of `values.KINDS`."""
 
     name: str
     kind: str
-    default: int | float | str | bool
+    default: int | float | str | bool | list[str]
     help: str
 
 
@@ -83,26 +81,48 @@ def assigned_kinds(notebook: Path) -> dict[str, str]:
     return kinds
 
 
-def check_parameters(notebook: Path, given: dict[str, object]) -> dict[str, int | float | str | bool]:
-    """`given` with every value cast to the type its parameter has in `notebook`.
+def check_parameters(notebook: Path, given: dict[str, object]) -> dict[str, int | float | str | bool | list[str]]:
+    """What is to be injected into `notebook`: `given`, and what an earlier run has injected there, cast to their types.
 
-    Text is read as a number or truth value where one is wanted: YAML 1.1 reads `1e-4` as text, a shell knows only text.
+    A notebook that was executed carries its parameters in a cell of its own, which overrules the cell tagged `parameters` in the
+    kernel; `given` overrules both. Text is read as a number or truth value where one is wanted, for a shell knows only text.
     Raises ValueError for a name the notebook does not have or a value that is not of its type.
     """
     accepted = read_parameters(notebook)
+    values = _injected(notebook) | given
+    require_known(values, accepted, notebook)
     checked = {}
-    for name, value in given.items():
+    for name, value in values.items():
+        kind = accepted[name].kind
+        try:
+            checked[name] = cast(kind, value)
+        except (ValueError, OverflowError) as error:
+            hint = str(error) or (" (in YAML, put text in quotes)" if kind == "str" else "")
+            raise ValueError(f"The parameter {name!r} of {notebook} is of type {kind}; {value!r} is not{hint}.") from None
+    return checked
+
+
+def require_known(names: Iterable[object], accepted: Iterable[str], notebook: str | Path) -> None:
+    """Raises ValueError for the first of `names` that is none of the parameters that `notebook` has, the `accepted` ones."""
+    accepted = list(accepted)
+    for name in names:
         if name not in accepted:
             hint = did_you_mean(name, accepted)
             raise ValueError(f"{notebook} has no parameter {name!r}{hint}; it accepts {', '.join(accepted) or 'none'}.")
-        try:
-            checked[name] = _cast(accepted[name].kind, value)
-        except (ValueError, OverflowError):
-            quotes = " (in YAML, put text in quotes)" if accepted[name].kind == "str" else ""
-            raise ValueError(
-                f"The parameter {name!r} of {notebook} is of type {accepted[name].kind}; {value!r} is not{quotes}."
-            ) from None
-    return checked
+
+
+def assigned_names(source: str) -> dict[str, ast.expr]:
+    """{name: value} of the assignments in a cell's `source`, in their order. Raises ValueError for one that is no Python."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise ValueError(f"a cell of parameters is not valid Python: {error}") from None
+    found = {}
+    for statement in statements:
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            found |= {target.id: statement.value for target in targets if isinstance(target, ast.Name)}
+    return found
 
 
 def load_notebook(notebook: Path) -> nbformat.NotebookNode:
@@ -117,18 +137,41 @@ def load_notebook(notebook: Path) -> nbformat.NotebookNode:
 
 def _parameters_cell(notebook: Path) -> tuple[str, list[ast.stmt]]:
     """The text of the parameters cell and its statements."""
-    tagged = [cell for cell in load_notebook(notebook).cells if "parameters" in cell.metadata.get("tags", [])]
+    tagged = _tagged(notebook, "parameters")
     if not tagged:
         raise ValueError(f"{notebook} has no cell tagged 'parameters'; tag the cell that holds them.")
-    source = tagged[0].source
+    source = tagged[0][1]
     try:
         return source, ast.parse(source).body
     except SyntaxError as error:
         raise ValueError(f"The parameters cell of {notebook} is not valid Python: {error}.") from None
 
 
+def _injected(notebook: Path) -> dict[str, object]:
+    """What papermill has injected into an executed notebook; empty for one as it was written."""
+    tagged = _tagged(notebook, "injected-parameters")
+    if not tagged:
+        return {}
+    remedy = "run the notebook that it was made from"
+    if tagged[0][0] < _tagged(notebook, "parameters")[0][0]:
+        raise ValueError(f"The injected parameters of {notebook} stand above its parameters cell, which undoes them; {remedy}.")
+    try:
+        return {name: ast.literal_eval(value) for name, value in assigned_names(tagged[0][1]).items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"The injected parameters of {notebook} are not 'name = literal' lines ({error}); {remedy}.") from None
+
+
+def _tagged(notebook: Path, tag: str) -> list[tuple[int, str]]:
+    """Place and text of the cell that has a tag, if any. Raises ValueError for several: papermill heeds one, the kernel all."""
+    cells = enumerate(load_notebook(notebook).cells)
+    tagged = [(place, cell.source) for place, cell in cells if tag in cell.metadata.get("tags", [])]
+    if len(tagged) > 1:
+        raise ValueError(f"{notebook} has {len(tagged)} cells tagged {tag!r}; leave the tag on one and remove the others.")
+    return tagged
+
+
 def _parameter(statement: ast.stmt, comment: str) -> Parameter | None:
-    """The parameter a statement declares; None when it is not an annotated literal of one of the four types."""
+    """The parameter a statement declares; None when it is not an annotated literal of one of `KINDS`."""
     if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name) or statement.value is None:
         return None
     kind = ast.unparse(statement.annotation)
@@ -138,19 +181,6 @@ def _parameter(statement: ast.stmt, comment: str) -> Parameter | None:
         return None
     if kind == "float" and type(default) is int:
         default = float(default)
+    if kind == "list" and not (isinstance(default, list) and all(isinstance(entry, str) for entry in default)):
+        return None
     return Parameter(statement.target.id, kind, default, comment) if type(default).__name__ == kind in KINDS else None
-
-
-def _cast(kind: str, value: object) -> int | float | str | bool:
-    """`value` as a `kind`; ValueError where that would change what was meant."""
-    if type(value).__name__ == kind == "str" or (kind == "bool" and isinstance(value, bool)):
-        return value
-    if kind == "bool" and isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if kind in ("int", "float") and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        if kind == "int" and (isinstance(value, int) or re.fullmatch(r"\s*[+-]?[\d_]+\s*", str(value))):
-            return int(value)
-        number = float(value)
-        if math.isfinite(number) and (kind == "float" or number.is_integer()):
-            return int(number) if kind == "int" else number
-    raise ValueError

@@ -121,7 +121,8 @@ class ScheduleSpec:
 class DataSpec:
     """Where documents come from and how they become batches (kl3m-007 card, "Batch Configuration").
 
-    `source` is one line, options and several weighted sources included: `kl3m_nb.sources` says how.
+    `source` is one line, options and several weighted sources included: `kl3m_nb.sources` says how. A run may be resumed with
+    another `micro_batch` and `grad_accumulation` of the same product.
     """
 
     source: str = "hub:alea-institute/kl3m-data-sample-006-medium"

@@ -6,10 +6,15 @@ JupyterLab, under nbval or under plain papermill the variable is not set and a r
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 PROGRESS_VARIABLE = "KL3M_NB_PROGRESS"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_DISKS = (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOLCK)
 
 
 def write_progress(text: str) -> None:
@@ -40,12 +45,37 @@ def replace_text(path: Path, text: str, durable: bool = False) -> None:
     `durable` waits for the disk first: after a power cut too it is then one of the two, and not an empty file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with naming(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an error of the disk that comes up in the block name `path`, where it names no file: the system does not know any."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _OF_DISKS and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def why(error: OSError) -> str:
+    """What went wrong, in one sentence that begins with the file, where it is known, and has no number of the system's."""
+    if error.errno is None:  # one of ours, or of a library: it says what it knows
+        return str(error)
+    remedy = "; make room there, or choose another disk" if error.errno in _FULL else ""
+    file = error.filename2 or error.filename
+    return f"{file}: {error.strerror}{remedy}." if file else f"{error.strerror}{remedy}."
 
 
 def time_left(seconds: float, done: int, remaining: int) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from kl3m_nb import growth
+from kl3m_nb.progress import replace_text
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class GrowthComparison:
         """Writes losses.csv and speedups.csv."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.losses.to_csv(folder / "losses.csv", index=False)
-        self.costs.to_csv(folder / "speedups.csv")
+        replace_text(folder / "losses.csv", self.losses.to_csv(index=False))
+        replace_text(folder / "speedups.csv", self.costs.to_csv())
 
     def verdict(self) -> str:
         """Which run took how many optimizer steps to the target, in one line. That growing loses is a result too."""

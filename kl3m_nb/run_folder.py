@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -25,6 +26,7 @@ from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
 
 RUN_FILE, LOCK_FILE, SAVE_REQUEST = "run.json", "run.lock", "save-now"
+MICRO_BATCHES = ("micro_batch", "grad_accumulation")  # how a step goes through the model; their product is the step itself
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -71,6 +73,7 @@ class RunLock:
             raise RunIsBusy(_busy(self.path.parent, holder)) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
+                error.filename = str(self.path)
                 raise
             warnings.warn(f"The file system of {self.path} has no locks; see to it that one process trains there.", stacklevel=2)
         if not _is_same_file(descriptor, self.path):  # its holder has just ended and removed it
@@ -139,7 +142,8 @@ def has_checkpoints(run_dir: Path) -> bool:
 def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -> None:
     """Raises ValueError when `run_dir` belongs to a run with other settings; how it is carried out may differ.
 
-    A run that ended before it began, for instance because its source was not found, may be begun with others.
+    The windows of a step may go through the model in other micro-batches, so that a run can move to a smaller GPU. A run that
+    ended before it began, for instance because its source was not found, may be begun with others.
     """
     begun = any((run_dir / name).exists() for name in (FILE_NAME, "checkpoints", LOCK_FILE))
     if not (run_dir / RUN_FILE).is_file():
@@ -171,13 +175,17 @@ def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -
 
 
 def _settings(profile: dict) -> dict[str, object]:
-    """What a profile, as `to_dict` gives it, sets by name; without `runtime`, which may differ."""
+    """What a profile, as `to_dict` gives it, sets by name and has to stay: no `runtime`, and of the micro-batches the product."""
     sections = ({name: value} if not isinstance(value, dict) else value for name, value in profile.items() if name != "runtime")
-    return {key: value for section in sections for key, value in section.items()}
+    settings = {key: value for section in sections for key, value in section.items()}
+    return settings | {" × ".join(MICRO_BATCHES): math.prod(settings.pop(key) for key in MICRO_BATCHES)}
 
 
-def write_run_file(run_dir: Path, profile: Profile, init: str | Path | None, runtime: str) -> str:
-    """Writes run.json and returns the run's identity, which stays what it was, as do the facts of the stack it started from."""
+def write_run_file(run_dir: Path, profile: Profile, init: str | Path | None, runtime: str, step: int | None = None) -> str:
+    """Writes run.json and returns the run's identity, which stays what it was, as do the facts of the stack it started from.
+
+    With the `step` that training goes on from, run.json notes on what, and in which micro-batches, and a change is warned of.
+    """
     before = _record(run_dir) if (run_dir / RUN_FILE).is_file() else {}
     identity = before.get("identity") or uuid.uuid4().hex
     record = {
@@ -186,9 +194,42 @@ def write_run_file(run_dir: Path, profile: Profile, init: str | Path | None, run
         "stack": _stack_facts(init) or (before["stack"] if before.get("init") == init_name(init) else {}),
         "runtime": runtime,
         "identity": identity,
+        "carried_out": before.get("carried_out", []),
     }
+    if step is not None:
+        entry = {"step": step, "runtime": runtime} | {key: getattr(profile.data, key) for key in MICRO_BATCHES}
+        record["carried_out"] = _noted(record["carried_out"], entry, run_dir)
     replace_text(run_dir / RUN_FILE, json.dumps(record, indent=2) + "\n", durable=True)
     return identity
+
+
+def _noted(entries: list[dict], entry: dict, run_dir: Path) -> list[dict]:
+    """`entries` before the step of `entry`, and that one where it says anything new. Warns of what is new."""
+    kept = [earlier for earlier in entries if earlier["step"] < entry["step"]]  # later steps are not in the checkpoint
+    if not kept:
+        return [entry]
+    was, now = _conditions(kept[-1]), _conditions(entry)
+    if was == now:
+        return kept
+    new, old = (", ".join(part for part in one if part not in other) for one, other in ((now, was), (was, now)))
+    warnings.warn(
+        f"{run_dir} goes on from step {entry['step']:,} with {new or 'nothing'} instead of {old or 'nothing'}: it is given the "
+        "same data in the same order, but rounds otherwise, so it does not end with the same bits"
+        + (", and a mixture's router is balanced within other micro-batches." if was[-1] != now[-1] else "."),
+        stacklevel=3,
+    )
+    return [*kept, entry]
+
+
+def _conditions(entry: dict) -> list[str]:
+    """What decides how sums are rounded, in words; the micro-batches last."""
+    micro_batch, grad_accumulation = (entry[key] for key in MICRO_BATCHES)
+    return [*entry["runtime"].split(" · "), f"{grad_accumulation} micro-batches of {micro_batch} windows"]
+
+
+def _is_entry(entry: object) -> bool:
+    kinds = {"step": int, "runtime": str} | dict.fromkeys(MICRO_BATCHES, int)
+    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
 def _stack_facts(init: str | Path | None) -> dict:
@@ -217,6 +258,9 @@ def _record(run_dir: str | Path) -> dict:
                 raise ValueError(f"it has no text for {key!r}")
         if not isinstance(record.setdefault("stack", {}), dict):
             raise ValueError("its 'stack' is no mapping")
+        entries = record.setdefault("carried_out", [])
+        if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+            raise ValueError("its 'carried_out' is no list of what the run was carried out on")
         return record | {"profile": profiles.profile_from_dict(record.get("profile")).to_dict()}
     except ValueError as error:
         reason = str(error).rstrip(".")

@@ -1,8 +1,8 @@
 """Runs one notebook without a browser: checked parameters, visible progress, an honest status file, an orderly interrupt.
 
 Papermill executes; what is ours is an engine that it calls back, because of two things papermill leaves open: a status file
-that tells the truth about each cell, and signals. SIGINT or SIGTERM interrupt the cell in the kernel, once, and not the
-client: it goes on listening until the cell has saved its checkpoint and printed so, whatever signals follow.
+that tells the truth about each cell, and signals. SIGINT, SIGTERM and the other `STOP_SIGNALS` interrupt the cell in the kernel,
+once, and not the client: it goes on listening until the cell has saved its checkpoint and printed so, whatever signals follow.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from traitlets.config import Config
 
 from kl3m_nb.html import export_html
 from kl3m_nb.parameters import check_parameters, load_notebook, read_parameters
-from kl3m_nb.progress import PROGRESS_VARIABLE, read_progress
-from kl3m_nb.run_status import RunStatus, code_cells
-from kl3m_nb.stopping import EXIT_INTERRUPTED
+from kl3m_nb.progress import PROGRESS_VARIABLE, naming, read_progress, why
+from kl3m_nb.run_status import TOUCH_SECONDS, RunStatus, attempt_at, code_cells
+from kl3m_nb.stopping import EXIT_INTERRUPTED, catch_stop_signals
 
 EXIT_OK, EXIT_CELL_ERROR, EXIT_DEAD_KERNEL = 0, 1, 138
 SAVE_SECONDS = 300  # what an interrupted cell gets to save and end before its kernel is killed
@@ -56,7 +56,8 @@ def run_notebook(
 ) -> int:
     """Run `notebook` with `parameters` into `output_path`, with its status and, if `html`, a page beside it.
 
-    A folder that is there gets the executed notebook under its own name.
+    A folder that is there gets the executed notebook under its own name. While it runs, and afterwards if an earlier run got
+    further, all three lie beside as NAME.attempt.ipynb and the like: what ends before it has done anything replaces nothing.
 
     To be called from the main thread, which receives the signals. The kernel works in the caller's folder.
 
@@ -65,34 +66,40 @@ def run_notebook(
             shown on standard output, rewritten in place on a terminal and every 15 s elsewhere.
 
     Returns:
-        The exit code: 0, 1 after an error in a cell, 130 after SIGINT or SIGTERM, 138 when the kernel died. A signal that
+        The exit code: 0, 1 after an error in a cell, 130 after a signal to stop, 138 when the kernel died. A signal that
         comes when the last cell has ended changes nothing in the status, yet gives 130, so that no next notebook is begun.
 
     Raises:
-        ValueError: for parameters the notebook does not accept or a kernel that is not installed; nothing is written.
+        ValueError: for parameters the notebook does not accept, a kernel that is not installed, or an output path that another
+            process runs into; nothing is written.
     """
     notebook, output_path = Path(notebook), Path(output_path)
     checked = check_parameters(notebook, parameters)
     _check_kernel(notebook)
     if output_path.is_dir():
         output_path /= notebook.name
-    if output_path.resolve() == notebook.resolve():
+    if notebook.resolve() in (output_path.resolve(), attempt_at(output_path, output_path.suffix).resolve()):
         raise ValueError(f"The executed notebook would overwrite its source {notebook}; choose another output path.")
     output_path.parent.mkdir(parents=True, exist_ok=True)
     defaults = {parameter.name: parameter.default for parameter in read_parameters(notebook).values()}
     status = RunStatus(notebook, output_path, defaults | checked)
+    page = attempt_at(output_path, ".html")
+    page.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="kl3m-nb-") as folder, _Interruption() as interruption:
         run = _Run(status, interruption, Path(folder) / "progress")
         with _ProgressDisplay(run, notebook.stem, on_progress):
-            exit_code = _execute(run, notebook, output_path, checked)
+            exit_code = _execute(run, notebook, status.attempt_path, checked)
+        try:
+            if html:
+                export_html(status.attempt_path, page)
+        finally:
+            status.keep()
         print(status.closing_sentence(), flush=True)
-        if html:
-            export_html(output_path, output_path.with_suffix(".html"))
     return EXIT_INTERRUPTED if exit_code == EXIT_OK and interruption.requested else exit_code
 
 
 class _Interruption:
-    """The first SIGINT or SIGTERM interrupts the cell in the kernel; further ones must not hit the code that saves."""
+    """The first signal to stop interrupts the cell in the kernel; further ones must not hit the code that saves."""
 
     def __init__(self):
         self.requested = False
@@ -101,7 +108,7 @@ class _Interruption:
         self._deliver: Callable[[], None] | None = None
 
     def __enter__(self) -> _Interruption:
-        self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = catch_stop_signals(self._on_signal)
         return self
 
     def __exit__(self, *_) -> None:
@@ -230,16 +237,17 @@ def _execute(run: _Run, notebook: Path, output_path: Path, parameters: dict[str,
     """Run through papermill; the end of the run is in the status whatever happens."""
     state, exit_code, error = "failed", EXIT_CELL_ERROR, "the runner stopped"
     try:
-        papermill.execute_notebook(
-            _literal(notebook),
-            _literal(output_path),
-            parameters,
-            engine_name=ENGINE,
-            language="python",
-            progress_bar=False,
-            start_timeout=START_SECONDS,
-            run=run,
-        )
+        with naming(output_path):
+            papermill.execute_notebook(
+                _literal(notebook),
+                _literal(output_path),
+                parameters,
+                engine_name=ENGINE,
+                language="python",
+                progress_bar=False,
+                start_timeout=START_SECONDS,
+                run=run,
+            )
         state, exit_code, error = "completed", EXIT_OK, None
     except PapermillExecutionError as failure:
         error = _one_line(failure.ename, failure.evalue)
@@ -256,6 +264,9 @@ def _execute(run: _Run, notebook: Path, output_path: Path, parameters: dict[str,
             exit_code, error = EXIT_DEAD_KERNEL, _one_line("the kernel did not start", str(failure))
         else:
             raise
+    except OSError as failure:
+        error = why(failure)
+        raise
     finally:
         run.status.end_run(state, exit_code, error)
     return exit_code
@@ -269,7 +280,7 @@ class _ProgressDisplay:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._terminal = sys.stdout.isatty()
-        self._label, self._line, self._shown = "", "", 0.0
+        self._label, self._line, self._shown, self._touched = "", "", 0.0, time.monotonic()
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -282,6 +293,9 @@ class _ProgressDisplay:
 
     def _watch(self) -> None:
         while not self._ended.wait(POLL_SECONDS):
+            if time.monotonic() - self._touched >= TOUCH_SECONDS:
+                self.run.status.touch()
+                self._touched = time.monotonic()
             cells, cell = self.run.status.cells, self.run.status.current
             if cell is None:
                 continue

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from kl3m_nb import checkpoints, paths
+from kl3m_nb import checkpoints, paths, values
 from kl3m_nb.metrics import FILE_NAME, first_step, read_metrics
 from kl3m_nb.model_folder import TRAINED_STEPS, read_json, read_stack, stack_source
 from kl3m_nb.profiles import DataSpec, Profile, get_profile, profile_with
 from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
+from kl3m_nb.run_status import newest_state
 from kl3m_nb.special_ids import border_id, start_id
 
 
@@ -87,22 +88,31 @@ def require_stage_checkpoint(profile_name: str, stage: str) -> Path:
     return stage_checkpoint(profile_name, stage) or checkpoints.require_checkpoint(run_path(profile_name, stage))
 
 
-def named_checkpoints(profile_name: str, given: Mapping[str, str], others: str = "") -> dict[str, str | Path]:
+def named_checkpoints(profile_name: str, given: Mapping[str, str], others: str | list[str] = "") -> dict[str, str | Path]:
     """{name: checkpoint}: that of every stage of a profile that has one, then those listed in `others`, named as given.
 
     A checkpoint in `given`, by a name of `CHECKPOINT_STAGES`, is taken in place of its stage's; an empty string names none.
-    Raises ValueError for an unknown profile, a stage without a sound checkpoint, and `others` that are no text.
+    Raises ValueError for an unknown profile, a stage without a sound checkpoint, and `others` as `listed`.
     """
     found = {name: given.get(name) or stage_checkpoint(profile_name, stage) for name, stage in CHECKPOINT_STAGES.items()}
     named = {name: checkpoint for name, checkpoint in found.items() if checkpoint}
     return named | {name: name for name in listed(others)}
 
 
-def listed(others: str) -> list[str]:
-    """The checkpoints that a notebook's parameter `others` names, between commas or blanks. Raises ValueError for no text."""
-    if not isinstance(others, str):
-        raise ValueError(f"others is {others!r}; give checkpoint folders or hub ids as one text, separated by commas.")
-    return others.replace(",", " ").split()
+def listed(others: str | list[str]) -> list[str]:
+    """The checkpoints that a notebook's parameter `others` names, as a list or in one text, as `values.listed` reads it.
+
+    A text that names one checkpoint as it stands, such as a path with blanks in it, is that. Raises ValueError for anything else.
+    """
+    if isinstance(others, str) and others.strip() and paths.find(others).exists():
+        return [others]
+    try:
+        return values.listed(others)
+    except ValueError as error:
+        raise ValueError(
+            f"others is {others!r}{error}; give checkpoint folders or hub ids as a list, or as one text, separated by commas or "
+            "blanks, with those that hold a comma or blank in quotes."
+        ) from None
 
 
 def profile_of(checkpoint: str | Path) -> Profile | None:
@@ -185,7 +195,8 @@ def document_prefix(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase) 
 
 def load_runs(runs_dir: str | Path | None = None) -> pd.DataFrame:
     """A row per run folder: run, profile, layers, init, step, max_steps, held_out_loss (nats per token), tokens, seconds,
-    checkpoint. All are those of the newest checkpoint, the loss of the last evaluation before it.
+    notebook, checkpoint. All are those of the newest checkpoint, the loss of the last evaluation before it; `notebook` says what
+    became of the last one that was run into the folder: running, completed, failed, interrupted, killed, or nothing.
 
     Without `runs_dir` the project's own folder is read. A run without evaluations yet has NaN as its loss. Warns of a folder that
     cannot be read and leaves it out.
@@ -215,6 +226,7 @@ def _row(run_dir: Path) -> dict:
         "held_out_loss": held_out.get("held_out_loss", float("nan")),
         "tokens": max(row.get("tokens", 0) for row in (saved, trained)),
         "seconds": max(row.get("seconds", 0.0) for row in (saved, trained)),
+        "notebook": newest_state(run_dir),
         "checkpoint": str(checkpoint) if checkpoint else "",
     }
 

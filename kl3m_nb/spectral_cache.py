@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save
 
 from kl3m_nb.matrices import Checkpoint, local_checkpoint
 from kl3m_nb.model_folder import SPECTRA_FOLDER
+from kl3m_nb.progress import naming, why
 
 _FILE = "singular_values-3.safetensors"  # the number changes with how values and keys are computed
 
@@ -54,10 +55,13 @@ class SpectrumCache:
         try:
             self.path.parent.mkdir(exist_ok=True)
             temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            temporary.write_bytes(save(_read(self.path) | self._values))
-            os.replace(temporary, self.path)
+            with naming(self.path):
+                temporary.write_bytes(save(_read(self.path) | self._values))
+                os.replace(temporary, self.path)
         except OSError as error:
-            warnings.warn(f"The spectra are not kept: {self.path.parent} cannot be written ({error}).", stacklevel=2)
+            warnings.warn(
+                f"The spectra are not kept: {self.path.parent} cannot be written ({why(error).rstrip('.')}).", stacklevel=2
+            )
         self._new = False
 
 

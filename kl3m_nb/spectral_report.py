@@ -26,6 +26,7 @@ from kl3m_nb import (
 )
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER
 from kl3m_nb.packing import sampled_windows
+from kl3m_nb.progress import replace_text
 from kl3m_nb.progress_bar import ProgressBar
 from kl3m_nb.report_page import ReportPage
 from kl3m_nb.run_folder import read_run_init
@@ -69,7 +70,7 @@ def write_report(
     page = ReportPage(folder)
     table, values = spectra.analyse_model(subject.checkpoint, subject.source_layers, fit_alpha, progress("spectra"))
     table["model"] = subject.name
-    table.to_csv(folder / "spectra.csv", index=False)
+    replace_text(folder / "spectra.csv", table.to_csv(index=False))
     ceilings = subject.ceilings
     page.sentences += spectral_summary.describe_model(table, ceilings, subject.steps_since_clamp)
     if subject.order != "cyclic":
@@ -140,7 +141,7 @@ def _add_copies(
         page.figure(spectral_plots.plot_divergence(over_time), "divergence_over_training", caption, over_time)
     else:
         divergence = copies.copy_divergence(subject.checkpoint, subject.source_layers, reference, top_k, progress("copies"))
-    divergence.to_csv(page.folder / "divergence.csv", index=False)
+    replace_text(page.folder / "divergence.csv", divergence.to_csv(index=False))
     page.sentences += spectral_summary.describe_divergence(divergence)
     caption = f"By source block: means over pairs of copies; subspaces of the {top_k} largest and smallest singular values."
     page.figure(spectral_plots.plot_divergence(divergence), "divergence", caption, divergence)
@@ -163,7 +164,7 @@ def _add_inheritance(
 ) -> None:
     page.heading("Was the conditioning inherited?")
     inherited = copies.inheritance(values, sources)
-    inherited.to_csv(page.folder / "inheritance.csv", index=False)
+    replace_text(page.folder / "inheritance.csv", inherited.to_csv(index=False))
     page.sentences += spectral_summary.describe_inheritance(inherited)
     if len(subject.steps) > 1:
         over_time = history.over_checkpoints(

@@ -5,7 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 
+# Ctrl-C, a supervisor, a connection that broke, a batch system's warning, the processor time that was granted.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+_INSISTING = (signal.SIGINT, signal.SIGTERM)  # a second one is meant; SIGXCPU comes every second by itself
 EXIT_INTERRUPTED = 130  # of a process that was stopped and has saved: what a shell gives for Ctrl-C
 
 
@@ -14,11 +18,21 @@ def interrupted(step: int) -> KeyboardInterrupt:
     return KeyboardInterrupt(f"step {step} is saved; training again continues with the very next token")
 
 
+def catch_stop_signals(handler: Callable) -> dict[int, object]:
+    """Has `handler` called for the signals that ask for a stop; returns what was called before, for `signal.signal`.
+
+    A SIGHUP that is ignored stays so: `nohup` starts what is to outlive its terminal.
+    """
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    caught = [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignored]
+    return {number: signal.signal(number, handler) for number in caught}
+
+
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request that the loop honours between micro-batches; a later one interrupts at once.
+    """Turns `STOP_SIGNALS` into a request that the loop honours between micro-batches.
 
     A supervisor may signal the whole group of processes, and a runner then passes its own signal on: what arrives within a few
-    seconds of the first is the same request.
+    seconds of the first is the same request. A later SIGINT or SIGTERM interrupts at once.
     """
 
     SAME_REQUEST_SECONDS = 5.0
@@ -30,8 +44,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only there Python lets anyone catch signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            self._previous = catch_stop_signals(self._handle)
         return self
 
     def __exit__(self, *_) -> None:
@@ -41,5 +54,5 @@ class StopRequest:
     def _handle(self, number, frame) -> None:
         if not self.requested:
             self.requested, self._requested_at = True, time.monotonic()
-        elif time.monotonic() - self._requested_at > self.SAME_REQUEST_SECONDS:
+        elif number in _INSISTING and time.monotonic() - self._requested_at > self.SAME_REQUEST_SECONDS:
             raise KeyboardInterrupt

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from kl3m_nb.progress import naming
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 16 * 2**20
 LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses a longer one
@@ -32,7 +34,7 @@ class StoredTensor:
 
     def pieces(self) -> Iterator[bytes]:
         """Its bytes in order, at most `PIECE` at once."""
-        with open(self.path, "rb") as file:
+        with naming(self.path), open(self.path, "rb") as file:
             file.seek(self.start)
             for done in range(0, self.size, PIECE):
                 yield file.read(min(self.size - done, PIECE))
@@ -51,7 +53,7 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     """Every tensor of whole safetensors files: an 8-byte little-endian length, a JSON header, then the bytes."""
     tensors = {}
     for path in files:
-        with open(path, "rb") as file:
+        with naming(path), open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
         for name, entry in header.items():

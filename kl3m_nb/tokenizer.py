@@ -197,7 +197,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # for a full disk the tokenizers library has no class of its own
-        raise OSError(f"the tokenizer could not be saved to {folder}: {error}") from error
+        raise OSError(f"the tokenizer could not be saved to {folder} ({error})") from error
 
 
 def check_same_entries(tokenizer: PreTrainedTokenizerBase, checkpoint: str | Path) -> None:

@@ -190,7 +190,7 @@ class _Run:
             lock.acquire()
             if checkpoints.latest_checkpoint(self.run_dir):
                 raise ValueError(f"Another process has trained in {self.run_dir} meanwhile; train again to go on from there.")
-        return run_folder.write_run_file(self.run_dir, self.profile, init, self._described())
+        return run_folder.write_run_file(self.run_dir, self.profile, init, self._described(), self.counters["step"])
 
     def _described(self) -> str:
         ranks = f" · {self.world.size} processes, {self.profile.runtime.parallel}" if self.world.size > 1 else ""

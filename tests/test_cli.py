@@ -107,7 +107,7 @@ def test_an_init_is_looked_for_in_the_shells_folder_and_then_below_the_root(tmp_
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"5: 5", "no parameter 5;"), ("name: café".encode("latin-1"), "p.yaml is not UTF-8 text")]
+    ("content", "words"), [(b"5: 5", "no parameter '5';"), ("name: café".encode("latin-1"), "p.yaml is not UTF-8 text")]
 )
 def test_a_parameter_file_of_another_kind_is_refused(content, words, tmp_path, capsys):
     (tmp_path / "p.yaml").write_bytes(content)

@@ -416,6 +416,36 @@ def test_a_second_sigterm_at_once_is_the_same_request_a_later_one_interrupts(tmp
     _assert_same_run(tmp_path / "run", trained_run[0])
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+def test_other_signals_to_stop_save_and_may_come_again(tmp_path, monkeypatch, trained_run, number):
+    """A batch system sends SIGXCPU every second from then on."""
+    monkeypatch.setattr(training.StopRequest, "SAME_REQUEST_SECONDS", 0.0)
+    before = signal.getsignal(number)
+
+    def again_and_again():
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt, match="step 4 is saved"):
+        training.train(small_profile(), tmp_path / "run", callbacks=[at_step(4, again_and_again)])
+    assert signal.getsignal(number) is before
+    training.train(small_profile(), tmp_path / "run")
+    _assert_same_run(tmp_path / "run", trained_run[0])
+
+
+def test_a_run_that_is_to_outlive_its_terminal_is_not_stopped_by_its_end(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        result = training.train(
+            small_profile(), tmp_path / "run", callbacks=[at_step(2, lambda: os.kill(os.getpid(), signal.SIGHUP))]
+        )
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.step == 6
+
+
 def test_a_clock_that_is_set_back_changes_nothing(run_dir, trained_run, monkeypatch):
     """Newer checkpoints look older, and every look at the clock shows an earlier time."""
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")

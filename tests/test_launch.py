@@ -109,6 +109,9 @@ def test_a_run_that_is_followed_begins_where_its_log_stands(trained_run, monkeyp
 def test_torchrun_passes_on_what_the_documents_write():
     from torch.distributed.run import parse_args
 
+    assert parse_args([f"--signals-to-handle={launch._SIGNALS}", "x"]).signals_to_handle.split(",") == [
+        "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"
+    ]  # fmt: skip
     words = ["train", "kl3m-007-500m", "--run-dir", "my-run"]
     parsed = parse_args(["--nproc-per-node", "8", "-m", "kl3m_nb", *words])
     assert parsed.training_script_args == words

@@ -199,7 +199,9 @@ def overfitted():
 def test_what_was_learned_by_heart_is_continued_and_what_was_not_is_not(overfitted):
     model, seen = overfitted
     unseen = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(7)).tolist()
-    of_seen, of_unseen = (verbatim_continuation(model, Endless(), passages, [4, 8], continuation=16) for passages in (seen, unseen))
+    of_seen, of_unseen = (
+        verbatim_continuation(model, Endless(), passages, [4, 8], continuation=16) for passages in (seen, unseen)
+    )
     assert of_seen[of_seen.prefix == 8].identical.mean() > 0.9 > 0.2 > of_unseen.identical.mean()
     gap = memorisation_gap(of_seen, of_unseen).set_index("prefix").loc[8]
     assert gap.gap_low > 0.5

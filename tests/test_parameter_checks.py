@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 from conftest import execute_notebook, small_profile
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 from kl3m_nb import checkpoints, models, parameter_checks, parameters, run_folder, runs
 from kl3m_nb.parameter_checks import check_notebook
 from kl3m_nb.parameters import find_notebook, read_parameters
 
 SOURCE, STACKING, TRAINING, SPECTRA, GENERATION, GROWTH = runs.NOTEBOOK_STAGES
-OF_ANOTHER_TYPE = {"str": 3, "int": 2.5, "float": "hot", "bool": "false"}
+OF_ANOTHER_TYPE = {"str": 3, "int": 2.5, "float": "hot", "bool": "false", "list": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +92,39 @@ def test_what_is_typed_into_the_cell_is_checked_before_the_notebook_works(notebo
     with pytest.raises(ValueError, match=f"The parameter 'run' of {notebook} is of type str; 3 is not"):
         execute_notebook(notebook, {"run": 3})
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("notebook", [GENERATION, GROWTH])
+def test_a_name_that_papermill_injected_and_no_notebook_has_is_refused(notebook):
+    injected = parameterize_notebook(load_notebook_node(str(find_notebook(notebook))), {"profile": "tiny", "seeds": 3})
+    ran = [cell.source for cell in injected.cells if cell.cell_type == "code"]
+    defaults = {name: parameter.default for name, parameter in read_parameters(find_notebook(notebook)).items()}
+    with pytest.raises(ValueError, match=r"has no parameter 'seeds'.*; it accepts profile, run, "):
+        check_notebook(notebook, {"In": ["", *ran[:3]], "seeds": 3, **defaults})
+    check_notebook(notebook, {"In": ["", *ran[:3], "# Parameters\nprofile = 'tiny'\n"], "seeds": 3, **defaults})
+
+
+def test_a_list_that_came_as_text_is_accepted(tmp_path):
+    (tmp_path / "a b").mkdir()
+    with pytest.raises(ValueError, match="others names no checkpoint owner/a/b below"):
+        _check(GENERATION, others="owner/c owner/a/b")
+    with pytest.raises(ValueError, match="others names no checkpoint c d below"):
+        _check(GENERATION, others=["owner/a", "c d"])
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 7}, {"init": "random"}, {"seq_len": 16}], ids=str)
+def test_a_run_that_was_begun_with_other_settings_is_refused_before_its_notebook_works(settings, trained_run, monkeypatch):
+    monkeypatch.setattr(parameter_checks, "profile_with", lambda name, **fields: small_profile(**_given(fields)))
+    shutil.copytree(trained_run[0], runs.run_path("tiny", "grown"))
+    run_file = runs.run_path("tiny", "grown") / run_folder.RUN_FILE
+    run_file.write_text(run_file.read_text().replace('"random weights"', '"owner/name"'))
+    _check(TRAINING, init="owner/name")
+    with pytest.raises(ValueError, match=r"; use (the same settings or )?another run folder"):
+        _check(TRAINING, **{"init": "owner/name"} | settings)
+
+
+def _given(fields: dict) -> dict:
+    return {key: value for key, value in fields.items() if value not in (0, "")}
 
 
 def test_a_line_that_was_saved_without_its_type_is_judged_by_its_value(monkeypatch):

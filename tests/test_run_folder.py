@@ -136,3 +136,46 @@ def test_a_run_file_that_is_cut_off_or_foreign_is_named_and_says_what_is_wrong(t
         with pytest.raises(ValueError, match=rf"run\.json cannot be read \(.*{words}.*\); put back") as caught:
             read(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_a_change_of_threads_or_micro_batches_is_noted_and_said_once(tmp_path, recwarn):
+    def go_on(step, runtime, **changes):
+        run_folder.write_run_file(tmp_path, small_profile(**changes), None, runtime, step)
+        return [str(recwarn.pop().message) for _ in range(len(recwarn))]
+
+    assert go_on(0, "CPU, 4 threads · float32") == []
+    assert go_on(0, "CPU, 2 threads · float32") == [], "nothing has been trained with the others"
+    assert go_on(5, "CPU, 2 threads · float32") == []
+    (said,) = go_on(5, "CPU, 1 thread · float32")
+    assert "from step 5 with CPU, 1 thread instead of CPU, 2 threads" in said and "float32" not in said
+    assert go_on(7, "CPU, 1 thread · float32") == []
+    (said,) = go_on(9, "CPU, 1 thread · float32", micro_batch=2, grad_accumulation=2)
+    assert "with 2 micro-batches of 2 windows instead of 1 micro-batches of 4 windows" in said
+    record = json.loads((tmp_path / run_folder.RUN_FILE).read_text())
+    assert [(entry["step"], entry["runtime"][5], entry["micro_batch"]) for entry in record["carried_out"]] == [
+        (0, "2", 4),
+        (5, "1", 4),
+        (9, "1", 2),
+    ]
+    run_folder.write_run_file(tmp_path, small_profile(), None, "torchrun, 2 processes")  # by who only starts others
+    assert json.loads((tmp_path / run_folder.RUN_FILE).read_text())["carried_out"] == record["carried_out"]
+    go_on(6, "CPU, 1 thread · float32")  # from an earlier checkpoint
+    assert [entry["step"] for entry in json.loads((tmp_path / run_folder.RUN_FILE).read_text())["carried_out"]] == [0, 5]
+
+
+def test_micro_batches_may_change_while_a_step_stays(tmp_path):
+    run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
+    (tmp_path / "metrics.jsonl").touch()
+    run_folder.check_run_folder(tmp_path, small_profile(micro_batch=1, grad_accumulation=4), None)
+    for wrong in ({"micro_batch": 2}, {"grad_accumulation": 2}):
+        with pytest.raises(ValueError, match=r"micro_batch × grad_accumulation = 4, now it is [28];"):
+            run_folder.check_run_folder(tmp_path, small_profile(**wrong), None)
+
+
+@pytest.mark.parametrize("entries", [3, [3], [{}], [{"step": "1", "runtime": "", "micro_batch": 1, "grad_accumulation": 1}]])
+def test_a_record_of_what_a_run_was_carried_out_on_that_is_none_is_named(tmp_path, entries):
+    run_folder.write_run_file(tmp_path, small_profile(), None, "cpu")
+    record = json.loads((tmp_path / run_folder.RUN_FILE).read_text())
+    (tmp_path / run_folder.RUN_FILE).write_text(json.dumps(record | {"carried_out": entries}))
+    with pytest.raises(ValueError, match=r"run\.json cannot be read .*'carried_out'"):
+        run_folder.read_run_profile(tmp_path)

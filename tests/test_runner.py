@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -17,9 +18,10 @@ import pytest
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from kl3m_nb import cli, paths, runner
+from kl3m_nb import cli, paths, run_status, runner
 from kl3m_nb.parameters import Parameter, check_parameters, find_notebook, read_parameters
 from kl3m_nb.progress import PROGRESS_VARIABLE, clock, read_progress, write_progress
+from kl3m_nb.run_status import read_status
 from kl3m_nb.runner import run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +157,7 @@ def test_a_run_reports_progress_and_an_honest_status_while_it_runs(write_noteboo
         "# Title",
         "## The work\n```\n# no heading\n```",
         "import json, os, pathlib, time\n"
-        f"status = json.loads(pathlib.Path({str(output.with_suffix('.status.json'))!r}).read_text())\n"
+        f"status = json.loads(pathlib.Path({str(output.with_suffix('.attempt.status.json'))!r}).read_text())\n"
         "print(status['state'], [cell['state'] for cell in status['cells']])",
         "for step in range(steps):\n"
         "    print('step', step, flush=True)\n"
@@ -214,6 +216,127 @@ def test_on_a_terminal_one_line_is_rewritten_and_a_clean_exit_is_no_error(write_
     assert closing.startswith("\x1b[K[work] completed after 0:0")
 
 
+def files_of(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in output.parent.iterdir() if ".attempt." not in path.name}
+
+
+def test_a_run_that_gets_less_far_than_an_earlier_one_replaces_nothing_of_it(write_notebook, output, capsys):
+    notebook = write_notebook("1 / (steps > 1)", "1 / (steps > 2)", "print(steps)")
+    attempt = output.with_name("work.attempt.ipynb")
+    assert run_notebook(notebook, output, {"steps": 2}) == 1, "there is no earlier one"
+    assert states_of(output) == ["completed"] * 3 + ["failed", "not run"] and not attempt.exists()
+    before = files_of(output)
+    assert run_notebook(notebook, output, {"steps": 1}) == 1
+    assert files_of(output) == before
+    assert status_of(attempt)["state"] == "failed" and "ZeroDivisionError" in attempt.with_suffix(".html").read_text()
+    assert str(attempt) in (said := capsys.readouterr().out) and f"stays: {output}" in said
+    assert run_notebook(notebook, output, {"steps": 3}) == 0
+    assert text_of(output) == "3\n" and status_of(output)["output"] == str(output)
+    assert sorted(path.name for path in output.parent.iterdir()) == ["work.html", "work.ipynb", "work.status.json"]
+    before = files_of(output)
+    assert run_notebook(notebook, output, {"steps": 2}, html=False) == 1
+    assert files_of(output) == before, "one that completed is replaced by none that did not"
+    assert not attempt.with_suffix(".html").exists()
+
+
+def test_a_notebook_that_somebody_made_otherwise_is_replaced_by_a_complete_run_alone(write_notebook, output):
+    notebook = write_notebook("1 / steps")
+    output.parent.mkdir()
+    output.write_text("mine")
+    assert run_notebook(notebook, output, {"steps": 0}, html=False) == 1
+    assert output.read_text() == "mine"
+    assert run_notebook(notebook, output, {}, html=False) == 0
+    assert states_of(output) == ["completed"] * 2
+
+
+def test_an_executed_notebook_that_is_run_again_has_one_set_of_values(write_notebook, output, tmp_path):
+    notebook = write_notebook("print(lr, steps, name, fast)")
+    assert run_notebook(notebook, output, {"steps": 7, "name": "it's\n"}, html=False) == 0
+    again = tmp_path / "again" / "work.ipynb"
+    for given, steps in (({}, 7), ({"lr": "0.5"}, 7), ({"steps": 9}, 9)):
+        expected = {"lr": float(given.get("lr", 1e-3)), "steps": steps, "name": "it's\n", "fast": False}
+        assert {"lr": 1e-3, "fast": False} | check_parameters(output, given) == expected
+        assert run_notebook(output, again, given, html=False) == 0
+        assert text_of(again) == " ".join(map(str, expected.values())) + "\n"
+        assert status_of(again)["parameters"] == expected
+
+
+def test_a_disk_that_is_full_when_the_notebook_is_written_costs_the_earlier_one_nothing(write_notebook, output, monkeypatch):
+    notebook = write_notebook("1")
+    assert run_notebook(notebook, output, {}, html=False) == 0
+    before = files_of(output)
+
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("papermill.iorw.LocalHandler.write", full)
+    with pytest.raises(OSError, match=r"work\.attempt\.ipynb"):
+        run_notebook(notebook, output, {}, html=False)
+    assert files_of(output) == before
+    attempt = read_status(output.with_name("work.attempt.status.json"))
+    assert attempt["state"] == "failed" and "work.attempt.ipynb: No space left on device" in attempt["error"]
+
+
+@pytest.mark.parametrize("cell", ["stepz = 3", "steps = 1 + 1", "steps = 'many'", "steps ="])
+def test_an_injected_cell_that_is_none_of_ours_is_refused(write_notebook, output, cell):
+    notebook = write_notebook("1")
+    nb = nbformat.read(notebook, as_version=4)
+    nb.cells.insert(1, new_code_cell(f"# Parameters\n{cell}", metadata={"tags": ["injected-parameters"]}))
+    nbformat.write(nb, notebook)
+    with pytest.raises(ValueError, match=r"^The injected parameters of .*; run |no parameter 'stepz'|'steps' .* is of type int"):
+        run_notebook(notebook, output, {})
+    assert not output.parent.exists()
+
+
+@pytest.mark.parametrize("tag", ["parameters", "injected-parameters"])
+def test_a_tag_that_two_cells_have_is_refused(write_notebook, tag):
+    notebook = write_notebook()
+    nb = nbformat.read(notebook, as_version=4)
+    nb.cells += [new_code_cell("steps: int = 9", metadata={"tags": [tag]}) for _ in range(2)]
+    nbformat.write(nb, notebook)
+    with pytest.raises(ValueError, match=f"cells tagged '{tag}'"):
+        check_parameters(notebook, {})
+
+
+def test_a_killed_run_is_told_from_a_running_one(write_notebook, output, tmp_path):
+    notebook = write_notebook("import pathlib, time\npathlib.Path('ready').touch()\ntime.sleep(60)")
+    script = "import sys; from kl3m_nb.runner import run_notebook; sys.exit(run_notebook(*sys.argv[1:3], {}))"
+    command = [sys.executable, "-c", script, str(notebook), str(output)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    path = output.with_name("work.attempt.status.json")
+    assert read_status(path)["state"] == "running"
+    with pytest.raises(ValueError, match=f"^Process {process.pid} on .* runs a notebook into {output}; "):
+        run_notebook(notebook, output, {})
+    process.kill()
+    deadline = time.monotonic() + 10
+    while read_status(path)["state"] == "running" and time.monotonic() < deadline:  # a zombie too is none that runs
+        time.sleep(0.05)
+    assert read_status(path)["state"] == "killed"
+    process.wait()
+    assert read_status(path)["state"] == "killed" and json.loads(path.read_text())["state"] == "running"
+    quick = write_notebook("2")
+    assert run_notebook(quick, output, {}, html=False) == 0
+    assert states_of(output) == ["completed"] * 2 and not path.exists()
+
+
+def test_who_runs_elsewhere_is_judged_by_the_age_of_the_file(write_notebook, output):
+    path = output.with_suffix(".status.json")
+    assert run_notebook(write_notebook("1"), output, {}, html=False) == 0
+    status = status_of(output)
+    path.write_text(json.dumps(status | {"state": "running", "host": "elsewhere"}))
+    assert read_status(path)["state"] == "running"
+    os.utime(path, (time.time() - run_status.SILENT_SECONDS - 1,) * 2)
+    assert read_status(path)["state"] == "killed"
+    path.write_text(json.dumps(status | {"state": "running", "process_started": status["process_started"] - 3600}))
+    assert read_status(path)["state"] == "killed", "another process has its number"
+    for content in ("", "[]", "{", '{"state": 3}', '{"state": "running", "cells": 3}', "[" * 100_000):
+        path.write_text(content)
+        assert read_status(path) == {}
+
+
 WAITING_CELL = """
 import pathlib, time
 try:
@@ -227,7 +350,9 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize(
-    ("number", "after"), [(signal.SIGTERM, ["raise AssertionError('not to be run')"]), (signal.SIGINT, [])], ids=["TERM", "INT"]
+    ("number", "after"),
+    [(signal.SIGTERM, ["raise AssertionError('not to be run')"]), (signal.SIGINT, []), (signal.SIGHUP, [])],
+    ids=["TERM", "INT", "HUP"],
 )
 def test_a_signal_lets_the_cell_save_and_a_second_one_does_not_disturb_it(write_notebook, output, tmp_path, number, after):
     notebook = write_notebook(WAITING_CELL, *after)

@@ -74,8 +74,20 @@ def test_a_run_of_no_known_profile_and_no_name_is_refused(tmp_path, monkeypatch)
         runs.named_checkpoints("tniy", {})
     with pytest.raises(ValueError, match="The run 3 is no name of a folder"):
         runs.run_path("tiny", "grown", 3)
-    with pytest.raises(ValueError, match=r"others is \['a', 'b'\]; give .* as one text"):
-        runs.named_checkpoints("tiny", {}, ["a", "b"])
+    for wrong in (3, ["a", 3], "a 'b"):
+        with pytest.raises(ValueError, match=r"^others is .*; give checkpoint folders or hub ids as a list, or as one text"):
+            runs.named_checkpoints("tiny", {}, wrong)
+
+
+def test_other_checkpoints_may_have_blanks_and_commas_in_their_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("My Drive/m", "a,b"):
+        (tmp_path / name).mkdir(parents=True)
+    assert runs.listed("My Drive/m") == ["My Drive/m"] and runs.listed("a,b") == ["a,b"]
+    assert runs.listed("'My Drive/m', \"a,b\" owner/name") == ["My Drive/m", "a,b", "owner/name"]
+    assert runs.listed(["My Drive/m", "a,b"]) == ["My Drive/m", "a,b"]
+    assert runs.listed("owner/a,owner/b  owner/c") == ["owner/a", "owner/b", "owner/c"]
+    assert runs.listed("") == runs.listed([]) == runs.listed(" , ") == []
 
 
 def test_a_run_that_cannot_be_read_is_named_and_the_others_are_shown(tmp_path):

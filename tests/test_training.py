@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from kl3m_nb import (
     publishing,
     run_folder,
     schedule,
+    streams,
     tokenizer,
     training,
     training_loss,
@@ -130,6 +132,37 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, experts, stop_at):
     assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
     before, after = _weights(whole.checkpoint), _weights(resumed.checkpoint)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("packing", ["dense", "segments"])
+def test_a_run_goes_on_in_smaller_micro_batches_with_the_same_windows(tmp_path, monkeypatch, packing):
+    taken = []
+
+    def take(stream, spec, stop):
+        share = streams.take_share(stream, spec, stop)
+        taken.extend(row.tolist() for batch in share[0] for row in batch.input_ids)
+        assert max(map(len, share[0])) == spec.micro_batch and len(share[0]) == spec.grad_accumulation
+        return share
+
+    monkeypatch.setattr(training, "take_share", take)
+    pairs = {"p_sft": 0.25, "seq_len": 256, "context": 256} if packing == "segments" else {}
+    settings = {"packing": packing, "eval_every": 6, "checkpoint_every": 6, **pairs}
+    whole = training.train(small_profile(**settings), tmp_path / "whole")
+    windows, losses = taken.copy(), _losses(tmp_path / "whole")
+    taken.clear()
+    with pytest.raises(KeyboardInterrupt):
+        training.train(small_profile(**settings), tmp_path / "run", callbacks=[_interrupt_at(2)])
+    for micro_batch, stop_at in ((1, 4), (2, None)):
+        smaller = small_profile(**settings, micro_batch=micro_batch, grad_accumulation=4 // micro_batch)
+        with pytest.warns(UserWarning, match=f"with {4 // micro_batch} micro-batches of {micro_batch} windows instead of"):
+            with contextlib.nullcontext() if stop_at is None else pytest.raises(KeyboardInterrupt):
+                training.train(smaller, tmp_path / "run", callbacks=[_interrupt_at(stop_at)] if stop_at else [])
+    assert taken == windows
+    assert _losses(tmp_path / "run") == pytest.approx(losses, rel=1e-5)
+    assert run_folder.read_run_profile(tmp_path / "run").data.micro_batch == 2
+    (newest,) = checkpoints.whole_checkpoints(tmp_path / "run")[-1:]
+    before, after = _weights(whole.checkpoint), _weights(newest)
+    assert all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
 
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
