@@ -11,14 +11,15 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from kl3m_nb import corpus, generation, growth_runs, launch, models, paths, run_folder, runs, stacking
+from kl3m_nb import checkpoints, corpus, generation, growth_runs, launch, models, paths, run_folder, runs, stacking
 from kl3m_nb.card_usage import card_of
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER, find_matrices
 from kl3m_nb.parameters import assigned_kinds, assigned_names, find_notebook, require_known
 from kl3m_nb.profiles import FIELD_TYPES, Profile, get_profile, profile_with, source_profile
 from kl3m_nb.run_folder import RUN_FILE
+from kl3m_nb.special_ids import end_id, start_id
 from kl3m_nb.spectra import spectrum_key
-from kl3m_nb.tokenizer import read_tokenizer
+from kl3m_nb.tokenizer import CORPUS_NAMES, load_tokenizer, read_tokenizer
 
 _RANGES = {  # what is accepted, in words: the test, and the parameters
     "a whole number, at least 1": (lambda value: isinstance(value, int) and value >= 1, "document_count prompt_count"),
@@ -77,6 +78,8 @@ def check_values(stage: str, values: Mapping[str, object]) -> None:
         for key in keys.split():
             if key in values and not accepts(values[key]):
                 raise ValueError(f"The parameter {key} is {values[key]!r}; it must be {words}.")
+    if stage in _TEXT_PARAMETERS and not _has_begun(stage, values):
+        _check_tokenizer(profile)
     for key, of_stage in (("run", stage), ("scratch_run", "scratch")):
         runs.run_path(values["profile"], of_stage, values.get(key, ""))
     _check_checkpoints(stage, values)
@@ -87,7 +90,7 @@ def check_values(stage: str, values: Mapping[str, object]) -> None:
     elif stage == "grown":
         if values["processes"]:
             launch.check_processes(profile, values["processes"])
-        _check_start(values)
+        _check_start(values, profile)
     elif stage == "spectra":
         _check_role(values)
     elif stage == "generation":
@@ -98,10 +101,13 @@ def check_values(stage: str, values: Mapping[str, object]) -> None:
 def notebook_profile(stage: str, values: Mapping[str, object]) -> Profile:
     """The profile that a notebook's parameters ask for; where it builds a model, those named like a profile's field change it.
 
-    Raises ValueError as `get_profile`.
+    Where a source is stacked, vocabulary and context are the source's. Raises ValueError as `get_profile`.
     """
     if stage not in _TEXT_PARAMETERS:
         return get_profile(values["profile"])
+    if stage == "stack" and (stacked := _source_to_stack(values)):
+        settings = {key: values[key] for key in ("documents", "tokenizer", "seq_len", "held_out_windows")}
+        return runs.profile_to_judge(values["profile"], stacked, **settings)
     fields = {key: value for key, value in values.items() if key in FIELD_TYPES}
     fields["source"] = values[_TEXT_PARAMETERS[stage]]
     if stage == "source":
@@ -112,7 +118,7 @@ def notebook_profile(stage: str, values: Mapping[str, object]) -> Profile:
 def _check_checkpoints(stage: str, values: Mapping[str, object]) -> None:
     """Refuses a checkpoint that a notebook would look for in vain. A run that has begun does not need its `init` any more."""
     keys = runs.CHECKPOINT_PARAMETERS.get(stage, ())
-    if stage == "grown" and not _has_begun(values):
+    if stage == "grown" and not _has_begun(stage, values):
         keys = ("init",) if values["init"] != "random" else ()
     for key in keys:
         for name in runs.listed(values[key]) if key == "others" else [values[key]]:
@@ -124,14 +130,36 @@ def _check_checkpoints(stage: str, values: Mapping[str, object]) -> None:
                 )
 
 
-def _has_begun(values: Mapping[str, object]) -> bool:
-    """Whether there is a grown run by these values."""
-    return (runs.run_path(values["profile"], "grown", values["run"]) / RUN_FILE).exists()
+def _has_begun(stage: str, values: Mapping[str, object]) -> bool:
+    """Whether there is a run by these values."""
+    return (runs.run_path(values["profile"], stage, values["run"]) / RUN_FILE).exists()
 
 
-def _check_start(values: Mapping[str, object]) -> None:
-    """Refuses a run that would begin with a stack that is not there."""
-    if not values["init"] and not _has_begun(values) and not runs.stage_checkpoint(values["profile"], "stack"):
+def _source_to_stack(values: Mapping[str, object]) -> Path | None:
+    """The checkpoint that notebook 01 stacks; None where it is not there."""
+    if values["source"]:
+        return _place(values["source"])
+    return checkpoints.latest_checkpoint(runs.run_path(values["profile"], "source"))
+
+
+def _check_tokenizer(profile: Profile) -> None:
+    """Refuses a tokenizer in a folder that the model has no room for, or that lacks a token which the data need."""
+    name, data = profile.data.tokenizer, profile.data
+    if name in CORPUS_NAMES or (models.is_hub_id(name) and not paths.find(name).is_dir()):
+        return
+    tokenizer = load_tokenizer(name, data.source, profile.model.vocabulary)
+    end_id(tokenizer)
+    if data.packing == "segments":
+        start_id(tokenizer)
+
+
+def _check_start(values: Mapping[str, object], profile: Profile) -> None:
+    """Refuses a run that would begin with a stack that is not there, or a checkpoint that the profile does not fit."""
+    if _has_begun("grown", values) or values["init"] == "random":
+        return
+    stack = runs.stage_checkpoint(values["profile"], "stack")
+    models.profile_of_start(profile, values["init"] or stack)
+    if not values["init"] and not stack:
         raise ValueError(
             f"There is no stack in {runs.run_path(values['profile'], 'stack')} to begin with; make one with notebook 01, name a "
             "checkpoint (init), or begin with random weights (init random)."
@@ -184,4 +212,6 @@ def _check_writing(values: Mapping[str, object], profile: Profile) -> None:
         if place := _place(checkpoint):
             config = models.check_checkpoint(place)
             if context := config.get("max_position_embeddings"):  # GPT-2 has another name for it
-                generation.check_room(context, read_tokenizer(str(place)), prompts, sampling)
+                tokenizer = read_tokenizer(str(place))
+                generation.check_room(context, tokenizer, prompts, sampling)
+                runs.document_prefix(place, tokenizer)

@@ -108,13 +108,17 @@ def load_tokenizer(name: str, source: str, vocabulary: int) -> PreTrainedTokeniz
     """The tokenizer `name`: a hub id, a folder, or one trained on the training part of `source` and cached.
 
     Trained are "corpus" with ordinary and "corpus-001" with unorthodox whitespace, on at most 200 million characters.
-    Raises ValueError when it cannot be loaded or has more entries than the model's `vocabulary`.
+    Raises ValueError when it cannot be loaded or has ids beyond the model's `vocabulary`.
     """
     if name in CORPUS_NAMES:
         return _corpus_tokenizer(name, source, vocabulary)
     tokenizer = read_tokenizer(name)
-    if len(tokenizer) > vocabulary:
-        raise ValueError(f"The tokenizer {name!r} has {len(tokenizer)} entries, the model's vocabulary only {vocabulary}.")
+    needed = max(tokenizer.get_vocab().values()) + 1  # more than it has entries where some ids are left out
+    if needed > vocabulary:
+        raise ValueError(
+            f"The tokenizer {name!r} needs a vocabulary of {needed:,}, and the model's is only {vocabulary:,}; set vocabulary to "
+            f"{needed} or more, or name a smaller tokenizer."
+        )
     return tokenizer
 
 

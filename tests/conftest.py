@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -10,6 +11,8 @@ import tempfile
 
 import nbformat
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as token_models
 
 # Set before anything is collected, and inherited by the kernels nbval starts: all notebooks of one session share the folder.
 _RUNS = tempfile.TemporaryDirectory(prefix="kl3m-nb-runs-")
@@ -19,6 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from warm_processes import WarmProcesses  # noqa: E402
 
 from kl3m_nb import cards, paths, profiles, training  # noqa: E402
+
+SECTIONS = [f"Section {n}. The holder of permit {n * 7} shall file report {n % 13} with office {n % 29}." for n in range(400)]
 
 
 def small_profile(**overrides) -> profiles.Profile:
@@ -34,6 +39,22 @@ def small_profile(**overrides) -> profiles.Profile:
 def model_card(profile: profiles.Profile, facts: cards.CardFacts) -> str:
     """The card of a model that is as `profile` says, with the family's tokenizer."""
     return cards.model_card(profile, facts, cards.ModelFacts(profile.model, "", "<|start|>", "<|end|>"))
+
+
+def make_tokenizer(folder, first=(), last=("<|endoftext|>",), **named):
+    """A byte-level tokenizer folder with the special tokens `first` before and `last` behind the text's, as most have them."""
+    made = Tokenizer(token_models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        SECTIONS, trainers.BpeTrainer(vocab_size=400, show_progress=False, special_tokens=list(first), initial_alphabet=alphabet)
+    )
+    made.add_special_tokens(list(last))
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    if named:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}))
+    return folder
 
 
 def execute_notebook(name: str, parameters: dict) -> dict:

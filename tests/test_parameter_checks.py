@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import execute_notebook, small_profile
+from conftest import execute_notebook, make_tokenizer, small_profile
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from kl3m_nb import checkpoints, models, parameter_checks, parameters, run_folder, runs
 from kl3m_nb.parameter_checks import check_notebook
 from kl3m_nb.parameters import find_notebook, read_parameters
+from kl3m_nb.profiles import get_profile
 
 SOURCE, STACKING, TRAINING, SPECTRA, GENERATION, GROWTH = runs.NOTEBOOK_STAGES
 OF_ANOTHER_TYPE = {"str": 3, "int": 2.5, "float": "hot", "bool": "false", "list": 3}
@@ -180,7 +181,7 @@ def test_a_stack_that_is_not_there_is_missed_before_anything_starts(tmp_path):
     for profile in ("tiny", "kl3m-002-520m"):  # the second is never stacked, unless somebody does
         with pytest.raises(ValueError, match=r"no stack in .*-stack to begin with; .* random weights .init random"):
             _check(TRAINING, profile=profile, init="")
-    (tmp_path / "runs" / "demo-stack" / "checkpoint").mkdir(parents=True)
+    models.build_model(get_profile("tiny")).save_pretrained(tmp_path / "runs" / "demo-stack" / "checkpoint")
     _check(TRAINING, init="")
 
 
@@ -190,8 +191,57 @@ def test_files_and_folders_that_are_there_are_accepted(trained_run, tmp_path):
         _check(notebook, **{name: f"files:{tmp_path}/*.jsonl"})
         _check(notebook, **{name: "hub:owner/name"})
     checkpoint = checkpoints.latest_checkpoint(Path(trained_run[0]))
-    _check(STACKING, source=str(checkpoint))
-    _check(TRAINING, init=str(checkpoint))
+    _check(STACKING, source=str(checkpoint), seq_len=64)
+    models.build_model(get_profile("tiny", seq_len=64, context=64)).save_pretrained(tmp_path / "start")
+    _check(TRAINING, init=str(tmp_path / "start"), seq_len=64)
+
+
+def test_a_start_or_source_of_another_shape_is_refused_before_the_kernel(trained_run, tmp_path):
+    """By its own numbers, whatever the profile's: a window may be longer than this profile's context, not than the model's."""
+    checkpoint = str(checkpoints.latest_checkpoint(Path(trained_run[0])))
+    with pytest.raises(ValueError, match="num_hidden_layers 2, the profile tiny wants 12"):
+        _check(TRAINING, init=checkpoint)
+    with pytest.raises(ValueError, match="seq_len 65 is longer than the context of 64"):
+        _check(STACKING, source=checkpoint, seq_len=65)
+    long = get_profile("tiny", context=512)
+    models.build_model(long).save_pretrained(tmp_path / "long")
+    _check(STACKING, source=str(tmp_path / "long"), seq_len=512)
+    models.build_model(get_profile("tiny", seq_len=64, context=64)).save_pretrained(tmp_path / "short")
+    with pytest.raises(ValueError, match="seq_len 256 is longer than the context of 64 tokens that the checkpoint"):
+        _check(TRAINING, init=str(tmp_path / "short"))
+
+
+@pytest.mark.parametrize("notebook", [SOURCE, TRAINING])
+def test_a_tokenizer_that_does_not_fit_is_refused_before_the_kernel(notebook, tmp_path):
+    """Too large for the vocabulary, which can be set; without a token that the data need; not there."""
+    every = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    first = tuple(every.values())
+    whole = str(make_tokenizer(tmp_path / "whole", first, (), **every))
+    _check(notebook, tokenizer=whole)
+    with pytest.raises(ValueError, match=r"vocabulary of 400, and the model's is only 399; set vocabulary to 400 or more"):
+        _check(notebook, tokenizer=whole, vocabulary=399)
+    _check(notebook, tokenizer=whole, vocabulary=400)
+    bare = str(make_tokenizer(tmp_path / "bare", last=()))
+    with pytest.raises(ValueError, match="names no end-of-text token"):
+        _check(notebook, tokenizer=bare)
+    if notebook == SOURCE:
+        no_start = str(make_tokenizer(tmp_path / "no_start", first, (), eos_token="<|end|>"))
+        _check(notebook, tokenizer=no_start)
+        with pytest.raises(ValueError, match="names no beginning-of-text token"):
+            _check(notebook, tokenizer=no_start, packing="segments")
+    with pytest.raises(ValueError, match="tokenizer"):
+        _check(notebook, tokenizer=str(tmp_path / "nowhere"))
+    run_dir = runs.run_path("tiny", runs.NOTEBOOK_STAGES[notebook])
+    run_dir.mkdir(parents=True)
+    run_folder.write_run_file(run_dir, small_profile(), None, "cpu")
+    _check(notebook, tokenizer=bare)  # a run that has begun has its checkpoint's
+
+
+def test_a_model_without_a_token_to_begin_with_is_refused_before_the_kernel(tmp_path):
+    models.build_model(get_profile("tiny")).save_pretrained(tmp_path / "bare")
+    shutil.copy(make_tokenizer(tmp_path / "tokenizer", last=()) / "tokenizer.json", tmp_path / "bare")
+    with pytest.raises(ValueError, match="names no end-of-text token"):
+        _check(GENERATION, trained=str(tmp_path / "bare"))
 
 
 def test_a_notebook_that_was_renamed_is_judged_by_what_its_cell_declares(tmp_path, monkeypatch):

@@ -6,9 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import small_profile
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-from tokenizers import models as token_models
+from conftest import SECTIONS, make_tokenizer, small_profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl3m_nb import cotraining, generation, models, packing, prediction, special_ids, training
@@ -19,25 +17,8 @@ from kl3m_nb.segmentation import SegmentedStream
 from kl3m_nb.streams import open_stream
 from kl3m_nb.tokenizer import read_tokenizer
 
-TEXTS = [f"Section {n}. The holder of permit {n * 7} shall file report {n % 13} with office {n % 29}." for n in range(400)]
 END = "<|endoftext|>"
 EVERY = {"bos_token": "<|start|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
-
-
-def make_tokenizer(folder, first=(), last=(END,), **named):
-    """A byte-level tokenizer folder with the special tokens `first` before and `last` behind the text's, as most have them."""
-    made = Tokenizer(token_models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=400, show_progress=False, special_tokens=list(first), initial_alphabet=alphabet)
-    )
-    made.add_special_tokens(list(last))
-    folder.mkdir()
-    made.save(str(folder / "tokenizer.json"))
-    if named:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +29,7 @@ def gpt2_like(tmp_path_factory):
 
 def source(folder):
     (folder / "a.jsonl").write_text(
-        "".join(json.dumps({"identifier": f"d{n}", "text": text}) + "\n" for n, text in enumerate(TEXTS))
+        "".join(json.dumps({"identifier": f"d{n}", "text": text}) + "\n" for n, text in enumerate(SECTIONS))
     )
     return f"files:{folder}/a.jsonl"
 
@@ -68,7 +49,7 @@ def test_a_checkpoint_and_its_data_end_texts_where_the_tokenizer_does(tmp_path, 
     assert norms.min() > 0.5 * norms.median(), "no row of a token of the text was set to zero"
     batch = open_stream(profile.data, tokenizer).take(16)
     tokens = set(batch.input_ids.flatten().tolist())
-    assert end in tokens and not tokens & {0, 2} - {*tokenizer.encode("".join(TEXTS))}
+    assert end in tokens and not tokens & {0, 2} - {*tokenizer.encode("".join(SECTIONS))}
     if packed == "segments":
         assert (batch.input_ids[~batch.attention_mask] == end).all() and (batch.labels[~batch.attention_mask] == -100).all()
     card = (checkpoint / "README.md").read_text()
@@ -144,7 +125,7 @@ def test_every_place_that_needs_the_end_says_so(tmp_path):
 
 def test_a_text_is_predicted_from_the_beginning_where_a_tokenizer_has_no_end(tmp_path):
     tokenizer = read_tokenizer(str(make_tokenizer(tmp_path / "a", ("<|end|>", "<|start|>"), (), bos_token="<|start|>")))
-    model, documents = models.build_model(small_profile()), [Document("a", "x", TEXTS[0])]
+    model, documents = models.build_model(small_profile()), [Document("a", "x", SECTIONS[0])]
     found, named = (prediction.evaluate_documents(model, tokenizer, documents, 32, 32, **given) for given in ({}, {"prefix": 1}))
     assert found.loss == named.loss
 
