@@ -15,19 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from kl3m_nb import paths
 from kl3m_nb.experts import expert_counts, load_balancing_loss, take_router_logits, use_exact_routers
+from kl3m_nb.loading import REFUSALS, TensorsDiffer, load_whole, reason
 from kl3m_nb.model_folder import read_json, weight_files
 from kl3m_nb.profiles import ModelSpec, Profile
 from kl3m_nb.roles import parameter_roles, role_table
@@ -131,7 +124,8 @@ def build_model(
 def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     """A float32 model from a checkpoint folder or the hub.
 
-    Raises ValueError with one sentence when a folder is missing, incomplete or cut off, or the hub has no such model.
+    Raises ValueError with one sentence when a folder is missing, incomplete or cut off, the hub has no such model, or a tensor of
+    the model is missing, left over or of another shape.
     """
     name = str(path_or_hub_id)
     folder = paths.find(name)
@@ -141,15 +135,15 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
     elif not is_hub_id(name):
         raise ValueError(f"There is no checkpoint folder {folder}; train one first, or name a folder or a hub id OWNER/NAME.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        model = load_whole(name, dtype=torch.float32, attn_implementation=attention)
+    except TensorsDiffer:
+        raise
+    except REFUSALS as error:
+        why = reason(error)
         if folder.is_dir():
-            raise ValueError(f"The checkpoint {folder} cannot be loaded ({reason}); name another.") from error
+            raise ValueError(f"The checkpoint {folder} cannot be loaded ({why}); name another.") from error
         raise ValueError(
-            f"There is no checkpoint folder {folder}, and the hub gave no model {name} ({reason}); name a folder or a hub id."
+            f"There is no checkpoint folder {folder}, and the hub gave no model {name} ({why}); name a folder or a hub id."
         ) from error
     return use_exact_routers(model)
 

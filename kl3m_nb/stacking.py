@@ -22,7 +22,8 @@ import torch
 
 from kl3m_nb import model_folder, paths
 from kl3m_nb.display import table_html
-from kl3m_nb.grown_config import grown_config, with_defaults
+from kl3m_nb.grown_config import check_blocks, grown_config, with_defaults
+from kl3m_nb.loading import check_loads
 from kl3m_nb.model_folder import STACK_IDENTITY, STACK_RECORD, TRAINED_STEPS, WEIGHT_ENDINGS, weight_files
 from kl3m_nb.models import check_checkpoint
 from kl3m_nb.stackable import BLOCK, EMBEDDING, block_count
@@ -126,6 +127,7 @@ def stack_checkpoint(
     files = weight_files(source)
     tensors = read_headers(files)
     block_count(source, config, tensors)
+    check_loads(source)
     exists = target.exists()
     if not exists:
         _require_room(target, tensors, factor)
@@ -136,12 +138,14 @@ def stack_checkpoint(
     if exists:
         return summary
     grown = grown_config(config, summary.block_sources)
+    check_blocks(source, config, grown, summary.block_sources)
     with model_folder.written_whole(target) as temporary:
         for path in source.iterdir():
             if path.is_file() and not path.name.endswith(_NOT_COPIED):
                 shutil.copy(path, temporary / path.name)
         (temporary / "config.json").write_text(json.dumps(grown, indent=2) + "\n")
         _write_tensors(temporary / "model.safetensors", plan)
+        check_loads(temporary)
         (temporary / STACK_RECORD).write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
 
@@ -151,8 +155,8 @@ def verify_stack(source: str | Path, target: str | Path) -> int:
 
     The `stack.json` must be the one that stacking `source` writes (folders may have been moved), and so must `config.json`.
 
-    Raises ValueError naming the first thing that differs, or for a source that cannot be stacked, a target that is no stack, is
-    damaged or was trained since.
+    Raises ValueError naming the first thing that differs, for a tensor that transformers would draw at random or leave out, or for
+    a source that cannot be stacked, a target that is no stack, is damaged or was trained since.
     """
     source, target = paths.find(source), paths.resolve(target)
     made = model_folder.read_stack(target)
@@ -174,6 +178,8 @@ def verify_stack(source: str | Path, target: str | Path) -> int:
     for key in wanted_config | found_config:
         if wanted_config.get(key) != found_config.get(key):
             raise ValueError(f"{target} has another {key} in config.json than this stack of {source}; {remedy}")
+    check_blocks(source, config, found_config, summary.block_sources)
+    check_loads(target)
     names = {tensor.name for tensor in plan}
     if names != found.keys():
         raise ValueError(f"{target} lacks or adds the tensors {sorted(names ^ found.keys())[:3]}; {remedy}")
