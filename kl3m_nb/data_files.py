@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import glob
 import itertools
@@ -16,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from kl3m_nb import paths
-from kl3m_nb.sources import log
+from kl3m_nb.sources import Part, log, parse_source
 
 COMPRESSIONS = {".jsonl": "", ".json": "", ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
 SUFFIXES = (".parquet", *COMPRESSIONS)
@@ -57,6 +58,24 @@ def mirror_files(folder: Path, skip: Sequence[str] = ()) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"The mirror {folder} holds no parquet or jsonl file; copy the data set's files there.")
     return _sound(_without_skipped(files, skip), str(folder))
+
+
+def may_go_on_with(begun: str, source: str) -> bool:
+    """Whether a run of the source line `begun` may go on with `source`: the same but for files that are left out."""
+    pairs = list(itertools.zip_longest(parse_source(begun), parse_source(source)))
+    return all(None not in pair and _is_narrower(*pair) for pair in pairs)
+
+
+def _is_narrower(begun: Part, part: Part) -> bool:
+    """Whether `part` differs from `begun` in `skip` only, or in a glob that matches no other files."""
+    if part.kind == "files" == begun.kind and part.name != begun.name:
+        files, known = (set(_matches(str(paths.resolve(name)))) for name in (part.name, begun.name))
+        if not files <= known:
+            return False
+    elif part.name != begun.name:
+        return False
+    alike = dataclasses.replace(begun.options, skip=part.options.skip) == part.options
+    return alike and (part.kind, part.weight) == (begun.kind, begun.weight)
 
 
 def names_in_source(name: str, files: Sequence[Path]) -> list[str]:

@@ -16,6 +16,7 @@ from kl3m_nb.data_files import COMPRESSIONS, naming, skip_remedy, suffix_of
 from kl3m_nb.sources import LONGEST_ROW, log
 
 MOST_PASSED_OVER = 2**30  # bytes without a row, in one stretch, after which a file is refused: a few kB may unpack to petabytes
+_COST_OF_A_LINE = 64  # a blank line takes as long as so many bytes of a long one
 _CHUNK = 2**20
 
 
@@ -39,7 +40,7 @@ def read_lines(path: Path, offset: int) -> Iterator[tuple[int, bytes | None]]:
                     piece = file.readline(_CHUNK)
                 line = piece
             offset += len(line)
-            passed_over = passed_over + len(line) if is_long or line.isspace() else 0
+            passed_over = passed_over + max(len(line), _COST_OF_A_LINE) if is_long or line.isspace() else 0
             if passed_over > MOST_PASSED_OVER:
                 raise ValueError(f"{path} has more than {MOST_PASSED_OVER:,} bytes in a row without a row; {skip_remedy(path)}.")
             yield offset, None if is_long else line
@@ -85,13 +86,14 @@ def _check_beginning(file: io.BufferedReader, path: Path) -> None:
     """Raises WrongFile for other encodings of Unicode, with a mark or without, and for one JSON value over many lines."""
     beginning = file.peek(_CHUNK)[:4096]
     encoding = json.detect_encoding(beginning)
-    if encoding not in ("utf-8", "utf-8-sig"):
+    start = beginning[: len(beginning) // 4 * 4].decode(encoding, errors="replace").lstrip("\ufeff\0 \t\r\n")[:1]
+    if encoding not in ("utf-8", "utf-8-sig") and start in ("{", "["):  # else a damaged first row
         name = encoding[:6].upper()
         raise WrongFile(f"{path} is {name} and not UTF-8 text; convert it, `iconv -f {name} -t UTF-8`, or {skip_remedy(path)}.")
     if re.match(rb"\s*(\[\s*\{|[\[{]\s*?\n)", beginning.removeprefix(codecs.BOM_UTF8)):
         raise WrongFile(
-            f"{path} is one JSON value over several rows and not one object a line; convert it, `jq -c .` or for an array "
-            f"`jq -c '.[]'`, or {skip_remedy(path)}."
+            f"{path} is a JSON array, or an object over several lines, and not one object a line; convert it, `jq -c '.[]'` for "
+            f"an array and `jq -c .` for objects, or {skip_remedy(path)}."
         )
 
 

@@ -93,12 +93,14 @@ class _RowReader:
         return document
 
     def _bad_row(self, identifier: str, reason: str, remedy: str) -> None:
-        self._last_reason = f"row {identifier} cannot be used: {reason}"
-        self._report.note("bad_rows", f"{self._name}: {self._last_reason}")
+        self._last_reason = f"{identifier}: {reason}"
+        self._report.note("bad_rows", f"{self._name}: a row cannot be used, {self._last_reason}")
         self._bad_rows += 1
         self._bad_in_a_row += 1
         if self._bad_in_a_row >= _BAD_ROWS_IN_A_ROW:
-            raise ValueError(f"{_BAD_ROWS_IN_A_ROW} rows of {self._name} in a row cannot be used. {self._last_reason}; {remedy}.")
+            raise ValueError(
+                f"{_BAD_ROWS_IN_A_ROW} rows of {self._name} in a row cannot be used, lastly {self._last_reason}; {remedy}."
+            )
 
 
 class FilesReader(_RowReader):
@@ -137,9 +139,9 @@ class FilesReader(_RowReader):
                 self._report.note("empty_files", f"{path} holds no row")
             rows = self._report.rows - first_row
             if 0 < rows == self._bad_rows - bad_before and not any(place):
-                log.warning("None of the %s rows of %s can be used. The last %s", f"{rows:,}", path, self._last_reason)
+                log.warning("None of the %s rows of %s can be used, lastly %s", f"{rows:,}", path, self._last_reason)
         if self._bad_rows and self._bad_rows == self._report.rows - rows_before and not any(open_place):
-            raise ValueError(f"No row of {self._name} can be used. The last {self._last_reason}.")
+            raise ValueError(f"No row of {self._name} can be used, lastly {self._last_reason}.")
 
     def _at(self, number: int, block: int, row: int) -> dict:
         return {"file": number, "name": self._files[number].name, "block": block, "row": row, "files": self._names}
@@ -177,9 +179,11 @@ class FilesReader(_RowReader):
         for name in gone:
             self._report.lost_files += 1
             place = f"row group {block}, row {row}" if is_parquet else f"row {row}"
-            which = f"its rows from {place} on" if name == before[number] and (block or row) else "all its rows"
-            when = "from the next pass on" if before.index(name) < number else "from here on"
-            log.warning("%s: %s is gone since the run stopped; %s are lost, %s", self._name, name, which, when)
+            if name == before[number] and (block or row):
+                lost = f"its rows from {place} on are lost to this pass, all to later ones"
+            else:
+                lost = f"its rows are lost to {'later passes' if before.index(name) < number else 'this pass and later ones'}"
+            log.warning("%s: %s is gone since the run stopped; %s", self._name, name, lost)
         log.warning(
             "%s: the order of documents from here on, and the held-out documents, may differ from those of a run with %s.",
             self._name, "that file" if len(gone) == 1 else f"those {len(gone)} files",

@@ -18,11 +18,11 @@ import warnings
 from pathlib import Path
 
 from kl3m_nb import distributed, paths, profiles
+from kl3m_nb.data_files import may_go_on_with
 from kl3m_nb.metrics import FILE_NAME
 from kl3m_nb.model_folder import STACK_IDENTITY, STATE_FOLDER, read_stack
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
-from kl3m_nb.sources import without_skip
 
 RUN_FILE, LOCK_FILE, SAVE_REQUEST = "run.json", "run.lock", "save-now"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -138,7 +138,7 @@ def has_checkpoints(run_dir: Path) -> bool:
 
 def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -> None:
     """Raises ValueError when `run_dir` belongs to a run with other settings; how it is carried out may differ, and so may the
-    damaged files that its source is told to skip.
+    files that are left out of its source: a damaged one does not end it.
 
     A run that ended before it began, for instance because its source was not found, may be begun with others.
     """
@@ -152,10 +152,11 @@ def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -
     record = _record(run_dir)
     was, now = _settings(record["profile"]), _settings(profile.to_dict())
     for key, value in now.items():
-        if was[key] != value and not (key == "source" and without_skip(was[key]) == without_skip(value)):
+        remedy = "use the same source, from which files may be left out, or" if key == "source" else "use the same settings or"
+        if was[key] != value and not (key == "source" and may_go_on_with(was[key], value)):
             raise ValueError(
                 f"The run folder {run_dir} belongs to the profile {was['name']} with {key} = {was[key]!r}, now it is {value!r}; "
-                "use the same settings or another run folder."
+                f"{remedy} another run folder."
             )
     if record["init"] != init_name(init):
         raise ValueError(

@@ -47,7 +47,7 @@ class Options:
     mime_types: tuple[str, ...] = ()  # empty: all
     min_tokens: int = 0  # shorter documents are neither trained nor judged on
     tokenizer: str = ""  # the one stored tokens were made with, when it is not the run's: they are decoded and tokenized anew
-    skip: tuple[str, ...] = ()  # globs of files that are left out, by name or whole path; may be added when a run goes on
+    skip: tuple[str, ...] = ()  # globs of files that are left out, by name or whole path
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,6 @@ class SourceReport:
 def parse_source(source: str) -> tuple[Part, ...]:
     """The parts of a source line. Raises ValueError with one sentence when a part is not of a known form."""
     return tuple(_parse_part(text) for text in _NEXT_PART.split(source))
-
-
-def without_skip(source: str) -> tuple[Part, ...]:
-    """The parts of a source line as they are without `skip`: what is alike for a run that goes on without a damaged file."""
-    parts = parse_source(source)
-    return tuple(dataclasses.replace(part, options=dataclasses.replace(part.options, skip=())) for part in parts)
 
 
 def listed_columns(columns: Sequence[str]) -> str:
