@@ -25,6 +25,7 @@ from kl3m_nb.sources import PACKAGE, Document, Part, SourceReport, parse_source
 
 HELD_OUT_SHARE = 10  # one family in ten
 MOST_SHARED = 0.3  # share of its shingles that a held-out text may have in common with the training texts
+_ROWS_LOOKED_AT = 500
 _SPLIT_SALT = "a"  # keeps the large families (GNU, BSD, Creative Commons) on the training side
 _FRONT_MATTER = re.compile(r"---\n(.*?\n)---\s*(.*)", re.DOTALL)
 _OPEN_CATEGORIES = frozenset(("Permissive", "Copyleft", "Copyleft Limited", "Public Domain"))
@@ -72,6 +73,21 @@ def preview_part(part: Part, held_out: bool, most: int = 500) -> Iterator[Docume
 def preview(source: str, held_out: bool, most: int = 500) -> list[Document]:
     """Documents of every part of `source` to look at, as they are stored."""
     return [document for part in parse_source(source) for document in preview_part(part, held_out, most)]
+
+
+def check_identifiers(source: str) -> None:
+    """Raises ValueError when the rows of a part of `source` share so few identifiers that they cannot be split by them.
+
+    For sources that have turned out to have no held-out or no training documents: the first rows are looked at.
+    """
+    for part in parse_source(source):
+        if part.kind != "package":
+            names = [document.identifier for document in itertools.islice(open_rows(part, SourceReport()), _ROWS_LOOKED_AT)]
+            if len(names) > len(set(names)) < HELD_OUT_SHARE:
+                raise ValueError(
+                    f"The first {len(names)} rows of {part} have only {len(set(names))} identifier(s), such as {names[0]!r:.60}, "
+                    "and rows of one identifier are held out together; give each document its own, or leave the column out."
+                )
 
 
 def shingles_of(document: Document) -> np.ndarray:

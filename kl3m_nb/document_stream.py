@@ -149,6 +149,7 @@ def unseen_documents(runs: Sequence[tuple[DataSpec, PreTrainedTokenizerBase]]) -
     texts = [{document.text for document in documents} for documents in others]
     unseen = [document for document in first if all(document.text in known for known in texts)]
     if not unseen:
+        corpus.check_identifiers(runs[0][0].source)
         raise ValueError(
             f"The source {runs[0][0].source!r} has no held-out document that all of the runs use; give it more documents, about "
             "one in ten of which is held out."
@@ -247,6 +248,7 @@ class _Passes:
         while (found := next(self._documents, None)) is None:
             if not self._given:
                 report = self._stream.report
+                corpus.check_identifiers(str(self.part))
                 raise ValueError(
                     f"The source {str(self.part)!r} has no training documents ({report.rows} rows read, {report.bad_rows} bad, "
                     f"{report.above_score} above the score, {report.other_mime_type} of other mime types, {report.too_short} "

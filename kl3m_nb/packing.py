@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kl3m_nb import corpus
 from kl3m_nb.corpus import family
 from kl3m_nb.document_stream import DocumentStream, forget_held_out, held_out_documents, preview_tokenized
 from kl3m_nb.profiles import DataSpec
@@ -186,13 +187,15 @@ def check_shares(windows: int, ranks: int) -> None:
 def held_out_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The fixed held-out set, int64 [held_out_windows, seq_len + 1]: spread evenly over the held-out documents.
 
-    Raises ValueError when the source's held-out documents do not fill that many windows, or the tokenizer names no end-of-text
-    token.
+    Raises ValueError when the source's held-out documents do not fill that many windows, with the cause where rows share names, or
+    when the tokenizer names no end-of-text token.
     """
     end = end_id(tokenizer)
     forget_held_out()  # the files may be others than at the last call of this process
     documents = ([*tokens.tolist(), end] for _, tokens in held_out_documents(spec, tokenizer))
     windows = list(pack(documents, spec.seq_len + 1))
+    if len(windows) < spec.held_out_windows:
+        corpus.check_identifiers(spec.source)
     if not windows:
         raise ValueError(
             f"The held-out documents of {spec.source!r}, about one in ten by their text, do not fill a window of "

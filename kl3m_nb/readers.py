@@ -7,25 +7,30 @@ dropped in silence.
 
 from __future__ import annotations
 
-import glob
-import io
-import json
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from kl3m_nb import paths
-from kl3m_nb.sources import COLUMNS, Document, Options, Part, SourceReport, log
+from kl3m_nb.data_files import (
+    check_signature,
+    matching_files,
+    mirror_files,
+    names_in_source,
+    naming,
+    skip_remedy,
+    suffix_of,
+)
+from kl3m_nb.json_lines import WrongFile, parse_line, read_lines
+from kl3m_nb.parquet_rows import parquet_rows
+from kl3m_nb.sources import LONGEST_ROW, Document, Options, Part, SourceReport, listed_columns, log
 
 RETRY_SECONDS = (1.0, 4.0, 16.0)
-_COMPRESSIONS = {".jsonl": "", ".json": "", ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
-_SUFFIXES = (".parquet", *_COMPRESSIONS)
 _BAD_ROWS_IN_A_ROW = 100  # so many rows without one that can be used are the wrong data, not an accident
-_BATCH_ROWS = 256
 _HUB_ROWS_PER_SECOND = 20_000  # of some 4,000 tokens that the library skips on one core, the download not counted
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
@@ -50,139 +55,164 @@ class _RowReader:
     def __init__(self, name: str, wanted: Options, report: SourceReport):
         self._name, self._wanted, self._report = name, wanted, report
         self._bad_rows = self._bad_in_a_row = 0
-        self._last_columns: list[str] = []
-        self._not_utf8: Path | None = None  # the file of the last row that could not be used, when that was why
+        self._last_reason = ""  # why the last row that cannot be used cannot
 
-    def _document(self, row: dict, default_identifier: str) -> Document | None:
+    def _document(self, row: dict, default_identifier: str, remedy: str) -> Document | None:
         """The document of `row`; None when it is not wanted or not usable, which is then counted.
 
-        Raises ValueError after too many unusable rows in a row.
+        Raises ValueError, with the `remedy`, after too many unusable rows in a row.
         """
         self._report.rows += 1
-        self._last_columns = list(row)
-        self._report.note_columns(self._name, self._last_columns)
+        columns = list(row)
+        self._report.note_columns(self._name, columns)
         try:
-            score, mime_type = row.get("score"), row.get("mime_type")
+            score, mime_type = _number(row.get("score")), row.get("mime_type")
             if score is not None and not score <= self._wanted.score_max:  # NaN is no good score either
                 self._report.note("above_score")
                 return None
             if self._wanted.mime_types and mime_type is not None and mime_type not in self._wanted.mime_types:
                 self._report.note("other_mime_type")
                 return None
-            tokens, text = _token_array(row.get("tokens")), row.get("text") or ""
-            if not isinstance(text, str) or not (tokens.size or text):
-                raise ValueError("it has neither `tokens` nor `text`")
-            if not text.isascii():
-                text.encode()  # half a surrogate pair is no text that a tokenizer takes
+            tokens, text = _token_array(row.get("tokens")), _text(row.get("text"))
+            if not (tokens.size or text):
+                if "tokens" in row or "text" in row:
+                    raise ValueError("its `tokens` and `text` are empty")
+                raise ValueError(f"`tokens` or `text` is needed, {listed_columns(columns)} are its columns")
+            if max(tokens.size, len(text)) > LONGEST_ROW:
+                raise ValueError(f"its text or tokens are longer than {LONGEST_ROW:,}")
+            document = Document(
+                str(row.get("identifier") or default_identifier), str(row.get("dataset") or self._name), text, tokens
+            )
+            for value in (document.identifier, document.dataset, text):
+                if not value.isascii():
+                    value.encode()  # half a surrogate pair is no text: no tokenizer, hash or file takes it
         except (ValueError, TypeError, OverflowError) as error:
-            self._not_utf8 = None
-            self._bad_row(f"row {default_identifier} cannot be used: {error}")
+            self._bad_row(default_identifier, str(error), remedy)
             return None
         self._bad_in_a_row = 0
-        identifier = str(row.get("identifier") or default_identifier)
-        return Document(identifier, str(row.get("dataset") or self._name), text, tokens)
+        return document
 
-    def _bad_row(self, what: str) -> None:
-        self._report.note("bad_rows", f"{self._name}: {what}")
+    def _bad_row(self, identifier: str, reason: str, remedy: str) -> None:
+        self._last_reason = f"{identifier}: {reason}"
+        self._report.note("bad_rows", f"{self._name}: a row cannot be used, {self._last_reason}")
         self._bad_rows += 1
         self._bad_in_a_row += 1
         if self._bad_in_a_row >= _BAD_ROWS_IN_A_ROW:
-            self._refuse()
-
-    def _refuse(self) -> None:
-        if self._not_utf8:
-            raise ValueError(f"No row of {self._name} can be used: {self._not_utf8} is not UTF-8 text; convert it to UTF-8.")
-        columns = ", ".join(self._last_columns) or "none that could be read"
-        raise ValueError(f"No row of {self._name} can be used: {columns} are its columns, `tokens` or `text` is needed.")
+            raise ValueError(
+                f"{_BAD_ROWS_IN_A_ROW} rows of {self._name} in a row cannot be used, lastly {self._last_reason}; {remedy}."
+            )
 
 
 class FilesReader(_RowReader):
     """All rows of parquet and jsonl files, file by file in the order of their names.
 
-    `position` names the file and the place in it: row group and row for parquet, byte offset and row for jsonl.
+    `position` names the files, the open one and the place in it: row group and row for parquet, byte offset and row for jsonl.
     """
 
     def __init__(self, name: str, files: Sequence[Path], wanted: Options, report: SourceReport):
         super().__init__(name, wanted, report)
         self._files = list(files)
-        self.position = {"file": 0, "name": self._files[0].name, "block": 0, "row": 0}
+        self._names = names_in_source(name.partition(":")[2], self._files)
+        self.position = self._at(0, 0, 0)
 
     def __iter__(self) -> Iterator[Document]:
-        start = self.position
-        if start["file"] >= len(self._files) or self._files[start["file"]].name != start["name"]:
-            raise ValueError(
-                f"The files of {self._name} are not those the run was reading: {start['name']} was number {start['file'] + 1}; "
-                "put them back, or start a new run."
-            )
+        open_file, *open_place = self._place()
         rows_before = self._report.rows
-        for number in range(start["file"], len(self._files)):
+        for number in range(open_file, len(self._files)):
             path = self._files[number]
-            place = (start["block"], start["row"]) if number == start["file"] else (0, 0)
-            is_parquet, has_rows = _suffix(path) == ".parquet", place != (0, 0)
+            place = open_place if number == open_file else (0, 0)
+            remedy, first_row = skip_remedy(path), self._report.rows
+            bad_before, has_rows = self._bad_rows, any(place)
+            is_parquet = suffix_of(path) == ".parquet"
             for block, row, values in self._rows(path, *place):
                 has_rows = True
-                self.position = {"file": number, "name": path.name, "block": block, "row": row}
+                self.position = self._at(number, block, row)
                 name = f"{path.name}#{block}.{row - 1}" if is_parquet else f"{path.name}#{row - 1}"
-                document = None if values is None else self._document(values, name)
-                if document is not None:
-                    yield document
+                if isinstance(values, dict):
+                    document = self._document(values, name, remedy)
+                    if document is not None:
+                        yield document
+                else:
+                    self._report.rows += 1
+                    self._bad_row(name, str(values), remedy)
             if not has_rows:
                 self._report.note("empty_files", f"{path} holds no row")
-        if self._bad_rows and self._bad_rows == self._report.rows - rows_before and not start["row"]:
-            self._refuse()
+            rows = self._report.rows - first_row
+            if 0 < rows == self._bad_rows - bad_before and not any(place):
+                log.warning("None of the %s rows of %s can be used, lastly %s", f"{rows:,}", path, self._last_reason)
+        if self._bad_rows and self._bad_rows == self._report.rows - rows_before and not any(open_place):
+            raise ValueError(f"No row of {self._name} can be used, lastly {self._last_reason}.")
 
-    def _rows(self, path: Path, block: int, row: int) -> Iterator[tuple[int, int, dict | None]]:
-        if path.stat().st_size == 0:
-            return iter(())
-        return (self._parquet_rows if _suffix(path) == ".parquet" else self._json_rows)(path, block, row)
+    def _at(self, number: int, block: int, row: int) -> dict:
+        return {"file": number, "name": self._files[number].name, "block": block, "row": row, "files": self._names}
 
-    def _parquet_rows(self, path: Path, group: int, skip: int) -> Iterator[tuple[int, int, dict]]:
-        """(row group, rows of it read, row). A row group is read from its beginning, its first `skip` rows are not unpacked."""
-        try:
-            with pq.ParquetFile(path) as file:
-                names = file.schema_arrow.names
-                self._report.note_columns(self._name, names)
-                columns = [name for name in names if name in COLUMNS]
-                if "tokens" not in columns and "text" not in columns:
-                    self._last_columns = names
-                    self._refuse()
-                if skip and (group >= file.num_row_groups or skip > file.metadata.row_group(group).num_rows):
-                    raise _changed(path)
-                for number in range(group, file.num_row_groups):
-                    row = 0
-                    for batch in file.iter_batches(_BATCH_ROWS, row_groups=[number], columns=columns):
-                        first = min(max(skip - row, 0), batch.num_rows) if number == group else 0
-                        for offset, values in enumerate(_batch_rows(batch.slice(first))):
-                            yield number, row + first + offset + 1, values
-                        row += batch.num_rows
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is damaged or no parquet file ({error}); replace it or take it out of the glob.") from error
+    def _place(self) -> tuple[int, int, int]:
+        """(file, block, row) to go on at. Says what is lost where files are gone. Raises ValueError when there are new ones."""
+        number, block, row = (self.position[key] for key in ("file", "block", "row"))
+        before = self.position.get("files")
+        if before is None:  # a state of an earlier version names the open file alone
+            if number >= len(self._files) or self._files[number].name != self.position["name"]:
+                raise ValueError(
+                    f"The files of {self._name} are not those the run was reading: {self.position['name']} was number "
+                    f"{number + 1}; put them back, or start a new run."
+                )
+            return number, block, row
+        known, present = set(before), set(self._names)
+        if new := [name for name in self._names if name not in known]:
+            raise ValueError(
+                f"The files of {self._name} are not those the run was reading: {new[0]} is new; take it away, or start a new run."
+            )
+        gone = [name for name in before if name not in present]
+        if before[number] in present and (block or row) and not self._files[self._names.index(before[number])].stat().st_size:
+            gone.append(before[number])  # emptied, as a damaged file may be to go on without it
+        if not gone:
+            return number, block, row
+        self._say_lost(gone, before)
+        following = next((name for name in before[number:] if name in present), None)
+        if following is None:
+            return len(self._files), 0, 0
+        return self._names.index(following), *((block, row) if following == before[number] not in gone else (0, 0))
 
-    def _json_rows(self, path: Path, offset: int, row: int) -> Iterator[tuple[int, int, dict | None]]:
-        """(bytes read, rows read, row); bytes count the text, not its compressed form. A row that is no JSON object is None."""
-        compression = _COMPRESSIONS[_suffix(path)]
-        with _open_bytes(path, compression) as file:
-            if offset and compression:
-                _read_again(file, offset - 1, str(path))
-            elif offset:
-                file.seek(offset - 1)
-            last = file.read(1) if offset else b""
-            if offset and not (last == b"\n" or (last and not file.peek(1))):  # a last row may lack its line end
-                raise _changed(path)
-            while line := _read_line(file, path):
-                offset, row = offset + len(line), row + 1
-                if not line.strip():
-                    continue
-                try:
-                    values = json.loads(line)
-                    if not isinstance(values, dict):
-                        raise ValueError("it is no JSON object")
-                except ValueError as error:
-                    values = None
-                    self._not_utf8 = path if isinstance(error, UnicodeDecodeError) else None
-                    self._report.rows += 1
-                    self._bad_row(f"row {path.name}#{row - 1} cannot be used: {error}")
-                yield offset, row, values
+    def _say_lost(self, gone: Sequence[str], before: Sequence[str]) -> None:
+        number, block, row = (self.position[key] for key in ("file", "block", "row"))
+        is_parquet = before[number].endswith(".parquet")
+        for name in gone:
+            self._report.lost_files += 1
+            place = f"row group {block}, row {row}" if is_parquet else f"row {row}"
+            if name == before[number] and (block or row):
+                lost = f"its rows from {place} on are lost to this pass, all to later ones"
+            else:
+                lost = f"its rows are lost to {'later passes' if before.index(name) < number else 'this pass and later ones'}"
+            log.warning("%s: %s is gone since the run stopped; %s", self._name, name, lost)
+        log.warning(
+            "%s: the order of documents from here on, and the held-out documents, may differ from those of a run with %s.",
+            self._name, "that file" if len(gone) == 1 else f"those {len(gone)} files",
+        )  # fmt: skip
+
+    def _rows(self, path: Path, block: int, row: int) -> Iterator[tuple[int, int, dict | ValueError]]:
+        """(block, row, values); for a row that cannot be read, the error instead of values."""
+        with naming(path):
+            if path.stat().st_size == 0:
+                return iter(())
+            check_signature(path)
+        if suffix_of(path) == ".parquet":
+            return parquet_rows(path, block, row, partial(self._report.note_columns, self._name))
+        return _json_rows(path, block, row)
+
+
+def _json_rows(path: Path, offset: int, row: int) -> Iterator[tuple[int, int, dict | ValueError]]:
+    """(bytes read, rows read, row); bytes count the text, not its compressed form."""
+    for row, (offset, line) in enumerate(read_lines(path, offset), row + 1):  # noqa: B020
+        if line is None:
+            yield offset, row, ValueError(f"it is longer than {LONGEST_ROW:,} bytes")
+        elif not line.isspace():
+            try:
+                values = parse_line(line, path, is_first=row == 1)
+            except WrongFile:
+                raise
+            except ValueError as error:
+                values = error
+            yield offset, row, values
 
 
 class HubReader(_RowReader):
@@ -212,12 +242,17 @@ class HubReader(_RowReader):
                 for row in stream:
                     failures = 0
                     self.position = {"rows": self.position["rows"] + 1, "library": stream.state_dict()}
-                    document = self._document(row, f"{self._repository}#{self.position['rows'] - 1}")
+                    document = self._document(row, f"{self._repository}#{self.position['rows'] - 1}", "choose another data set")
                     if document is not None:
                         yield document
                 return
             except FileNotFoundError as error:
                 raise ValueError(f"There is no data set {self._name} with a train split, or it is private: {error}") from error
+            except (pa.ArrowException, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"{self._name} cannot be read behind its row {self.position['rows']:,} ({error}); copy its sound files to a "
+                    "folder and name that, hub:FOLDER."
+                ) from error
             except (OSError, httpx.TransportError) as error:
                 if failures == len(RETRY_SECONDS) or constants.HF_HUB_OFFLINE:
                     raise ConnectionError(
@@ -242,98 +277,59 @@ def open_rows(part: Part, report: SourceReport) -> FilesReader | HubReader:
     Raises FileNotFoundError when no file matches, ValueError when one is of no known format or all are empty.
     """
     if part.kind == "files":
-        return FilesReader(str(part), matching_files(part.name), part.options, report)
+        return FilesReader(str(part), matching_files(part.name, part.options.skip), part.options, report)
     folder = paths.resolve(part.name)
     if folder.is_dir():
-        return FilesReader(str(part), mirror_files(folder), part.options, report)
+        return FilesReader(str(part), mirror_files(folder, part.options.skip), part.options, report)
+    if part.options.skip:
+        raise ValueError(f"The option skip of {part} names files, and a stream from the hub has none to name; leave it out.")
     return HubReader(part.name, part.options, report)
 
 
-def matching_files(pattern: str) -> list[Path]:
-    """The files of a glob below the project's root, sorted. Raises FileNotFoundError when there is none."""
-    files = sorted(path for path in map(Path, glob.glob(str(paths.resolve(pattern)), recursive=True)) if path.is_file())
-    if not files:
-        raise FileNotFoundError(
-            f"No file matches {str(paths.resolve(pattern))!r}; check the glob, which is taken from the project's root "
-            f"{paths.project_root()} and not from the shell's folder."
+def _text(text) -> str:
+    """A row's `text`; bytes are taken for UTF-8. Raises ValueError for anything else."""
+    if text is None:
+        return ""
+    if isinstance(text, bytes):
+        return text.decode()
+    if not isinstance(text, str):
+        raise ValueError(
+            f"its `text` is a {type(text).__name__} and not a text; store one text a row, a list joined by line ends"
         )
-    for path in files:
-        _suffix(path)
-    if not any(path.stat().st_size for path in files):
-        raise ValueError(f"Every file that matches {pattern!r} is empty; name files with rows.")
-    return files
+    return text
 
 
-def mirror_files(folder: Path) -> list[Path]:
-    """The files of the train split in a folder laid out like a hub data set: those with `train` in their path, if any has."""
-    suffixes = tuple(suffix for suffix in _SUFFIXES if suffix != ".json")  # *.json beside the data is metadata
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(suffixes))
-    files = [path for path in files if "train" in str(path.relative_to(folder))] or files
-    if not files:
-        raise FileNotFoundError(f"The mirror {folder} holds no parquet or jsonl file; copy the data set's files there.")
-    return files
+def _number(score) -> float | None:
+    """A row's `score`, also one that is written as text. Raises ValueError or TypeError for anything else."""
+    if score is None or isinstance(score, int | float):
+        return score
+    try:
+        return float(score)
+    except (ValueError, TypeError):
+        raise ValueError(f"its `score` is {score!r:.60} and not a number") from None
 
 
 def _token_array(tokens) -> np.ndarray:
+    """A row's `tokens`, int32 [length]; whole numbers that are stored as text or with a decimal point are cast.
+
+    Raises ValueError for anything else, OverflowError for numbers beyond all bounds.
+    """
+    if isinstance(tokens, str):
+        tokens = tokens.strip().removeprefix("[").removesuffix("]").replace(",", " ").split()
     array = np.asarray(() if tokens is None else tokens)
     if array.size == 0:
         return _NO_TOKENS
+    if array.dtype.kind in "Uf":
+        array = _whole_numbers(array)
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= 2**31:
         raise ValueError("its `tokens` are not a list of token ids")
     return array.astype(np.int32, copy=False)
 
 
-def _batch_rows(batch: pa.RecordBatch) -> Iterator[dict]:
-    """The rows of a batch, token lists as views of one array: unpacking them one by one would be 50 times slower."""
-    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
-    lists = columns.pop("tokens", None)
-    plain = pa.RecordBatch.from_pydict(columns).to_pylist() if columns else [{}] * len(batch)
-    if lists is None:
-        yield from plain
-        return
-    if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)) or lists.values.null_count:
-        yield from ({**row, "tokens": tokens} for row, tokens in zip(plain, lists.to_pylist(), strict=True))
-        return
-    values, bounds = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
-    for number, row in enumerate(plain):
-        yield {**row, "tokens": values[bounds[number] : bounds[number + 1]]}
-
-
-def _suffix(path: Path) -> str:
-    suffix = "".join(path.suffixes[-2:]) if path.suffix in (".gz", ".zst") else path.suffix
-    if suffix not in _SUFFIXES:
-        raise ValueError(f"{path} is of no known format; files end in {', '.join(_SUFFIXES)}.")
-    return suffix
-
-
-def _open_bytes(path: Path, compression: str) -> io.BufferedReader:
-    return io.BufferedReader(pa.input_stream(str(path), compression=compression), 2**18) if compression else open(path, "rb")
-
-
-def _read_line(file: io.BufferedReader, path: Path) -> bytes:
-    try:
-        return file.readline()
-    except OSError as error:
-        raise ValueError(f"{path} is cut off or damaged ({error}); replace it or take it out of the glob.") from error
-
-
-def _read_again(file: io.BufferedReader, size: int, name: str) -> None:
-    """Reads and forgets `size` bytes of a stream that cannot seek; says once how long that takes, from the speed so far."""
-    began, done, said = time.monotonic(), 0, False
-    while done < size:
-        done += len(file.read(min(2**20, size - done))) or size
-        seconds = time.monotonic() - began
-        if seconds > 1 and not said:
-            said = True
-            log.warning(
-                "%s cannot be sought: reading up to the old place takes another %.0f s", name, seconds * (size / done - 1)
-            )
-
-
-def _changed(path: Path) -> ValueError:
-    return ValueError(
-        f"{path} is not the file that the run was reading: no row ends where it stopped; put that back, or start a new run."
-    )
+def _whole_numbers(array: np.ndarray) -> np.ndarray:
+    """`array` as int64 where its texts or floats are whole numbers that lose nothing by it; else as it is."""
+    is_whole = np.char.isdecimal(array) if array.dtype.kind == "U" else (array == np.floor(array)) & (array < 2**31)
+    return array.astype(np.int64) if is_whole.all() else array
 
 
 def _find(state: dict, key: str) -> int:

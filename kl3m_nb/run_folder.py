@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 
 from kl3m_nb import distributed, paths, profiles
+from kl3m_nb.data_files import may_go_on_with
 from kl3m_nb.metrics import FILE_NAME
 from kl3m_nb.model_folder import STACK_IDENTITY, STATE_FOLDER, read_stack
 from kl3m_nb.profile_checks import REMOVED
@@ -140,7 +141,8 @@ def has_checkpoints(run_dir: Path) -> bool:
 
 
 def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -> None:
-    """Raises ValueError when `run_dir` belongs to a run with other settings; how it is carried out may differ.
+    """Raises ValueError when `run_dir` belongs to a run with other settings; how it is carried out may differ, and so may the
+    files that are left out of its source: a damaged one does not end it.
 
     The windows of a step may go through the model in other micro-batches, so that a run can move to a smaller GPU. A run that
     ended before it began, for instance because its source was not found, may be begun with others.
@@ -157,10 +159,11 @@ def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -
     for key, value in now.items():
         if remark := REMOVED.get((key, was[key])):
             raise ValueError(f"The run of {run_dir} cannot be continued: {remark}, and use another run folder.")
-        if was[key] != value:
+        remedy = "use the same source, from which files may be left out, or" if key == "source" else "use the same settings or"
+        if was[key] != value and not (key == "source" and may_go_on_with(was[key], value)):
             raise ValueError(
                 f"The run folder {run_dir} belongs to the profile {was['name']} with {key} = {was[key]!r}, now it is {value!r}; "
-                "use the same settings or another run folder."
+                f"{remedy} another run folder."
             )
     if record["init"] != init_name(init):
         raise ValueError(

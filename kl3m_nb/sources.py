@@ -2,7 +2,7 @@
 
 A source is one line: `package:licensedcode-data`, `files:GLOB`, `hub:OWNER/NAME` (or `hub:FOLDER`, a mirror of such a data set on
 disk). Options stand behind the name, several sources are mixed by weight:
-`0.7*hub:OWNER/NAME(score_max=8, mime_types=text/plain|text/html) + 0.3*files:texts/*.jsonl(min_tokens=64)`.
+`0.7*hub:OWNER/NAME(score_max=8, mime_types=text/plain|text/html) + 0.3*files:texts/*.jsonl(min_tokens=64, skip=bad.jsonl)`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,12 @@ log = logging.getLogger(__name__)
 
 PACKAGE = "licensedcode-data"
 COLUMNS = ("identifier", "dataset", "mime_type", "tokens", "text", "score")  # the family's schema
+LONGEST_ROW = 2**25  # bytes of a line, characters of a text, ids of tokens; Python may take 47 bytes for one of JSON
+_NAMED_COLUMNS = 20  # of a row, in a sentence; a row may have as many as it has words
+_KEPT_COLUMNS = 100
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 _PART = re.compile(r"\s*(?:([0-9.]+)\s*\*\s*)?(package|files|hub):([^\s(].*?)(?:\(([^()]*)\))?\s*")
+_NEXT_PART = re.compile(r"\s\+\s(?=\s*(?:[0-9.]+\s*\*\s*)?(?:package|files|hub):)")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Options:
     mime_types: tuple[str, ...] = ()  # empty: all
     min_tokens: int = 0  # shorter documents are neither trained nor judged on
     tokenizer: str = ""  # the one stored tokens were made with, when it is not the run's: they are decoded and tokenized anew
+    skip: tuple[str, ...] = ()  # globs of files that are left out, by name or whole path
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class SourceReport:
     held_out: int = 0  # belong to the held-out part
     near_held_out: int = 0  # too like a held-out document to be trained on
     empty_files: int = 0
+    lost_files: int = 0  # were there when a run stopped and no more when it went on
     retries: int = 0
     unknown_columns: list[str] = field(default_factory=list)
 
@@ -82,10 +88,11 @@ class SourceReport:
 
     def note_columns(self, name: str, columns: Sequence[str]) -> None:
         """Keeps and logs columns that are not of the family's schema, each once."""
-        unknown = [column for column in columns if column not in COLUMNS and column not in self.unknown_columns]
+        room = _KEPT_COLUMNS - len(self.unknown_columns)  # keys may be data, and other ones in every row
+        unknown = [column for column in columns if column not in COLUMNS and column not in self.unknown_columns][:room]
         if unknown:
             self.unknown_columns += unknown
-            log.warning("%s has columns that are not used: %s", name, ", ".join(unknown))
+            log.warning("%s has columns that are not used: %s", name, listed_columns(unknown))
 
     def state_dict(self) -> dict:
         """Plain numbers and names."""
@@ -99,7 +106,13 @@ class SourceReport:
 
 def parse_source(source: str) -> tuple[Part, ...]:
     """The parts of a source line. Raises ValueError with one sentence when a part is not of a known form."""
-    return tuple(_parse_part(text) for text in re.split(r"\s\+\s", source))
+    return tuple(_parse_part(text) for text in _NEXT_PART.split(source))
+
+
+def listed_columns(columns: Sequence[str]) -> str:
+    """The names of some columns for a sentence, the first twenty, long ones cut."""
+    names = ", ".join(f"{column:.40}" for column in columns[:_NAMED_COLUMNS])
+    return f"{names} and {len(columns) - _NAMED_COLUMNS:,} more" if len(columns) > _NAMED_COLUMNS else names or "none"
 
 
 def _parse_part(text: str) -> Part:
@@ -113,7 +126,10 @@ def _parse_part(text: str) -> Part:
     _, kind, name, options = match.groups()
     if kind == "package" and name != PACKAGE:
         raise ValueError(f"The package {name!r} is not a known corpus; the embedded one is package:{PACKAGE}.")
-    return Part(kind, name, weight, _parse_options(options, text.strip()) if options is not None else Options())
+    chosen = _parse_options(options, text.strip()) if options is not None else Options()
+    if kind == "package" and chosen.skip:
+        raise ValueError(f"The option skip of {text.strip()!r} names files, and a package has none to name; leave it out.")
+    return Part(kind, name, weight, chosen)
 
 
 def _parse_options(text: str, source: str) -> Options:
@@ -124,15 +140,16 @@ def _parse_options(text: str, source: str) -> Options:
             values[name] = _number(value)
         elif name == "min_tokens":
             values[name] = int(value) if value.isdecimal() else math.nan
-        elif name == "mime_types":
-            values[name] = tuple(kind.strip() for kind in value.split("|"))
+        elif name in ("mime_types", "skip"):
+            values[name] = tuple(piece.strip() for piece in value.split("|"))
         elif name == "tokenizer":
             values[name] = value
         if name not in values or values[name] != values[name] or not value:
             known = ", ".join(option.name for option in dataclasses.fields(Options))
             raise ValueError(
                 f"The option {entry.strip()!r} of {source!r} is not understood; the options are {known}, "
-                "for example (score_max=8, mime_types=text/plain|text/html, min_tokens=64)."
+                "for example (score_max=8, mime_types=text/plain|text/html, min_tokens=64). A name that ends in brackets itself "
+                "needs options behind it, such as (min_tokens=0)."
             )
     return Options(**values)
 

@@ -323,7 +323,7 @@ def test_an_unreachable_hub_and_an_unknown_data_set_are_named(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 300])
 def test_a_file_in_another_encoding_is_named(tmp_path, rows):
     (tmp_path / "old.jsonl").write_text('{"text": "§ 1 Geschäft"}\n' * rows, encoding="latin-1")
-    with pytest.raises(ValueError, match=r"can be used: \S+/old\.jsonl is not UTF-8 text"):
+    with pytest.raises(ValueError, match=r"/old\.jsonl is not UTF-8 text"):
         list(_open(f"files:{tmp_path}/*.jsonl"))
 
 

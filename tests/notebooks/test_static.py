@@ -23,7 +23,8 @@ MODULES = sorted((ROOT / "kl3m_nb").glob("*.py"))
 FLOORS = {
     1: "display distributed random_state paths profile_checks profiles progress flops parameters stopping memory card_usage "
     "values",
-    2: "sources readers shingles corpus instructions custom_tokens tokenizer document_stream packing cotraining "
+    2: "sources data_files json_lines parquet_rows readers shingles corpus instructions custom_tokens tokenizer "
+    "document_stream packing cotraining "
     "segmentation streams models roles runtime stacking muon clamping model_clamp gram objective schedule evaluation experts "
     "fused_projections flash_attention finite training_loss model_folder clamp_conditions "
     "stackable stored_tensors grown_config",
