@@ -1,18 +1,22 @@
 """`python -m kl3m_nb …`: see `cli`."""
 
+import contextlib
 import os
 import signal
 import sys
 
+from kl3m_nb.printing import keep_printing
 from kl3m_nb.stopping import EXIT_INTERRUPTED
 
 
 def _end_at_once(*_) -> None:
-    os.write(2, b"Interrupted.\n")
+    with contextlib.suppress(OSError):
+        os.write(2, b"Interrupted.\n")
     os._exit(EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":
+    keep_printing()
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:  # the imports take seconds, and some libraries swallow a KeyboardInterrupt
         signal.signal(signal.SIGINT, _end_at_once)

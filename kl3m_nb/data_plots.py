@@ -32,13 +32,14 @@ def plot_documents(documents: pd.DataFrame) -> Figure:
     _require_documents(documents)
     by_size = documents.groupby("domain").tokens.sum().sort_values()
     shown = by_size.index[-_MOST_DOMAINS:]
+    names = [str(name).replace("$", r"\$") for name in shown]  # two of them would enclose a formula
     figure, panels = plt.subplots(1, 2, figsize=(12, 1.6 + 0.42 * len(shown)), sharey=True)
     for axes, title, counted in zip(panels, ("Documents", "Tokens"), ("size", "sum"), strict=True):
         counts = documents.groupby(["domain", "part"]).tokens.agg(counted).unstack(fill_value=0).loc[shown]
         left = np.zeros(len(shown))
         for part, color in (("training", BLUE), ("held out", ORANGE)):
             if part in counts:
-                axes.barh(shown, counts[part], left=left, color=color, edgecolor="white", label=part)
+                axes.barh(names, counts[part], left=left, color=color, edgecolor="white", label=part)
                 left += counts[part].to_numpy()
         for place, total in enumerate(left):
             axes.text(total, place, f" {total:,.0f}", va="center")

@@ -8,6 +8,7 @@ it). A resumed run cuts the file back to where its checkpoint was written, so no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -68,7 +69,8 @@ class MetricsLog:
         except OSError as error:
             rows = self._waiting.count(b"\n")
             warnings.warn(f"The last {rows} rows of {self._file.name} are lost: {error.strerror}.", stacklevel=2)
-        self._file.close()
+        with contextlib.suppress(OSError):  # a network file system may refuse once more
+            self._file.close()
 
     def _write(self) -> None:
         while self._waiting:

@@ -50,8 +50,7 @@ def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, re
         checkpoints.check_sound(paths.resolve(init))
     if newest and resume == "never":
         raise ValueError(f"The run folder {run_dir} already holds {newest.name}; use resume='auto' or another folder.")
-    is_complete = newest is not None and checkpoints.checkpoint_step(newest) >= profile.schedule.max_steps
-    if is_complete and not checkpoints.flaw_of(newest, identity):
+    if newest and is_complete(run_dir, newest, profile) and not checkpoints.flaw_of(newest, identity):
         return newest
     if remark := warmup_remark(profile.schedule):
         warnings.warn(remark, stacklevel=2)
@@ -121,6 +120,12 @@ def _checksum(model: PreTrainedModel) -> int:
     for parameter in model.parameters():
         checksum = zlib.crc32(parameter.detach().flatten().view(torch.uint8).numpy(), checksum)
     return checksum
+
+
+def is_complete(run_dir: Path, checkpoint: Path, profile: Profile) -> bool:
+    """Whether nothing of the run is left to do; an error may have kept it from its last evaluation."""
+    step, evaluated = checkpoints.checkpoint_step(checkpoint), read_metrics(run_dir, "held_out")
+    return step >= profile.schedule.max_steps and (evaluated.empty or evaluated.step.iloc[-1] >= step)
 
 
 def finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:

@@ -8,16 +8,19 @@ all ranks call it alike: rank 0 logs and saves, and what one rank is asked for i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+import traceback
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch.profiler import record_function
 
 from kl3m_nb import cards, checkpoints, distributed, evaluation, experts, finite, packing, paths, profiles, roles, run_folder
+from kl3m_nb.checkpoints import CheckpointFailed
 from kl3m_nb.clamp_conditions import ClampConditions
 from kl3m_nb.flops import flops_per_token
 from kl3m_nb.metrics import Callback, MetricsLog, tell
@@ -25,7 +28,7 @@ from kl3m_nb.model_clamp import SpectralClamp
 from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
 from kl3m_nb.random_state import random_state, set_random_state
-from kl3m_nb.resuming import TrainResult, check_shared, find_checkpoint, finished_result, starting_model
+from kl3m_nb.resuming import TrainResult, check_shared, find_checkpoint, finished_result, is_complete, starting_model
 from kl3m_nb.run_folder import RunLock
 from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.saving import CheckpointSaver
@@ -40,7 +43,8 @@ MOST_SKIPS_IN_A_ROW = 10
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on: steps or weights are not finite, or the data broke off. The newest checkpoint is a good one."""
+    """Training cannot go on: steps or weights are not finite, the data broke off, or an unexpected error came between two steps.
+    The newest checkpoint is a good one."""
 
 
 def train(
@@ -58,8 +62,9 @@ def train(
     at once finished when it is complete; `resume="never"` refuses such a folder.
 
     Raises ValueError before anything is written when the pieces do not fit, a weight is not finite or another process trains
-    there, TrainingStopped when steps or weights are not finite or the data breaks off, CheckpointFailed when the last checkpoint
-    cannot be written, KeyboardInterrupt after the checkpoint of an interrupted run is saved.
+    there, TrainingStopped when steps or weights are not finite, the data breaks off or an unexpected error comes between two
+    steps, CheckpointFailed when the last checkpoint cannot be written, KeyboardInterrupt after the checkpoint of an interrupted
+    run is saved.
     """
     run_dir, init = paths.resolve(run_dir), paths.located(init) if init else None
     if resume not in ("auto", "never"):
@@ -67,7 +72,7 @@ def train(
     with distributed.process_group(), RunLock(run_dir) as lock:
         distributed.check_alike({**profiles.fields_of(profile), "init": init, "resume": resume})
         checkpoint = distributed.on_first_rank(lambda: find_checkpoint(run_dir, profile, init, resume, lock))
-        if checkpoint and checkpoints.checkpoint_step(checkpoint) >= profile.schedule.max_steps:
+        if checkpoint and distributed.on_first_rank(lambda: is_complete(run_dir, checkpoint, profile)):
             return finished_result(run_dir, checkpoint)
         if checkpoint:
             check_shared(checkpoint / checkpoints.MANIFEST)
@@ -108,6 +113,7 @@ class _Run:
         self.counters = {
             "first_step": carried.step, "step": carried.step, "tokens": carried.tokens, "valid_tokens": carried.valid_tokens,
             "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0, "clipped_since_row": 0,
+            "clamped_step": carried.step,
         }  # fmt: skip
         self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
         self.losses = {"held_out_loss": float("nan"), "held_out_step": carried.step, "cross_entropy": float("nan")}
@@ -119,6 +125,7 @@ class _Run:
             self._load_state(state)
         if bad := finite.first_bad_weight(self.model):
             raise ValueError(f"The weight {bad} of {start or 'the new model'} is not finite; start from an earlier checkpoint.")
+        self._is_whole, self._stream_state = True, self.stream.state_dict()  # behind the last whole step
         self._begins = state is None or state["metrics_position"] == 0
         identity = distributed.on_first_rank(lambda: self._open_folder(lock, init))
         check_shared(run_dir / run_folder.RUN_FILE)
@@ -137,13 +144,14 @@ class _Run:
         self._tell({"kind": "start", "step": self.counters["step"], "max_steps": schedule.max_steps, "run": self.run_dir.name,
                     "runtime": self._described()})  # fmt: skip
         try:
-            if self.counters["step"] == self.counters["first_step"] and self._begins:
+            if self.counters["step"] > self.counters["first_step"]:
+                self._finish_step()
+            elif self._begins:
                 self._evaluate()
             while self.counters["step"] < schedule.max_steps:
                 stopping, saving = self._requests(stop)
                 if saving:
                     self.saver.save(self.counters["step"], self._contents)
-                before = self.stream.state_dict()
                 try:
                     whole_step = not stopping and self._step(stop)
                 except SourceBroke as broken:
@@ -151,16 +159,13 @@ class _Run:
                     if self._begins and self.counters["step"] == self.counters["first_step"]:
                         stopped = TrainingStopped(f"Training has not begun: {reason}. Another source takes another run folder.")
                     else:
-                        stopped = self._stopped(reason, before)
+                        stopped = self._stopped(reason)
                     raise stopped from broken.__cause__
                 if not whole_step:
-                    self._save_and_wait(before)
+                    self._save_and_wait()
                     raise interrupted(self.counters["step"])
                 step, is_last = self.counters["step"], self.counters["step"] == schedule.max_steps
-                if self.profile.clamp.clamp_every and step % self.profile.clamp.clamp_every == 0:
-                    self._clamp()
-                if self._evaluates_after(step):
-                    self._evaluate()
+                self._finish_step()
                 if self.counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
                     raise self._given_up()
                 if step % runtime.checkpoint_every == 0 and not is_last and not self._checkpoint_as_good_as_now():
@@ -168,6 +173,11 @@ class _Run:
             checkpoint = self._save_and_wait()
             if any(self._requests(stop)[:1]):
                 raise interrupted(self.counters["step"])
+        except (TrainingStopped, CheckpointFailed):
+            raise
+        except Exception as error:  # whatever it is: hours of training are not to be lost with it
+            self._save_what_is_whole(error)
+            raise
         finally:
             self.saver.close()
             self.stream.close()
@@ -228,27 +238,29 @@ class _Run:
         # One transfer a step, after everything is queued: until here a GPU never waits for the host, nor the host for it.
         *numbers, norm = torch.stack([*terms.values(), norm]).tolist()
         values = dict(zip(terms, distributed.sum_over_ranks(numbers), strict=True))
-        clipped = self.clip.clip_(self.parameters, distributed.whole_norm(norm, self.parameters), values["loss"])
-        if clipped.finite:
-            with record_function("kl3m_nb optimizer"):
-                self.muon.step()
-                self.aux.step()
-            bounds = self.muon.movement_bounds()
-            self.clamp.note_movement({self.names[parameter]: bound for parameter, bound in bounds.items()})
-            self.first_bad = ""
-        else:
-            self._require_finite_weights()  # no later step could be finite
-            self.first_bad = self.first_bad or finite.why_not_finite(self.model)
-        self._zero_gradients()
-        seconds = time.perf_counter() - began
-        counters = self.counters
-        counters["step"] += 1
-        counters["tokens"] += self.profile.tokens_per_step
-        counters["valid_tokens"] += valid_tokens
-        counters["seconds"] += seconds
-        counters["skipped"] += not clipped.finite
-        counters["skipped_in_a_row"] = 0 if clipped.finite else counters["skipped_in_a_row"] + 1
-        counters["clipped_since_row"] += clipped.clipped
+        with self._changing_weights():
+            clipped = self.clip.clip_(self.parameters, distributed.whole_norm(norm, self.parameters), values["loss"])
+            if clipped.finite:
+                with record_function("kl3m_nb optimizer"):
+                    self.muon.step()
+                    self.aux.step()
+                bounds = self.muon.movement_bounds()
+                self.clamp.note_movement({self.names[parameter]: bound for parameter, bound in bounds.items()})
+                self.first_bad = ""
+            else:
+                self._require_finite_weights()  # no later step could be finite
+                self.first_bad = self.first_bad or finite.why_not_finite(self.model)
+            self._zero_gradients()
+            seconds = time.perf_counter() - began
+            counters = self.counters
+            counters["step"] += 1
+            counters["tokens"] += self.profile.tokens_per_step
+            counters["valid_tokens"] += valid_tokens
+            counters["seconds"] += seconds
+            counters["skipped"] += not clipped.finite
+            counters["skipped_in_a_row"] = 0 if clipped.finite else counters["skipped_in_a_row"] + 1
+            counters["clipped_since_row"] += clipped.clipped
+            self._stream_state = self.stream.state_dict()
         is_last = counters["step"] == self.profile.schedule.max_steps
         if counters["step"] % self.profile.runtime.log_every == 0 or is_last or not clipped.finite:
             self._record(
@@ -276,9 +288,32 @@ class _Run:
                 self.layers_warned_of.add(layer)
                 warnings.warn(f"{remark} This is step {self.counters['step']:,}.", stacklevel=2)
 
-    def _stopped(self, reason: str, stream_state: dict | None = None) -> TrainingStopped:
+    @contextlib.contextmanager
+    def _changing_weights(self) -> Iterator[None]:
+        """What is in memory is no whole step until the block has ended; an error inside leaves it so."""
+        self._is_whole = False
+        yield
+        self._is_whole = True
+
+    def _save_what_is_whole(self, error: Exception) -> None:
+        """Raises TrainingStopped from an unexpected `error` between two steps, once the last whole one is saved.
+
+        Returns where there is nothing to save: the weights may be half changed, no step was trained yet, or the other processes
+        do not know of the error and would not take part.
+        """
+        step, place = self.counters["step"], traceback.extract_tb(error.__traceback__)[-1]
+        if not self._is_whole or step == self.counters["first_step"] or self.world.size > 1:
+            return
+        reason = f"{type(error).__name__}: {str(error).rstrip('.')} ({Path(place.filename).name}, line {place.lineno})"
+        try:
+            stopped = self._stopped(reason)
+        except CheckpointFailed as failed:
+            stopped = TrainingStopped(f"Training has stopped: {reason}. {failed}")
+        raise stopped from error
+
+    def _stopped(self, reason: str) -> TrainingStopped:
         """The error to end with, once the last whole step is saved."""
-        checkpoint = self._save_and_wait(stream_state)
+        checkpoint = self._save_and_wait()
         return TrainingStopped(
             f"Training has stopped: {reason}. The last good state is in {checkpoint}; training again continues there."
         )
@@ -311,6 +346,14 @@ class _Run:
             (total * self.world.size).backward()  # the mean over the ranks is then the sum of their parts
         return values
 
+    def _finish_step(self) -> None:
+        """The clamp and the evaluation that are due after the present step, unless the run was continued behind them."""
+        step, every = self.counters["step"], self.profile.clamp.clamp_every
+        if every and step % every == 0 and self.counters["clamped_step"] < step:
+            self._clamp()
+        if self._evaluates_after(step) and self.losses["held_out_step"] < step:
+            self._evaluate()
+
     def _evaluates_after(self, step: int) -> bool:
         return step % self.profile.runtime.eval_every == 0 or step == self.profile.schedule.max_steps
 
@@ -330,8 +373,9 @@ class _Run:
 
     def _clamp(self) -> None:
         began = time.perf_counter()
-        with record_function("kl3m_nb clamp"):
+        with self._changing_weights(), record_function("kl3m_nb clamp"):
             events = self.clamp.clamp()
+            self.counters["clamped_step"] = self.counters["step"]
         seconds = time.perf_counter() - began
         self.counters["seconds"] += seconds
         row = {"kind": "clamp", **_progress(self.counters), "clamp_seconds": seconds, **roles.clamp_columns(events, self.rules)}
@@ -349,11 +393,11 @@ class _Run:
             }
         )  # fmt: skip
 
-    def _save_and_wait(self, stream_state: dict | None = None) -> Path:
+    def _save_and_wait(self) -> Path:
         """The checkpoint of the last whole step, with the stream as it was before the one that was not."""
-        return self.saver.save_and_wait(self.counters["step"], lambda: self._contents(stream_state))
+        return self.saver.save_and_wait(self.counters["step"], self._contents)
 
-    def _contents(self, stream_state: dict | None = None) -> tuple[dict, str]:
+    def _contents(self) -> tuple[dict, str]:
         """What a checkpoint holds beside the weights, and its card. Raises TrainingStopped when a weight is not finite."""
         self._require_finite_weights()
         state = {
@@ -366,7 +410,7 @@ class _Run:
             "clip": self.clip.state_dict(),
             "clamp": self.clamp.state_dict(),
             "router_loss": experts.ROUTER_LOSS,
-            "stream": stream_state or self.stream.state_dict(),
+            "stream": self._stream_state,
             "random": random_state(),
             "metrics_position": self.log.position if self.log else 0,
         }
@@ -384,8 +428,10 @@ class _Run:
         )
 
     def _load_state(self, state: dict) -> None:
-        self.counters.update(state["counters"])
-        self.losses |= state.get("losses", {})  # earlier versions kept them without their step, and none of the stack's facts
+        # Earlier versions kept neither the steps of the last clamp and evaluation, which they had always done, nor the stack.
+        step = state["counters"]["step"]
+        self.counters |= {"clamped_step": step} | state["counters"]
+        self.losses |= {"held_out_step": step} | state.get("losses", {})
         self.conditions, self.stack = ClampConditions.from_state(state["conditions"]), state.get("stack", {})
         distributed.load_optimizer_state(self.muon, state["muon"])
         distributed.load_optimizer_state(self.aux, state["aux"])

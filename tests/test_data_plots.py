@@ -48,3 +48,10 @@ def test_tokens_are_counted_and_blanks_are_seen():
     count = len(trained.encode("in this\nway"))
     assert f"{count} tokens, 2 of them only blanks" in page and page.count("<span") == count
     assert ">·<" in page and ">⏎<" in page
+
+
+def test_a_domain_with_dollar_signs_is_no_formula():
+    documents = pd.DataFrame({"domain": [r"$\frac$", "fees of $5 and $6"], "part": "training", "tokens": [5, 6]})
+    figure = data_plots.plot_documents(documents)
+    figure.canvas.draw()
+    assert [label.get_text().replace("\\$", "$") for label in figure.axes[0].get_yticklabels()] == [*documents.domain]

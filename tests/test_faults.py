@@ -23,9 +23,23 @@ from conftest import at_step, files_up_to, small_profile
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from kl3m_nb import checkpoints, corpus, run_folder, stacking, tokenizer, training, training_loss
+from kl3m_nb import (
+    checkpoints,
+    corpus,
+    evaluation,
+    metrics,
+    run_folder,
+    saving,
+    schedule,
+    stacking,
+    tokenizer,
+    training,
+    training_loss,
+)
 from kl3m_nb.document_stream import DocumentStream
 from kl3m_nb.metrics import read_metrics
+from kl3m_nb.model_clamp import SpectralClamp
+from kl3m_nb.muon import Muon
 from kl3m_nb.packing import PackedStream
 
 MIXTURE = {"experts": 4, "active_experts": 2, "router_aux_loss": 0.05}
@@ -35,10 +49,11 @@ def _weights(run_dir) -> dict[str, torch.Tensor]:
     return load_file(checkpoints.require_checkpoint(run_dir) / "model.safetensors")
 
 
-def _assert_same_run(run_dir, other):
-    """Bit for bit the same losses, of every step once, and the same weights."""
+def _assert_same_run(run_dir, other, but=()):
+    """Bit for bit the same losses, of every step once, and the same weights; no row of the steps `but`."""
     ours, theirs = read_metrics(run_dir, "train"), read_metrics(other, "train")
-    assert list(ours.step) == list(range(1, len(theirs) + 1)) and list(ours.loss) == list(theirs.loss)
+    theirs = theirs[~theirs.step.isin(but)]
+    assert list(ours.step) == list(theirs.step) and list(ours.loss) == list(theirs.loss)
     ours, theirs = _weights(run_dir), _weights(other)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -585,3 +600,54 @@ def test_a_stack_that_was_made_anew_is_not_taken_for_the_one_a_run_began_with(tr
     shutil.rmtree(stack)
     stacking.stack_checkpoint(trained_run[1].checkpoint, stack, 2)
     assert training.train(profile, tmp_path / "run", init=stack).step == 6
+
+
+def _fail(monkeypatch, owner, name: str, step: int, changed_before=None) -> None:
+    """Has a part of the run fail once behind `step`, and when `changed_before` after it has changed what it changes."""
+    original, run, failed = getattr(owner, name), [], []
+    began = training._Run.__init__
+    monkeypatch.setattr(training._Run, "__init__", lambda self, *arguments: (run.append(self), began(self, *arguments))[1])
+
+    def failing(*arguments):
+        if run[-1].counters["step"] != step or failed:
+            return original(*arguments)
+        failed.append(step)
+        if changed_before:
+            original(*arguments)
+        raise LookupError("nobody expected this")
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "step"),
+    [
+        (saving.CheckpointSaver, "is_due", 4), (saving.CheckpointSaver, "save", 3), (training._Run, "_forward_backward", 5),
+        (training, "take_share", 4), (training, "lr_factor", 4), (training, "global_norm", 4), (metrics.MetricsLog, "append", 4),
+        (metrics.MetricsLog, "append", 5), (training._Run, "_clamp", 4), (evaluation, "held_out_loss", 3),
+        (evaluation, "held_out_loss", 6), (training, "tell", 4),
+    ],
+)  # fmt: skip
+def test_an_unexpected_error_between_two_steps_saves_the_last_whole_one(tmp_path, trained_run, monkeypatch, owner, name, step):
+    with monkeypatch.context() as patch:
+        _fail(patch, owner, name, step)
+        with pytest.raises(
+            training.TrainingStopped, match=r"LookupError: nobody expected this \(test_faults.py, line \d+\)"
+        ) as told:
+            training.train(small_profile(), tmp_path / "run")
+    assert isinstance(told.value.__cause__, LookupError)
+    assert checkpoints.latest_checkpoint(tmp_path / "run").name == f"step-{step:06d}"
+    assert training.train(small_profile(), tmp_path / "run").step == 6
+    _assert_same_run(tmp_path / "run", trained_run[0], but=[step] if name == "append" else [])
+    assert list(read_metrics(tmp_path / "run", "held_out").step) == [0, 3, 6]
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Muon, "step"), (SpectralClamp, "clamp"), (schedule.AdaptiveClip, "clip_")])
+def test_an_unexpected_error_while_the_weights_change_saves_nothing(tmp_path, trained_run, monkeypatch, owner, name):
+    with monkeypatch.context() as patch:
+        _fail(patch, owner, name, 4, changed_before=True)
+        with pytest.raises(LookupError):
+            training.train(small_profile(), tmp_path / "run")
+    assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000003"
+    training.train(small_profile(), tmp_path / "run")
+    _assert_same_run(tmp_path / "run", trained_run[0])
