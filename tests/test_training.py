@@ -524,8 +524,8 @@ def test_an_idle_expert_is_warned_of_once_for_its_layer(tmp_path, monkeypatch):
 def test_a_mixture_trained_with_the_loss_of_an_earlier_version_goes_on_and_says_so_once(tmp_path, monkeypatch):
     profile, contents = small_profile(experts=4, active_experts=2, router_aux_loss=0.05), training._Run._contents
 
-    def older(self, stream_state=None):
-        state, card = contents(self, stream_state)
+    def older(self):
+        state, card = contents(self)
         del state["router_loss"]
         state["clip"] = {"norm_ema": 30.0}
         return state, card
