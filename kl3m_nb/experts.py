@@ -7,6 +7,7 @@ the weights (ST-MoE, arXiv:2202.08906). Only what is logged asks the host for a 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+
+from kl3m_nb import distributed
+from kl3m_nb.profiles import ModelSpec
 
 IMPLEMENTATION = "kl3m_nb_grouped_autocast"
 ROUTER_LOSS = "mean over layers"  # what `load_balancing_loss` is; earlier versions pooled the layers, and named nothing
@@ -136,13 +140,30 @@ def expert_columns(counts: Tensor) -> dict[str, list]:
     }
 
 
-def idle_experts(counts: Tensor) -> dict[int, str]:
-    """For each layer with an expert below a fifth of an even share, a sentence that names the idlest. counts: as above."""
-    shares = counts / counts.sum(1, keepdim=True)
-    even = 1.0 / counts.shape[1]
-    return {
-        layer: f"In layer {layer} expert {share.argmin()} gets {share.min():.1%} of the choices, where {even:.0%} would be even; "
-        "if this stays so, raise router_aux_loss."
-        for layer, share in enumerate(shares)
-        if share.min() < IDLE * even
-    }
+class IdleExperts:
+    """Warns of experts below a fifth of an even share, once for each layer."""
+
+    def __init__(self) -> None:
+        self._layers: set[int] = set()  # that were warned of
+
+    def warn(self, counts: Tensor, step: int) -> None:
+        """Looks at `counts`, as of `expert_counts`, of the step `step`; several ranks have the same, and the first speaks."""
+        shares, even = counts / counts.sum(1, keepdim=True), 1.0 / counts.shape[1]
+        for layer, share in enumerate(shares):
+            if share.min() < IDLE * even and layer not in self._layers and distributed.world().is_first:
+                self._layers.add(layer)
+                warnings.warn(
+                    f"In layer {layer} expert {share.argmin()} gets {share.min():.1%} of the choices at step {step:,}, where "
+                    f"{even:.0%} would be even; if this stays so, raise router_aux_loss.",
+                    stacklevel=2,
+                )
+
+
+def warn_of_another_loss(spec: ModelSpec, name: str | None, step: int) -> None:
+    """Warns when a mixture's steps up to `step` were trained with another router's loss than ROUTER_LOSS, by its `name`."""
+    if spec.experts and name != ROUTER_LOSS and distributed.world().is_first:
+        warnings.warn(
+            f"The steps up to {step:,} were trained with a router's loss that pooled all layers; from here on it is the mean of "
+            "the layers' own, so its value may jump.",
+            stacklevel=2,
+        )

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import time
 import traceback
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from kl3m_nb.saving import CheckpointSaver
 from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
 from kl3m_nb.stack_facts import carried_stack
 from kl3m_nb.stopping import StopRequest, interrupted
-from kl3m_nb.streams import PrefetchedStream, SourceBroke, open_stream, take_share
+from kl3m_nb.streams import PrefetchedStream, Share, SourceBroke, open_stream, take_share
 from kl3m_nb.tokenizer import load_tokenizer, read_tokenizer
 from kl3m_nb.training_loss import training_loss
 
@@ -103,11 +102,10 @@ class _Run:
         self.described = cards.model_facts(self.model, self.tokenizer)
         self.parallel = self._parallel_model()
         self.parameters = list(self.model.parameters())
-        rules = roles.role_table(self.model, profile)
+        self.rules = rules = roles.role_table(self.model, profile)
         self.muon, self.aux = roles.build_optimizers(self.model, rules, profile)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.clamp = SpectralClamp(roles.clamp_targets(self.model, rules, profile))
-        self.rules = rules
         self.clip = AdaptiveClip(profile.schedule)
         self.flops_per_token = flops_per_token(self.described.spec, profile.data.seq_len)
         self.counters = {
@@ -117,8 +115,7 @@ class _Run:
         }  # fmt: skip
         self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
         self.losses = {"held_out_loss": float("nan"), "held_out_step": carried.step, "cross_entropy": float("nan")}
-        self.conditions = ClampConditions()
-        self.layers_warned_of: set[int] = set()  # for an expert that hardly any token chooses
+        self.conditions, self.idle_experts = ClampConditions(), experts.IdleExperts()
         self.stack = {} if checkpoint else carried_stack(init, profile)
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
@@ -220,17 +217,16 @@ class _Run:
             share = take_share(self.stream, self.profile.data, stop)
         if share is None:
             return False
-        micro_batches, valid_tokens, routed_tokens = share
         factor = lr_factor(self.counters["step"], self.profile.schedule, self.counters["first_step"])
         for group in (*self.muon.param_groups, *self.aux.param_groups):
             group["lr"] = group["peak_lr"] * factor
         terms: dict[str, torch.Tensor] = {}
-        for batch in micro_batches:
+        for batch in share.micro_batches:
             if stop.requested and self.world.size == 1:  # several ranks have to agree first, which they do between steps
                 self._zero_gradients()
                 return False
-            with self.parallel.averaging_gradients(now=batch is micro_batches[-1]):
-                values = self._forward_backward(batch, valid_tokens, routed_tokens)
+            with self.parallel.averaging_gradients(now=batch is share.micro_batches[-1]):
+                values = self._forward_backward(batch, share)
             for name, value in values.items():
                 terms[name] = terms[name] + value if name in terms else value
         expert_counts = terms.pop("expert_counts")
@@ -255,7 +251,7 @@ class _Run:
             counters = self.counters
             counters["step"] += 1
             counters["tokens"] += self.profile.tokens_per_step
-            counters["valid_tokens"] += valid_tokens
+            counters["valid_tokens"] += share.valid_tokens
             counters["seconds"] += seconds
             counters["skipped"] += not clipped.finite
             counters["skipped_in_a_row"] = 0 if clipped.finite else counters["skipped_in_a_row"] + 1
@@ -278,15 +274,8 @@ class _Run:
         if expert_counts.numel() and self._evaluates_after(counters["step"]):
             counts = torch.tensor(distributed.sum_over_ranks(expert_counts.flatten().tolist())).view_as(expert_counts)
             self._record({"kind": "experts", **_progress(self.counters), **experts.expert_columns(counts)})
-            self._warn_of_idle_experts(counts)
+            self.idle_experts.warn(counts, counters["step"])
         return True
-
-    def _warn_of_idle_experts(self, counts: torch.Tensor) -> None:
-        """Says it once for each layer, on rank 0."""
-        for layer, remark in experts.idle_experts(counts).items() if self.world.is_first else ():
-            if layer not in self.layers_warned_of:
-                self.layers_warned_of.add(layer)
-                warnings.warn(f"{remark} This is step {self.counters['step']:,}.", stacklevel=2)
 
     @contextlib.contextmanager
     def _changing_weights(self) -> Iterator[None]:
@@ -335,11 +324,11 @@ class _Run:
         newest = distributed.on_first_rank(lambda: self.saver.newest(step)) if skipped else None
         return newest if newest and checkpoints.checkpoint_step(newest) >= step - skipped else None
 
-    def _forward_backward(self, batch: Batch, valid_tokens: int, routed_tokens: int) -> dict[str, torch.Tensor]:
+    def _forward_backward(self, batch: Batch, share: Share) -> dict[str, torch.Tensor]:
         """Adds the gradients of one micro-batch, returns its terms of the loss."""
         with record_function("kl3m_nb forward"), self.runtime.autocast():
             total, values = self.parallel(
-                training_loss, self.model, batch.to(self.runtime.device), valid_tokens, routed_tokens, self.profile,
+                training_loss, self.model, batch.to(self.runtime.device), share.valid_tokens, share.routed_tokens, self.profile,
                 self.runtime.recompute, self.runtime.compile_blocks,
             )  # fmt: skip
         with record_function("kl3m_nb backward"):
@@ -436,12 +425,7 @@ class _Run:
         distributed.load_optimizer_state(self.muon, state["muon"])
         distributed.load_optimizer_state(self.aux, state["aux"])
         self.clip.load_state_dict(state["clip"])
-        if self.profile.model.experts and self.world.is_first and state.get("router_loss") != experts.ROUTER_LOSS:
-            warnings.warn(
-                f"The steps up to {self.counters['step']:,} were trained with a router's loss that pooled all layers; from here "
-                "on it is the mean of the layers' own, so its value may jump.",
-                stacklevel=2,
-            )
+        experts.warn_of_another_loss(self.profile.model, state.get("router_loss"), self.counters["step"])
         self.clamp.load_state_dict(state["clamp"])
         self.stream.load_state_dict(state["stream"])
         set_random_state(state["random"])

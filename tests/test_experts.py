@@ -175,8 +175,11 @@ def test_the_idlest_expert_of_each_layer_is_logged_and_named_below_a_fifth_of_an
     columns = experts.expert_columns(counts)
     assert columns["share"][4:8] == [0.04, 0.32, 0.32, 0.32]
     assert columns["least_share"] == [0.25] * 4 + [0.04] * 4 + [0.06] * 4
-    ((layer, remark),) = experts.idle_experts(counts).items()
-    assert layer == 1 and "layer 1 expert 0" in remark and "4.0%" in remark
+    watch = experts.IdleExperts()
+    with pytest.warns(UserWarning, match="layer 1 expert 0 gets 4.0% .* step 20") as caught:
+        watch.warn(counts, 20)
+        watch.warn(counts, 40)
+    assert len(caught) == 1
 
 
 def test_a_batch_of_nothing_but_padding_has_no_balance_to_speak_of():
