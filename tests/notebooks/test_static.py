@@ -24,7 +24,7 @@ FLOORS = {
     1: "display distributed random_state paths profile_checks profiles progress flops parameters stopping memory card_usage",
     2: "sources readers shingles corpus instructions custom_tokens tokenizer document_stream packing cotraining "
     "segmentation streams models roles runtime stacking muon clamping model_clamp gram objective schedule evaluation experts "
-    "fused_projections flash_attention finite training_loss model_folder clamp_conditions "
+    "loss_law fused_projections flash_attention finite training_loss model_folder clamp_conditions "
     "stackable stored_tensors grown_config",
     3: "checkpoints metrics run_folder resuming saving training cards stack_facts publishing",
     4: "spectra matrices generation growth estimate pulls spectral_cache spectral_summary copies history block_function "
