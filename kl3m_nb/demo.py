@@ -24,7 +24,7 @@ from kl3m_nb.runtime import versions
 
 PROFILE = "tiny"
 _FIGURES = (
-    ("What growing saves: held-out loss against the cost in tokens, operations and time.", "growth", "growth.png"),
+    ("What growing saves: held-out loss against the cost in tokens and in operations.", "growth", "growth.png"),
     ("The grown model's training.", "grown", "training.png"),
     ("Condition of every matrix of the trained model; the clamp's ceilings are marked.", "spectra", "condition_trained.png"),
     ("How far the copies of each source block have drifted apart.", "spectra", "divergence.png"),
@@ -77,7 +77,7 @@ def run_demo(fresh: bool = False) -> int:
         entries,
         tables=[
             ("Loss on the same held-out text, nats per token", comparison.loss_table()),
-            (f"Cost to reach a held-out loss of {comparison.target_loss:.3f}, the best of scratch", comparison.speedup_table()),
+            (f"Cost to reach {comparison.target}. {report.ONE_RUN}", comparison.speedup_table()),
         ],
         figures=[(text, runs.run_path(PROFILE, stage) / "figures" / name) for text, stage, name in _FIGURES],
     )
@@ -97,8 +97,8 @@ def _remove_runs() -> None:
 
 def _print_summary(comparison: report.GrowthComparison, conditions: str, index: Path, seconds: float) -> None:
     print(f"\n{comparison.loss_table().to_string(index=False)}\n")
-    print(f"To reach a held-out loss of {comparison.target_loss:.3f} (the best of the model from scratch):")
-    print(comparison.speedup_table().to_string(index=False))
+    print(f"{comparison.speedup_table().to_string(index=False)}\n")
+    print(comparison.verdict())
     print(f"\n{conditions}\nThis call took {clock(seconds)}. The pages: {index}", flush=True)
 
 

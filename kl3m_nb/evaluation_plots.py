@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kl3m_nb.figures import BLACK, BLUE, GREY, ORANGE, SEQUENCE, VERMILLION, percent_axis, plain_log_axis, step_axis, styled
-from kl3m_nb.growth import MatchForecast
+from kl3m_nb.growth import Forecast
 from kl3m_nb.prediction import ENTROPY_TARGET_BITS, Prediction
 
 MARKERS = "osD^vP*"
@@ -281,8 +281,10 @@ def plot_over_training(curves: Mapping[str, pd.DataFrame], checkpoints: pd.DataF
 
 
 @styled
-def plot_quality_match(held_out: pd.DataFrame, forecasts: Sequence[MatchForecast]) -> Figure:
-    """The held-out curve of a run, the reference losses, and where it meets them: met, expected with its interval, or unknowable.
+def plot_quality_match(held_out: pd.DataFrame, forecasts: Sequence[Forecast]) -> Figure:
+    """The held-out curve of a run, the reference losses, and where it meets them, as far as that is known.
+
+    A square is where a loss was met or is expected, with its interval; an arrow where it comes at the earliest.
 
     Raises ValueError without a reference.
     """
@@ -292,7 +294,7 @@ def plot_quality_match(held_out: pd.DataFrame, forecasts: Sequence[MatchForecast
     fitted = next((forecast.curve for forecast in forecasts if len(forecast.curve)), None)
     if fitted is not None:
         axes.fill_between(
-            fitted["step"], fitted["low"], fitted["high"], color=ORANGE, alpha=0.3, linewidth=0, label="fitted law, 95%"
+            fitted["step"], fitted["low"], fitted["high"], color=ORANGE, alpha=0.3, linewidth=0, label="law of the schedule, 95%"
         )
         axes.plot(fitted["step"], fitted["loss"], "--", color=ORANGE, linewidth=1.2)
     axes.plot(held_out["step"], held_out["held_out_loss"], "o-", color=BLUE, markersize=4, label="evaluated")
@@ -303,6 +305,8 @@ def plot_quality_match(held_out: pd.DataFrame, forecasts: Sequence[MatchForecast
         if forecast.status == "forecast":
             axes.plot([forecast.low, forecast.high], [forecast.reference_loss] * 2, "|-", color=BLACK, markersize=10)
             axes.plot([forecast.step], [forecast.reference_loss], "s", color=BLACK, markersize=7)
+        if forecast.status == "not before":
+            axes.plot([forecast.low], [forecast.reference_loss], ">", color=BLACK, markersize=8)
         if forecast.status == "met":
             evaluated = held_out.loc[held_out["step"] == forecast.step, "held_out_loss"]
             axes.plot([forecast.step], evaluated, "s", color=BLACK, markersize=7)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kl3m_nb.profiles import ModelSpec
+from numpy.typing import ArrayLike
+
+from kl3m_nb.profiles import ModelSpec, Profile
 
 MATMUL_BACKWARD = 2.0  # backward / forward of a matrix product: one product for the input's gradient, one for the weight's
 ATTENTION_BACKWARD = 2.5  # 5 products against 2 (FlashAttention, arXiv:2205.14135: scores are recomputed)
@@ -104,9 +106,17 @@ def muon_flops_per_step(spec: ModelSpec, ns_steps: int) -> float:
     kl3m-007-500m 5.9e12, as much as 1,200 tokens, nothing beside the card's 655,360 and most of the work at a few hundred.
     """
     query, key, experts = spec.heads * spec.head_size, spec.kv_heads * spec.head_size, max(1, spec.experts)
-    counts = {(query, spec.hidden): 2, (key, spec.hidden): 2, (spec.mlp, spec.hidden): 3 * experts}
     per_step = 0.0
-    for shape, count in counts.items():
-        short, long = sorted(shape)
+    for width, count in ((query, 2), (key, 2), (spec.mlp, 3 * experts)):  # of matrices between the hidden state and this width
+        short, long = sorted((width, spec.hidden))
         per_step += count * (4.0 * short**2 * long + 2.0 * short**3)
     return spec.layers * ns_steps * per_step
+
+
+def run_flops(profile: Profile, steps: ArrayLike, tokens: ArrayLike) -> ArrayLike:
+    """Operations of a run after `steps` optimizer steps on `tokens` tokens: forward, backward and Newton-Schulz.
+
+    Left out are recomputation, evaluations, the clamp, and what is done elementwise. A skipped step counts as a whole one.
+    """
+    per_token = flops_per_token(profile.model, profile.data.seq_len)
+    return tokens * per_token + steps * muon_flops_per_step(profile.model, profile.optimizer.ns_steps)

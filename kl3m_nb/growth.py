@@ -3,22 +3,44 @@
 A curve is a DataFrame with the columns `step`, `tokens`, `seconds`, `flops`, `held_out_loss`, one row an evaluation on the same
 fixed held-out set, costs counted from the start of that run. A speedup is cost of scratch over cost of growth, minus 1, as in
 G_stack (arXiv:2405.15319), whose own figures include the source's cost; a speedup of 54% saves 35% of the cost, not 54%.
+Speedups are taken in tokens and in operations. Seconds depend on what else the machine does, so they are not compared.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-COSTS = ("tokens", "flops", "seconds")
+from kl3m_nb import loss_law
+from kl3m_nb.profiles import ScheduleSpec
+
+COSTS = ("tokens", "flops")
 CURVE_COLUMNS = ("step", "tokens", "seconds", "flops", "held_out_loss")
 
 
-def cost_to_reach(held_out: pd.DataFrame, target_loss: float, cost: str) -> float:
-    """What the run had spent when its best loss so far first met `target_loss`; NaN means that it never did.
+class Crossing(NamedTuple):
+    """What a run had spent when it first met a loss, and the two evaluations that this is known from.
+
+    `low` is the cost at the last evaluation above the loss, 0 when there is none, and `high` that at the first evaluation at or
+    below it. Of a loss that was never met `cost` is NaN, `low` the cost at the last evaluation, and `high` infinite.
+    """
+
+    cost: float
+    low: float
+    high: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether the loss was met."""
+        return math.isfinite(self.high)
+
+
+def cost_to_reach(held_out: pd.DataFrame, target_loss: float, cost: str) -> Crossing:
+    """What the run had spent when its best loss so far first met `target_loss`.
 
     `cost` names the column to read: tokens, flops, seconds, or step. Between the last evaluation above the target and the first
     at or below it the best loss is taken to fall linearly in the cost; a curve whose first evaluation meets the target gives the
@@ -30,47 +52,87 @@ def cost_to_reach(held_out: pd.DataFrame, target_loss: float, cost: str) -> floa
     best = curve["held_out_loss"].cummin().to_numpy(dtype=float)
     met = best <= target_loss
     if not met.any():
-        return math.nan
+        return Crossing(math.nan, float(costs[-1]), math.inf)
     after = int(met.argmax())
     if after == 0:
-        return float(costs[0])
+        return Crossing(float(costs[0]), 0.0, float(costs[0]))
     before = after - 1
     fraction = (best[before] - target_loss) / (best[before] - best[after])
-    return float(costs[before] + fraction * (costs[after] - costs[before]))
+    between = float(costs[before] + fraction * (costs[after] - costs[before]))
+    return Crossing(between, float(costs[before]), float(costs[after]))
 
 
 def speedups(source: pd.DataFrame, grown: pd.DataFrame, scratch: pd.DataFrame, target_loss: float) -> pd.DataFrame:
-    """Costs and speedups of `grown` against `scratch` at `target_loss`: a row each for tokens, flops and seconds.
+    """Costs and speedups of `grown` against `scratch` at `target_loss`: a row each for tokens and flops.
 
     `source` is the curve of the model that was stacked, up to the checkpoint that was used: its whole cost counts, whatever its
     loss. Columns: `scratch` and `grown`, the cost to reach the target; `source`; `reached`, one of "both", "grown only",
     "scratch only", "neither"; `speedup_excluding_source` = scratch / grown − 1; `speedup_including_source` =
     scratch / (source + grown) − 1; `saved_excluding_source` and `saved_including_source` = 1 − 1 / (1 + speedup), the share of
-    scratch's cost that was not needed, negative for a loss. What was never reached, and what follows from it, is NaN; a grown
-    model that meets the target before its first step has an infinite speedup when the source is left out, and against a scratch
-    model that does so the saved share is minus infinity.
+    scratch's cost that was not needed, negative for a loss. The same names with `_low` and `_high` are the ends of what the
+    evaluations leave open, see `Crossing`: where scratch never came to the target, the speedup is more than `_low`. What was
+    never reached, and what follows from it, is NaN. A grown model that meets the target before its first step has an infinite
+    speedup when the source is left out; against a scratch model that does so the saved share is minus infinity.
     """
     rows = []
     for cost in COSTS:
-        scratch_cost = cost_to_reach(scratch, target_loss, cost)
-        grown_cost = cost_to_reach(grown, target_loss, cost)
-        source_cost = float(_checked_curve(source, cost)[cost].iloc[-1])
-        excluding = _speedup(scratch_cost, grown_cost)
-        including = _speedup(scratch_cost, source_cost + grown_cost)
-        rows.append(
-            {
-                "cost": cost,
-                "scratch": scratch_cost,
-                "grown": grown_cost,
-                "source": source_cost,
-                "reached": _who_reached(grown_cost, scratch_cost),
-                "speedup_excluding_source": excluding,
-                "speedup_including_source": including,
-                "saved_excluding_source": _saved(excluding),
-                "saved_including_source": _saved(including),
-            }
-        )
+        of_scratch, of_grown = cost_to_reach(scratch, target_loss, cost), cost_to_reach(grown, target_loss, cost)
+        source_cost = float(_sorted(source)[cost].iloc[-1])
+        row = {"cost": cost, "source": source_cost, "reached": _who_reached(of_grown, of_scratch)}
+        # a dear scratch run and a cheap grown one make a large speedup, so the low end is low against high
+        for end, from_scratch, growing in (
+            ("", of_scratch.cost, of_grown.cost),
+            ("_low", of_scratch.low, of_grown.high),
+            ("_high", of_scratch.high, of_grown.low),
+        ):
+            excluding, including = _speedup(from_scratch, growing), _speedup(from_scratch, source_cost + growing)
+            row |= {f"speedup_excluding_source{end}": excluding, f"speedup_including_source{end}": including}
+        for name, crossing in (("scratch", of_scratch), ("grown", of_grown)):
+            row |= {name: crossing.cost, f"{name}_low": crossing.low, f"{name}_high": crossing.high}
+        for which in ("excluding", "including"):
+            row[f"saved_{which}_source"] = _saved(row[f"speedup_{which}_source"])
+        rows.append(row)
     return pd.DataFrame(rows).set_index("cost")
+
+
+def speedup_in_words(costs: pd.Series, which: str) -> str:
+    """A speedup of a row of `speedups` with its ends; `which` is "including" or "excluding" the source."""
+    speedup, low, high = (costs[f"speedup_{which}_source{end}"] for end in ("", "_low", "_high"))
+    if costs["reached"] == "neither":
+        return "neither reached it"
+    if costs["reached"] == "grown only":
+        return f"more than {low:+.0%}, scratch never reached it"
+    if costs["reached"] == "scratch only":
+        return f"less than {high:+.0%}, grown never reached it"
+    if math.isinf(speedup):
+        return "reached before the first step"
+    return f"{speedup:+.0%} (between {low:+.0%} and {high:+.0%})" if math.isfinite(high) else f"{speedup:+.0%} (above {low:+.0%})"
+
+
+class EqualCompute(NamedTuple):
+    """Held-out losses after the same number of operations. Of a model that was not there yet, loss and step are NaN."""
+
+    flops: float  # the source's included
+    grown_loss: float
+    grown_step: float
+    scratch_loss: float
+    scratch_step: float
+
+
+def at_equal_compute(source: pd.DataFrame, grown: pd.DataFrame, scratch: pd.DataFrame) -> EqualCompute:
+    """The losses of grown and scratch run where the one that ends first, the source's operations counted in, has ended.
+
+    Between two evaluations a loss is taken to go linearly. The longer run is read in the middle of its schedule, so its loss is
+    higher than that of a run whose learning rate had come down there.
+    """
+    spent = float(_sorted(source)["flops"].iloc[-1])
+    curves = {"grown": (_checked_curve(grown, "flops"), spent), "scratch": (_checked_curve(scratch, "flops"), 0.0)}
+    common = min(float(curve["flops"].iloc[-1]) + offset for curve, offset in curves.values())
+    read = {}
+    for name, (curve, offset) in curves.items():
+        for column, what in (("held_out_loss", "loss"), ("step", "step")):
+            read[f"{name}_{what}"] = float(np.interp(common - offset, curve["flops"], curve[column], left=math.nan))
+    return EqualCompute(common, **read)
 
 
 @dataclass(frozen=True)
@@ -104,12 +166,13 @@ def quality_match(held_out: pd.DataFrame, reference_loss: float) -> QualityMatch
 
 
 @dataclass(frozen=True)
-class MatchForecast:
-    """When a run meets a reference loss, or why nobody can say.
+class Forecast:
+    """At which evaluation a run first meets a reference loss, as far as that can be known.
 
-    `status` is "met", "forecast" or "unknowable". `step`, `low` and `high` are the step it was met at; the median and the 95%
-    interval of a forecast; NaN when unknowable. `reason` says in words what the status rests on. `curve` is the fitted loss with
-    its 95% band, columns step, loss, low, high; empty when nothing was fitted.
+    `low` and `high` are the ends of the 95% interval, steps at which the run is evaluated; `step` lies between them. `status` is
+    "met" (all three are the step it was met at), "forecast", "not before" (`high` is infinite: it may not come in this run),
+    "never" (the run has ended; all three are infinite), or "unknowable" (all three are NaN). `reason` says what the status rests
+    on. `curve` is the law with its band, columns step, loss, low, high; empty when nothing was fitted.
     """
 
     reference_loss: float
@@ -121,119 +184,121 @@ class MatchForecast:
     curve: pd.DataFrame
 
     def __str__(self) -> str:
-        if self.status == "met":
-            return f"loss {self.reference_loss:.3f} met at step {self.step:,.0f}"
-        if self.status == "forecast":
-            interval = f"95% interval {self.low:,.0f} to {self.high:,.0f}"
-            return f"loss {self.reference_loss:.3f} expected at step {self.step:,.0f}, {interval}: {self.reason}"
-        return f"loss {self.reference_loss:.3f}: not to be known, {self.reason}"
+        told = {
+            "met": f"met at step {self.step:,.0f}",
+            "forecast": f"expected at step {self.step:,.0f}, 95% interval {self.low:,.0f} to {self.high:,.0f}",
+            "not before": f"not before step {self.low:,.0f} (95%), perhaps not in this run",
+            "never": "not met",
+            "unknowable": "not to be known",
+        }
+        return f"loss {self.reference_loss:.3f} {told[self.status]}" + (f": {self.reason}" if self.reason else "")
 
 
-FEWEST_EVALUATIONS = 6  # twice the parameters of the fitted law
-FARTHEST_FORECAST = 3.0  # times the last evaluated step: no law fitted to less of a run is worth more
+FIRST_CUT = 0.3  # share of the planned steps before which no forecast was tested, and none is made
+CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def forecast_match(
-    held_out: pd.DataFrame,
-    reference_loss: float,
-    planned_steps: int,
-    resamples: int = 500,
-    seed: int = 0,
-    first_step: int = 0,
-) -> MatchForecast:
-    """When the run meets `reference_loss`: from its evaluations if it has, else by extrapolating them, if they allow it.
+def forecast_match(held_out: pd.DataFrame, reference_loss: float, planned: ScheduleSpec) -> Forecast:
+    """When the run meets `reference_loss`: from its evaluations if it has, else by a law that knows its schedule `planned`.
 
-    The law is loss = E + A · step^−α, fitted by least squares to the evaluations after the first quarter of the run (before,
-    warmup shapes the curve); its uncertainty comes from refitting to resampled residuals. The forecast is refused, with the
-    reason, when there are fewer than 6 such evaluations, when more than 2.5% of the refits never come down to the reference,
-    or when the interval reaches beyond three times the steps evaluated or beyond `planned_steps`, where the learning rate has run
-    out and the curve's law with it. `first_step` is where the run began: above 0 where it continues a published model. The
-    interval knows the scatter of the evaluations, not whether the law holds.
-    Raises ValueError like `quality_match`, and for planned steps before the last evaluation.
+    The interval is where the band of `loss_law` comes down to the reference, at the steps of the coming evaluations, so it begins
+    after the last evaluated step and ends with the plan. The forecast is refused, with the reason, when there are fewer than 6
+    evaluations after the warmup and the first quarter of the run, and before 30% of the planned steps, where none was tested.
+    Raises ValueError like `quality_match`, and for a plan that ends before the last evaluation.
     """
-    match = quality_match(held_out, reference_loss)
-    if planned_steps < match.last_step:
-        raise ValueError(
-            f"planned_steps is {planned_steps}, but the run was evaluated at step {match.last_step}; give its max_steps."
-        )
-    if match.reached:
-        return MatchForecast(match.reference_loss, "met", match.step, match.step, match.step, "evaluated", pd.DataFrame())
-
-    def unknowable(reason: str, curve: pd.DataFrame) -> MatchForecast:
-        return MatchForecast(match.reference_loss, "unknowable", math.nan, math.nan, math.nan, reason, curve)
-
-    curve = _checked_curve(held_out, "step")
-    seen = match.last_step - first_step
-    tail = curve[(curve["step"] > first_step) & (curve["step"] >= first_step + seen / 4)]
-    farthest = first_step + FARTHEST_FORECAST * seen
-    if len(tail) < FEWEST_EVALUATIONS:
-        return unknowable(
-            f"{len(tail)} evaluations after the first quarter of the run are too few to extrapolate", pd.DataFrame()
-        )
-    laws = _resampled_laws(tail["step"].to_numpy(float), tail["held_out_loss"].to_numpy(float), resamples, seed)
-    steps = np.geomspace(tail["step"].iloc[0], min(planned_steps, farthest), 60)
-    low, middle, high = np.quantile(laws.loss(steps), [0.025, 0.5, 0.975], axis=1)
-    band = pd.DataFrame({"step": steps, "loss": middle, "low": low, "high": high})
-    crossings = np.sort(laws.step_of(reference_loss))
-    # order statistics rather than interpolated quantiles: between a number and infinity there is nothing to interpolate
-    first, median, last = (crossings[int(share * (resamples - 1))] for share in (0.025, 0.5, 0.975))
-    if math.isinf(last):
-        never = np.isinf(crossings).mean()
-        return unknowable(f"{never:.0%} of the curves that fit the evaluations never come down to it", band)
-    if last > planned_steps:
-        return unknowable(
-            f"the interval reaches to step {last:,.0f}, beyond the {planned_steps:,} steps the run is planned for", band
-        )
-    if last > farthest:
-        return unknowable(f"the interval reaches to step {last:,.0f}, more than three times what was seen", band)
-    reason = f"extrapolated from {len(tail)} evaluations to step {match.last_step:,}"
-    return MatchForecast(match.reference_loss, "forecast", float(median), float(first), float(last), reason, band)
+    outlook = _outlook(held_out, planned)
+    status, steps = outlook.forecast(reference_loss)
+    names = ("step", "loss", "low", "high")
+    curve = pd.DataFrame(dict(zip(names, outlook.band, strict=True))) if outlook.band else pd.DataFrame()
+    return Forecast(float(reference_loss), status, *steps, "" if status == "met" else outlook.reason, curve)
 
 
 @dataclass(frozen=True)
-class _Laws:
-    """Fitted laws loss = floor + scale · step^−exponent, arrays of one entry a refit."""
+class _Outlook:
+    """What can be said of the rest of a run, whatever the loss asked for."""
 
-    floor: np.ndarray
-    scale: np.ndarray
-    exponent: np.ndarray
+    steps: np.ndarray
+    losses: np.ndarray
+    reason: str  # what it rests on, or why it is refused
+    band: tuple[np.ndarray, ...]  # step, loss, low, high of the coming evaluations; empty when refused
+    has_ended: bool
 
-    def loss(self, steps: np.ndarray) -> np.ndarray:
-        """[steps, refits]"""
-        return self.floor + self.scale * steps[:, None] ** -self.exponent
-
-    def step_of(self, loss: float) -> np.ndarray:
-        """Where each law comes down to `loss`; infinite where it never does."""
-        ratio = self.scale / np.where(self.floor < loss, loss - self.floor, np.nan)
-        with np.errstate(over="ignore"):
-            steps = np.where(ratio > 0, ratio, np.nan) ** (1 / self.exponent)
-        return np.nan_to_num(steps, nan=math.inf, posinf=math.inf)
-
-
-def _resampled_laws(steps: np.ndarray, losses: np.ndarray, resamples: int, seed: int) -> _Laws:
-    """Laws refitted to the best fit plus residuals drawn with replacement, enlarged for the three parameters they paid for."""
-    best = _fit_laws(steps, losses[:, None])
-    fitted = best.loss(steps)[:, 0]
-    residuals = (losses - fitted) * math.sqrt(len(losses) / (len(losses) - 3))
-    drawn = np.random.default_rng(seed).choice(residuals - residuals.mean(), (len(losses), resamples))
-    return _fit_laws(steps, fitted[:, None] + drawn)
+    def forecast(self, loss: float) -> tuple[str, tuple[float, float, float]]:
+        """Status, and the steps `step`, `low`, `high` of a Forecast."""
+        step = _first_step(self.steps, self.losses <= loss)
+        if math.isfinite(step) or self.has_ended:
+            return "met" if math.isfinite(step) else "never", (step,) * 3
+        if not self.band:
+            return "unknowable", (math.nan,) * 3
+        later, *levels = self.band
+        middle, low, high = (_first_step(later, level <= loss) for level in levels)
+        return "not before" if math.isinf(high) else "forecast", (middle, min(low, float(later[-1])), high)
 
 
-def _fit_laws(steps: np.ndarray, losses: np.ndarray) -> _Laws:
-    """One law for each column of `losses` [evaluations, columns]: the best exponent of a grid, the rest by least squares."""
-    exponents = np.geomspace(0.03, 3.0, 80)
-    best = np.full(losses.shape[1], np.inf)
-    floor, scale, exponent = np.zeros_like(best), np.zeros_like(best), np.ones_like(best)
-    for candidate in exponents:
-        powers = (steps / steps[-1]) ** -candidate  # scaled, or the least squares are ill-conditioned
-        design = np.column_stack([np.ones_like(powers), powers])
-        (constant, slope), *_ = np.linalg.lstsq(design, losses, rcond=None)
-        error = ((design @ np.array([constant, slope]) - losses) ** 2).sum(axis=0)
-        better = error < best
-        best = np.where(better, error, best)
-        floor, scale = np.where(better, constant, floor), np.where(better, slope * steps[-1] ** candidate, scale)
-        exponent = np.where(better, candidate, exponent)
-    return _Laws(floor, scale, exponent)
+def _outlook(held_out: pd.DataFrame, planned: ScheduleSpec) -> _Outlook:
+    curve = _checked_curve(held_out, "step")
+    steps, losses = curve["step"].to_numpy(int), curve["held_out_loss"].to_numpy(float)
+    begin, last, end = steps[0], steps[-1], planned.max_steps
+    if end < last:
+        raise ValueError(f"max_steps is {end}, but the run was evaluated at step {last}; give the run's own schedule.")
+    fitted = int(loss_law.usable(steps, planned).sum())
+    refused = ""
+    if last == end:
+        refused = f"the run has ended, its best is {losses.min():.3f}"
+    elif fitted < loss_law.FEWEST_EVALUATIONS:
+        refused = f"{fitted} evaluations after the warmup and the first quarter of the run are too few to extrapolate"
+    elif last - begin < FIRST_CUT * (end - begin):
+        refused = f"less than {FIRST_CUT:.0%} of the {end:,} planned steps were seen"
+    if refused:
+        return _Outlook(steps, losses, refused, (), last == end)
+    later = np.append(
+        np.arange(last, end, last - steps[-2])[1:], end
+    )  # as far apart as the last two; the last step is always one
+    band = loss_law.fit_band(steps, losses, planned, later)
+    reason = f"extrapolated from {fitted} evaluations to step {last:,}"
+    return _Outlook(steps, losses, reason, (later, band.loss, band.low, band.high), False)
+
+
+def back_test(held_out: pd.DataFrame, planned: ScheduleSpec) -> pd.DataFrame:
+    """How forecasts made earlier in a run have turned out: a row for each of `CUTS` that allows one, and each loss asked for.
+
+    Asked is for every new minimum of the evaluations that were held back, and for losses 0.05 and 0.1 below all, which were not
+    met. Columns: `seen`, the last step that the forecast knew; `reference_loss`; `status`, `low` and `high` of the forecast;
+    `step`, the first evaluated one that met the loss, infinite when none did; `held`, whether the interval holds it.
+    """
+    curve = _checked_curve(held_out, "step")
+    steps, losses = curve["step"].to_numpy(int), curve["held_out_loss"].to_numpy(float)
+    rows = []
+    for cut in CUTS:
+        seen = steps <= steps[0] + cut * (planned.max_steps - steps[0])
+        outlook = _outlook(curve[seen], planned)
+        later, level = steps[~seen], losses[~seen]
+        for loss in (*np.unique(np.minimum.accumulate(level)), losses.min() - 0.05, losses.min() - 0.1):
+            status, (_, low, high) = outlook.forecast(loss)
+            if status not in ("forecast", "not before"):
+                continue
+            step = _first_step(later, level <= loss)
+            # that it was not met so far is against a forecast only when it was to be met by now
+            held = high > steps[-1] if math.isinf(step) else low <= step <= high
+            rows.append((outlook.steps[-1], loss, status, low, high, step, held))
+    return pd.DataFrame(rows, columns=["seen", "reference_loss", "status", "low", "high", "step", "held"])
+
+
+def coverage(tested: pd.DataFrame) -> str:
+    """The rows of `back_test`, of one run or several, in words."""
+    if tested.empty:
+        return "no forecast could be tested on evaluations held back"
+    ended = tested[tested["status"] == "forecast"]
+    held = f"{tested['held'].sum():,} of {len(tested):,} forecasts held ({tested['held'].mean():.0%})"
+    return f"{held} on evaluations held back; of the {len(ended):,} with an upper end {ended['held'].sum():,}"
+
+
+def _first_step(steps: np.ndarray, met: np.ndarray) -> float:
+    return float(steps[met.argmax()]) if met.any() else math.inf
+
+
+def _sorted(curve: pd.DataFrame) -> pd.DataFrame:
+    return curve.sort_values("step", kind="stable")
 
 
 def _checked_curve(held_out: pd.DataFrame, cost: str) -> pd.DataFrame:
@@ -244,7 +309,7 @@ def _checked_curve(held_out: pd.DataFrame, cost: str) -> pd.DataFrame:
     if missing:
         raise ValueError(f"The curve lacks the columns {', '.join(missing)}; it needs {', '.join(CURVE_COLUMNS)}.")
     usable = np.isfinite(held_out["held_out_loss"].astype(float)) & held_out[cost].notna()
-    curve = held_out[usable].sort_values("step", kind="stable")
+    curve = _sorted(held_out[usable])
     if curve.empty:
         raise ValueError("The curve holds no evaluation with a held-out loss; evaluate the run at least once.")
     if not curve[cost].is_monotonic_increasing:
@@ -253,17 +318,16 @@ def _checked_curve(held_out: pd.DataFrame, cost: str) -> pd.DataFrame:
 
 
 def _speedup(reference: float, cost: float) -> float:
-    if math.isnan(reference) or math.isnan(cost) or reference == cost == 0:
+    if reference == cost and (cost == 0 or math.isinf(cost)):
         return math.nan
-    return math.inf if cost == 0 else reference / cost - 1
+    return math.inf if cost == 0 else reference / cost - 1  # NaN where one of them is
 
 
 def _saved(speedup: float) -> float:
     return -math.inf if speedup == -1 else 1 - 1 / (1 + speedup)
 
 
-def _who_reached(grown_cost: float, scratch_cost: float) -> str:
-    grown, scratch = not math.isnan(grown_cost), not math.isnan(scratch_cost)
-    if grown and scratch:
+def _who_reached(grown: Crossing, scratch: Crossing) -> str:
+    if grown.reached and scratch.reached:
         return "both"
-    return "grown only" if grown else "scratch only" if scratch else "neither"
+    return "grown only" if grown.reached else "scratch only" if scratch.reached else "neither"

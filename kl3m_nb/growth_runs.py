@@ -1,25 +1,29 @@
 """The runs that a growth comparison is made of, found from the grown one: what it was stacked from, and what that had cost.
 
 The grown run's own record of its stack decides which source is counted in, not the name of a folder: a stack can be made of any
-checkpoint. Where no run here wrote that, its cost cannot be known, and no other's is put in its place.
+checkpoint. A run that lies here tells its cost itself; of a published model its card does, and not its steps times a batch (the
+family's cards name 15.83 billion tokens for 63,000 steps of 655,360). Where neither is there, the cost cannot be known.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 
-from kl3m_nb import checkpoints, flops, paths
+from kl3m_nb import cards, checkpoints, evaluation, flops, model_folder, models, packing, paths, tokenizer
 from kl3m_nb.matrices import UNKNOWN_STEP, model_step
 from kl3m_nb.metrics import FILE_NAME, read_metrics
 from kl3m_nb.model_folder import TRAINED_STEPS, read_json, read_stack
 from kl3m_nb.profiles import DataSpec, ModelSpec, Profile, get_profile, override_profile, source_profile
 from kl3m_nb.run_folder import RUN_FILE, read_run_init, read_run_profile
+from kl3m_nb.runtime import choose_runtime
+from kl3m_nb.stack_facts import carried_stack
 
 _HELD_OUT = ("source", "tokenizer", "seq_len", "held_out_windows")  # what decides which windows a run is evaluated on
 
@@ -30,11 +34,25 @@ class Source(NamedTuple):
     run_dir: Path
     step: int
 
+    def __str__(self) -> str:
+        return f"step {self.step:,} of {self.run_dir.name}"
+
+
+class PublishedSource(NamedTuple):
+    """A published checkpoint that was stacked, with the steps and tokens of its card."""
+
+    checkpoint: Path
+    counts: cards.Counts
+    profile: Profile  # the grown run's, as deep as the source: the cards name no other context or optimizer to count with
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint.name}, by its card {self.counts.step:,} steps and {self.counts.tokens:,} tokens"
+
 
 class Plan(NamedTuple):
     """What a comparison counts in as the source, and the profile that the run from scratch is trained with."""
 
-    source: Source
+    source: Source | PublishedSource
     scratch: Profile
 
 
@@ -46,31 +64,35 @@ def plan_comparison(grown_dir: Path, scratch_steps: int = 0) -> Plan:
     """
     grown = read_run_profile(grown_dir)
     source = find_source(grown_dir)
-    source_curve(source)
+    if isinstance(source, Source):
+        source_curve(source)
     return Plan(source, override_profile(grown, max_steps=scratch_steps or grown.schedule.max_steps))
 
 
-def find_source(grown_dir: Path) -> Source:
+def find_source(grown_dir: Path) -> Source | PublishedSource:
     """What the stack that a run was started from was made of.
 
-    Raises ValueError when the run was not started from a fresh stack, nothing says what that was made of, or it is no checkpoint
-    of a run that lies here and began with random weights.
+    Raises ValueError when the run was not started from a fresh stack, nothing says what that was made of, or it is neither a
+    checkpoint of a run that lies here nor a published one with its card, trained from random weights.
     """
     return _source_in(_stack_of(grown_dir), grown_dir)
 
 
-def _source_in(record: dict, grown_dir: Path) -> Source:
+def _source_in(record: dict, grown_dir: Path) -> Source | PublishedSource:
     if "source" not in record:
         raise ValueError(
             f"Nothing says what the start of {grown_dir}, {read_run_init(grown_dir)}, was made of, so its cost cannot be counted "
             "in; compare a run that was started from a stack of notebook 01."
         )
     checkpoint = paths.resolve(record["source"])
+    if published := _published(checkpoint, record, grown_dir):
+        return published
     run_dir, step = checkpoint.parent.parent, model_step(checkpoint)
     if step == UNKNOWN_STEP or not (run_dir / RUN_FILE).is_file() or not _is_as_stacked(checkpoint, record):
         raise ValueError(
             f"{grown_dir} was grown from {record['source']}, which no run here has written as it was then, so its cost cannot be "
-            "counted in; put back the folder of the run that trained it, or grow from a checkpoint of a run."
+            "counted in; put back the folder of the run that trained it, or grow from a checkpoint of a run or from a published "
+            "model, a folder whose name ends in -stepN and whose card names its tokens."
         )
     if init := read_run_init(run_dir):
         raise ValueError(
@@ -80,14 +102,36 @@ def _source_in(record: dict, grown_dir: Path) -> Source:
     return Source(run_dir, step)
 
 
-def source_curve(source: Source) -> pd.DataFrame:
+def _published(checkpoint: Path, record: dict, grown_dir: Path) -> PublishedSource | None:
+    """The source, if it is a model in the family's form that is here as it was stacked."""
+    counts = cards.carried_counts(checkpoint) if checkpoint.is_dir() else cards.Counts()
+    if not counts.step:
+        return None
+    if any(model_folder.sha256(checkpoint / name) != digest for name, digest in record.get("source_sha256", {}).items()):
+        raise ValueError(f"{checkpoint} has changed since {grown_dir} was grown from it; put back the model that was stacked.")
+    grown = read_run_profile(grown_dir)
+    profile = override_profile(grown, layers=record["source_layers"], growth_factor=1)
+    if carried_stack(checkpoint, profile):
+        raise ValueError(
+            f"{checkpoint}, which {grown_dir} was grown from, was itself grown, so its card does not name all that it "
+            "took; compare what was grown from a source that was trained from random weights."
+        )
+    return PublishedSource(checkpoint, counts, profile)
+
+
+def source_curve(source: Source | PublishedSource) -> pd.DataFrame:
     """The held-out curve of a source's run up to the step that was stacked.
 
-    Between two evaluations the costs are the checkpoint's and the loss is that of the evaluation before. Raises ValueError when
-    the run's metrics do not reach that step.
+    Between two evaluations the costs are the checkpoint's and the loss is that of the evaluation before. Of a published source
+    there is one row: the costs by its card without seconds, and the loss measured now. Raises ValueError when the run's metrics
+    do not reach that step.
     """
+    if isinstance(source, PublishedSource):
+        step, tokens = source.counts.step, source.counts.tokens
+        costs = {"step": step, "tokens": tokens, "seconds": math.nan, "flops": flops.run_flops(source.profile, step, tokens)}
+        return pd.DataFrame([{**costs, "held_out_loss": _measured_loss(source.checkpoint, source.profile)}])
     run_dir, step = source
-    curve, saved = (read_metrics(run_dir, kind) for kind in ("held_out", "checkpoint"))
+    curve, saved = _evaluations(run_dir), read_metrics(run_dir, "checkpoint")
     if len(curve) and step in {*curve["step"]}:
         return curve[curve["step"] <= step]
     row = saved[saved["step"] == step].tail(1) if len(saved) else saved
@@ -96,18 +140,35 @@ def source_curve(source: Source) -> pd.DataFrame:
             f"{run_dir / FILE_NAME} does not tell what the source had cost at step {step}, which was stacked; put back the file "
             "that the run wrote."
         )
-    curve, profile = curve[curve["step"] < step], read_run_profile(run_dir)
-    tokens = float(row["tokens"].iloc[0])
-    costs = {"flops": tokens * flops.flops_per_token(profile.model, profile.data.seq_len)}
-    last = curve.tail(1).assign(**{key: row[key].iloc[0] for key in ("step", "tokens", "seconds")}, **costs)
-    return pd.concat([curve, last], ignore_index=True)
+    curve = curve[curve["step"] < step]
+    costs = {key: row[key].iloc[0] for key in ("step", "tokens", "seconds")}
+    costs["flops"] = flops.run_flops(read_run_profile(run_dir), step, float(costs["tokens"]))
+    return pd.concat([curve, curve.tail(1).assign(**costs)], ignore_index=True)
+
+
+def _evaluations(run_dir: Path) -> pd.DataFrame:
+    """A run's held-out rows. Operations are counted anew, as the rows of earlier versions are without Newton-Schulz."""
+    curve = read_metrics(run_dir, "held_out")
+    if curve.empty:
+        return curve
+    return curve.assign(flops=flops.run_flops(read_run_profile(run_dir), curve["step"], curve["tokens"]))
+
+
+def _measured_loss(checkpoint: Path, profile: Profile) -> float:
+    """The loss of a checkpoint on the held-out windows of `profile`, with the checkpoint's own tokenizer."""
+    runtime = choose_runtime(profile)
+    precision = torch.bfloat16 if runtime.precision == "bfloat16" else None
+    model = models.load_model(checkpoint).to(runtime.device)
+    windows = packing.held_out_windows(profile.data, tokenizer.read_tokenizer(str(checkpoint)))
+    return evaluation.held_out_loss(model, windows, batch_windows=1, autocast=precision).loss
 
 
 def curves(grown_dir: Path, scratch_dir: Path) -> dict[str, pd.DataFrame]:
     """The held-out curves of source, grown and scratch run, by these names.
 
-    Raises ValueError like `find_source`, and for a scratch run that is another model, did not begin with random weights, or is
-    evaluated on other text. Warns where the source is: its cost counts, its losses are not to be compared.
+    The last loss of a source that was evaluated on other windows is measured again on the grown run's, and its others are NaN.
+    Raises ValueError like `find_source`, when that source's checkpoint is gone, and for a scratch run that is another model, did
+    not begin with random weights, or is evaluated on other text.
     """
     grown, found = read_run_profile(grown_dir), find_source(grown_dir)
     if (scratch_dir / RUN_FILE).is_file():
@@ -120,14 +181,15 @@ def curves(grown_dir: Path, scratch_dir: Path) -> dict[str, pd.DataFrame]:
                 f"{scratch_dir} is no run from scratch to compare {grown_dir} with: its {', '.join(others)}; name one that "
                 "notebook 05 has trained (scratch_run), or let it train one."
             )
-    if others := _differences(read_run_profile(found.run_dir).data, grown.data, _HELD_OUT):
-        warnings.warn(
-            f"The source {found.run_dir.name} was evaluated on other windows ({', '.join(others)}): its cost counts, its losses "
-            "are not to be compared.",
-            stacklevel=2,
-        )
     source = source_curve(found)
-    return {"source": source, "grown": read_metrics(grown_dir, "held_out"), "scratch": read_metrics(scratch_dir, "held_out")}
+    if isinstance(found, Source) and _differences(read_run_profile(found.run_dir).data, grown.data, _HELD_OUT):
+        source = source.assign(held_out_loss=math.nan)
+        source.iloc[-1, source.columns.get_loc("held_out_loss")] = _measured_loss(_checkpoint_of(found), grown)
+    return {"source": source, "grown": _evaluations(grown_dir), "scratch": _evaluations(scratch_dir)}
+
+
+def _checkpoint_of(source: Source) -> Path:
+    return source.run_dir / "checkpoints" / f"step-{source.step:06d}"
 
 
 def _differences(ours: ModelSpec | DataSpec, theirs: ModelSpec | DataSpec, names: Sequence[str] = ()) -> list[str]:
@@ -145,6 +207,8 @@ def is_laptop_run(grown_dir: Path) -> bool:
         record = _stack_of(grown_dir)
         source = _source_in(record, grown_dir)
     except ValueError:
+        return False
+    if isinstance(source, PublishedSource):
         return False
     plain = record.get("order") == "cyclic" and not record.get("noise")
     return plain and read_run_profile(source.run_dir) == source_profile(laptop) and source.step == laptop.source_steps

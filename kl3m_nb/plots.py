@@ -259,15 +259,16 @@ def plot_expert_use(experts: pd.DataFrame) -> Figure:
 def plot_growth(
     runs: Mapping[str, pd.DataFrame], target_loss: float, source: str = "source", grown: str = "grown", scratch: str = "scratch"
 ) -> Figure:
-    """Held-out loss of the source, the grown and the scratch model over tokens, FLOPs and time; speedups at `target_loss`.
+    """Held-out loss of the source, the grown and the scratch model over tokens and operations; speedups at `target_loss`.
 
     `runs` maps labels to curves (see `growth`); `source`, `grown` and `scratch` say which label is which. The grown run is drawn
-    twice: by its own cost, and shifted by the whole cost of the source it was stacked from.
+    twice: by its own cost, and shifted by the whole cost of the source it was stacked from. A bar through a crossing spans the
+    two evaluations that it lies between.
     """
     if missing := [label for label in (source, grown, scratch) if label not in runs]:
         raise ValueError(f"There is no run {missing[0]!r}; the runs given are {', '.join(runs)}.")
     table = growth.speedups(runs[source], runs[grown], runs[scratch], target_loss)
-    figure, panels = plt.subplots(1, len(growth.COSTS), figsize=(14, 5.2), sharey=True)
+    figure, panels = plt.subplots(1, len(growth.COSTS), figsize=(13, 5.2), sharey=True)
     for axes, cost in zip(panels, growth.COSTS, strict=True):
         costs = table.loc[cost]
         unit, label = _cost_unit(cost, max(runs[scratch][cost].max(), runs[grown][cost].max() + costs["source"]))
@@ -279,10 +280,12 @@ def plot_growth(
         )
         for run, offset, dashes, marker, color, text in lines:
             curve = runs[run]
-            axes.plot((curve[cost] + offset) / unit, curve["held_out_loss"], dashes, color=color, label=text)
-            reached = costs["grown" if run == grown else "scratch"]
-            if marker and not math.isnan(reached):
-                position = (reached + offset) / unit
+            dot = "." if len(curve) == 1 else None  # of a published source only the end is known
+            axes.plot((curve[cost] + offset) / unit, curve["held_out_loss"], dashes, marker=dot, color=color, label=text)
+            name = "grown" if run == grown else "scratch"
+            if marker and not math.isnan(costs[name]):
+                low, position, high = ((costs[f"{name}{end}"] + offset) / unit for end in ("_low", "", "_high"))
+                axes.hlines(target_loss, low, high, color=color, linewidth=5, alpha=0.6, zorder=4)
                 axes.plot([position], [target_loss], marker, color=color, markeredgecolor=BLACK, markersize=8, zorder=5)
                 axes.vlines(position, 0, target_loss, color=color, linewidth=1, linestyle=":")
         axes.axhline(target_loss, color=BLACK, linewidth=1, linestyle="-.", label=f"target loss {target_loss:.2f}")
@@ -297,19 +300,16 @@ def plot_growth(
 
 
 def _speedup_text(costs: pd.Series) -> str:
-    what = {"tokens": "Tokens", "flops": "FLOPs", "seconds": "Time"}[costs.name]
-    if costs["reached"] != "both":
-        who = {"grown only": "reached only by the grown", "scratch only": "reached only from scratch", "neither": "never reached"}
-        return f"{what}: target {who[costs['reached']]}"
-    including, excluding = costs["speedup_including_source"], costs["speedup_excluding_source"]
-    return f"{what}: speedup {excluding:+.0%}\n({including:+.0%} with the source's cost)".replace("-", "−")
+    including, excluding = (growth.speedup_in_words(costs, which) for which in ("including", "excluding"))
+    what = {"tokens": "Tokens", "flops": "Operations"}[costs.name]
+    if including == excluding:
+        return f"{what}: {including}"
+    return f"{what}, with the source's cost: {including}\nwithout: {excluding}".replace("-", "−")
 
 
 def _cost_unit(cost: str, largest: float) -> tuple[float, str]:
     if cost == "tokens":
         return (1e9, "tokens (billions)") if largest >= 2e9 else (1e6, "tokens (millions)")
-    if cost == "seconds":
-        return (3600.0, "time (hours)") if largest >= 7200 else (60.0, "time (minutes)")
     power = math.floor(math.log10(largest)) if largest > 0 else 0
     return 10.0**power, f"compute ($10^{{{power}}}$ FLOP)"
 

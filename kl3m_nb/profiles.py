@@ -249,7 +249,7 @@ def _laptop_profile(name: str, model: ModelSpec) -> Profile:
             grad_accumulation=1,
             held_out_windows=48,
         ),
-        runtime=RuntimeSpec(eval_every=20, checkpoint_every=100),
+        runtime=RuntimeSpec(eval_every=10, checkpoint_every=100),
     )
 
 

@@ -21,7 +21,7 @@ from torch.profiler import record_function
 from kl3m_nb import cards, checkpoints, distributed, evaluation, experts, finite, packing, paths, profiles, roles, run_folder
 from kl3m_nb.checkpoints import CheckpointFailed
 from kl3m_nb.clamp_conditions import ClampConditions
-from kl3m_nb.flops import flops_per_token
+from kl3m_nb.flops import run_flops
 from kl3m_nb.metrics import Callback, MetricsLog, tell
 from kl3m_nb.model_clamp import SpectralClamp
 from kl3m_nb.packing import Batch, held_out_windows
@@ -107,7 +107,6 @@ class _Run:
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.clamp = SpectralClamp(roles.clamp_targets(self.model, rules, profile))
         self.clip = AdaptiveClip(profile.schedule)
-        self.flops_per_token = flops_per_token(self.described.spec, profile.data.seq_len)
         self.counters = {
             "first_step": carried.step, "step": carried.step, "tokens": carried.tokens, "valid_tokens": carried.valid_tokens,
             "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0, "clipped_since_row": 0,
@@ -375,9 +374,10 @@ class _Run:
         precision = torch.bfloat16 if self.runtime.precision == "bfloat16" else None
         held_out = self.parallel.evaluate(evaluation.held_out_loss, self.model, self.held_out, 8, precision)
         self.losses |= {"held_out_loss": held_out.loss, "held_out_step": self.counters["step"]}
+        operations = run_flops(dataclasses.replace(self.profile, model=self.described.spec), self.counters["step"], self.counters["tokens"])
         self._record(
             {
-                "kind": "held_out", **_progress(self.counters), "flops": self.counters["tokens"] * self.flops_per_token,
+                "kind": "held_out", **_progress(self.counters), "flops": operations,
                 "held_out_loss": held_out.loss, "held_out_entropy_bits": held_out.entropy_bits,
             }
         )  # fmt: skip

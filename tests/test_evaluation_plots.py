@@ -14,6 +14,7 @@ from kl3m_nb import evaluation_plots as plots
 from kl3m_nb.figures import SEQUENCE
 from kl3m_nb.growth import forecast_match
 from kl3m_nb.prediction import Prediction
+from kl3m_nb.profiles import ScheduleSpec
 
 
 def drawn(figure: Figure) -> list[Axes]:
@@ -208,13 +209,15 @@ def test_over_training_shows_what_was_logged_and_what_was_evaluated():
 
 
 def test_quality_match_marks_what_is_known_and_says_what_is_not():
-    run = curve(2 + 20 / np.sqrt(np.arange(1, 21) * 100) + np.random.default_rng(0).normal(scale=0.001, size=20))
-    forecasts = [forecast_match(run, reference, 10_000) for reference in (3.0, 2.42, 1.5)]
-    assert [forecast.status for forecast in forecasts] == ["met", "forecast", "unknowable"]
+    planned = ScheduleSpec(max_steps=4000, warmup_steps=1, min_lr_ratio=1.0)
+    run = pd.DataFrame({"step": np.arange(21) * 100, "held_out_loss": [9.0, *(4 - 0.3 * np.log(np.arange(1, 21) * 100))]})
+    forecasts = [forecast_match(run, reference, planned) for reference in (2.136, 1.68, 0.5)]
+    assert [forecast.status for forecast in forecasts] == ["met", "forecast", "not before"]
     figure = plots.plot_quality_match(run, forecasts)
     [axes] = drawn(figure)
     marks = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "s"]
-    assert marks == [(500, run.held_out_loss[4]), (forecasts[1].step, 2.42)]
-    assert "not to be known" in texts(figure) and "95% interval" in texts(figure)
+    assert marks == [(500, run.held_out_loss[5]), (forecasts[1].step, 1.68)]
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == ">"] == [forecasts[2].low]
+    assert "not before" in texts(figure) and "95% interval" in texts(figure)
     with pytest.raises(ValueError, match="no reference"):
         plots.plot_quality_match(run, [])

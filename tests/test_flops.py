@@ -18,6 +18,7 @@ from kl3m_nb.flops import (
     model_flops_per_token,
     muon_flops_per_step,
     palm_flops_per_token,
+    run_flops,
 )
 from kl3m_nb.profiles import PROFILES, ModelSpec, get_profile
 
@@ -104,9 +105,13 @@ def test_an_empty_sequence_is_refused():
         flops_per_token(SMALL, 0)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
-def test_muons_products_agree_with_torchs_counter(name):
-    profile = get_profile(name, layers=2, growth_factor=1)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("tiny", {}), ("tiny-moe", {}), ("tiny", {"kv_heads": 4}), ("tiny", {"mlp": 128}), ("tiny", {"heads": 2, "head_size": 32})],
+)
+def test_muons_products_agree_with_torchs_counter(name, changes):
+    """Shapes that coincide, as of queries and keys without grouping, are counted each."""
+    profile = get_profile(name, layers=2, growth_factor=1, **changes)
     rules = [rule for rule in roles.role_table(models.build_model(profile, "meta"), profile) if rule.optimizer == "muon"]
     with FlopCounterMode(display=False) as counter:
         for rule in rules:
@@ -114,3 +119,30 @@ def test_muons_products_agree_with_torchs_counter(name):
             count = torch.Size(rule.shape).numel() // (rows * cols)
             muon.orthogonalize(torch.randn(count, rows, cols), steps=3)
     assert counter.get_total_flops() == muon_flops_per_step(profile.model, 3)
+
+
+def test_a_runs_operations_are_those_that_torch_counts_in_a_real_step_with_muon():
+    """Forward, backward and update of a whole step; attention apart, which torch counts as full and without recomputation."""
+    profile = get_profile("tiny", layers=2, growth_factor=1, vocabulary=512, seq_len=32, micro_batch=2, ns_steps=4)
+    model = models.build_model(profile, attention="eager")
+    optimizer, _ = roles.build_optimizers(model, roles.role_table(model, profile), profile)
+    ids = torch.zeros(2, 32, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, use_cache=False).logits.float().logsumexp(-1).mean().backward()
+        optimizer.step()
+    forward = forward_flops_per_token(profile.model, 32)
+    full = 3 * forward.attention * 32 / mean_keys_seen(32)
+    expected = run_flops(profile, 1, profile.tokens_per_step) + profile.tokens_per_step * (full - 3.5 * forward.attention)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-3)
+    share = muon_flops_per_step(profile.model, 4) / expected
+    assert share > 0.1  # at this size it is no small thing
+
+
+def test_newton_schulz_is_a_seventh_of_a_laptop_step():
+    """By hand: q and o are 128 × 128, k and v 64 × 128, the three of the MLP 344 × 128, in each of 12 layers, 5 iterations."""
+    tiny = get_profile("tiny")
+    by_hand = 12 * 5 * sum(count * (4 * m**2 * n + 2 * m**3) for count, m, n in [(2, 128, 128), (2, 64, 128), (3, 128, 344)])
+    assert muon_flops_per_step(tiny.model, 5) == by_hand
+    step = run_flops(tiny, 1, tiny.tokens_per_step)
+    assert step - flops_per_token(tiny.model, 256) * 2048 == pytest.approx(by_hand)
+    assert by_hand / step == pytest.approx(0.146, abs=0.02)

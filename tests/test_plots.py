@@ -183,12 +183,12 @@ RUNS = {
 class TestGrowth:
     def test_the_grown_run_is_drawn_with_and_without_the_sources_cost(self):
         figure = plots.plot_growth(RUNS, target_loss=4.0)
-        tokens, flops, seconds = drawn(figure)
+        tokens, flops = drawn(figure)
         own, shifted = (line(tokens, f"grown: {which}").get_xdata() for which in ("its own cost", "with the source's cost"))
         np.testing.assert_allclose(shifted - own, 0.2)  # 200,000 tokens of the source, in millions
-        assert [axes.get_xlabel() for axes in (tokens, seconds)] == ["tokens (millions)", "time (minutes)"]
+        assert tokens.get_xlabel() == "tokens (millions)"
         assert "FLOP" in flops.get_xlabel() and "10^{11}" in flops.get_xlabel()
-        np.testing.assert_allclose(line(seconds, "scratch").get_xdata()[-1], 50 * 4 / 60)
+        np.testing.assert_allclose(line(flops, "scratch").get_xdata()[-1], 50 * 4e9 / 1e11)
 
     def test_speedups_are_those_of_the_growth_module(self):
         panels = drawn(plots.plot_growth(RUNS, target_loss=4.0))
@@ -203,10 +203,15 @@ class TestGrowth:
         marks = sorted(mark.get_xdata()[0] for mark in tokens.lines if len(mark.get_xdata()) == 1)
         assert marks == pytest.approx([0.1, 0.3, 0.4])
 
+    def test_a_bar_spans_the_evaluations_that_a_crossing_lies_between(self):
+        tokens = drawn(plots.plot_growth(RUNS, target_loss=4.5))[0]
+        bars = [bar.get_segments()[0][:, 0] for bar in tokens.collections if bar.get_linewidth()[0] == 5]
+        np.testing.assert_allclose(sorted(bars, key=lambda bar: bar[0]), [[0, 0.1], [0.2, 0.3], [0.3, 0.4]])
+
     def test_a_target_never_reached_is_said(self):
-        assert "never reached" in texts(plots.plot_growth(RUNS, target_loss=1.0))
+        assert "neither reached it" in texts(plots.plot_growth(RUNS, target_loss=1.0))
         figure = plots.plot_growth(RUNS, target_loss=3.2)
-        assert "reached only by the grown" in texts(figure)
+        assert "more than +25%" in texts(figure).replace("−", "-") and "scratch never reached it" in texts(figure)
         assert sum(len(mark.get_xdata()) == 1 for mark in figure.axes[0].lines) == 2
 
     def test_runs_may_have_other_names_and_must_be_there(self):

@@ -26,7 +26,7 @@ FLOORS = {
     2: "sources data_files json_lines parquet_rows readers shingles corpus instructions custom_tokens tokenizer "
     "document_stream packing cotraining "
     "segmentation streams models roles runtime stacking muon clamping model_clamp gram objective schedule evaluation experts "
-    "fused_projections flash_attention finite training_loss model_folder clamp_conditions "
+    "loss_law fused_projections flash_attention finite training_loss model_folder clamp_conditions "
     "stackable stored_tensors grown_config",
     3: "checkpoints metrics run_folder resuming saving training cards stack_facts publishing",
     4: "spectra matrices generation growth estimate pulls spectral_cache spectral_summary copies history block_function "
