@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MixtralForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IMPLEMENTATION = "kl3m_nb_grouped_autocast"
@@ -47,11 +47,11 @@ def use_grouped_experts(model: PreTrainedModel) -> None:
 
 
 def keep_router_logits(model: PreTrainedModel) -> PreTrainedModel:
-    """Lets every router of `model` keep the logits of its last pass, for `take_router_logits`; a dense model is left as it is.
+    """Lets every router of a Mixtral keep the logits of its last pass, for `take_router_logits`; others are left as they are.
 
     transformers' own way, `output_router_logits`, cannot be compiled: it breaks each block into several graphs.
     """
-    if getattr(model.config, "num_local_experts", 0):
+    if isinstance(model, MixtralForCausalLM):
         for layer in model.model.layers:
             layer.mlp.gate.logits = None
             layer.mlp.gate.register_forward_hook(_keep_logits)
