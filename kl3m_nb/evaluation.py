@@ -1,7 +1,7 @@
 """What a causal language model gives every single token, and the held-out loss that follows.
 
 The LM head is applied to a few tokens at a time, so the logits of a whole batch (5.4 GB in bfloat16 for 5 × 4096 tokens and
-131,072 entries) never exist. The figure is plain cross-entropy: no label smoothing, no entropy term, no router loss.
+131,072 entries) never exist. Where a family does more than that to get its logits, they are taken from it, a row at a time. The figure is plain cross-entropy: no label smoothing, no entropy term, no router loss.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from kl3m_nb.logits import before_head, head_is_all
 
 LOGITS_AT_ONCE = 2**22  # 16 MiB in float32, near a CPU's cache: a fifth faster there than 128 MiB
 TOKENS_AT_ONCE = 256  # at least so many, however large the vocabulary: fewer would reload the head's weight too often
@@ -63,14 +65,14 @@ def held_out_loss(
 ) -> HeldOut:
     """Loss of `model` on `windows`, each token after the first of a window predicted from those before it.
 
-    `model` is a transformers causal LM whose logits are its output embedding applied to its body's last hidden state (Llama,
-    Mixtral and their like). `windows` is int64 of shape [N, seq_len + 1], e.g. [64, 4097], on any device; `batch_windows` of them
-    go through the model at a time. `autocast` is the dtype of the matrix products below the LM head, e.g. torch.bfloat16; without
-    it they run in the weights' own dtype. Logits, cross-entropy and entropy are float32 in any case (`head_logits`), averages
-    float64. Gradients, train or evaluation mode and the random state of the caller are left as they are. A diverged model gives
-    NaN or infinity, not an error.
+    `model` is a transformers causal LM of any family; docs/families.md lists those that are tested. `windows` is int64 of shape
+    [N, seq_len + 1], e.g. [64, 4097], on any device; `batch_windows` of them go through the model at a time. `autocast` is the
+    dtype of the matrix products below the LM head, e.g. torch.bfloat16; without it they run in the weights' own dtype. Logits,
+    cross-entropy and entropy are float32 in any case (`head_logits`), averages float64. Gradients, train or evaluation mode and
+    the random state of the caller are left as they are. A diverged model gives NaN or infinity, not an error.
 
-    Raises ValueError for windows of another shape or dtype, longer than the model's context, or none at all.
+    Raises ValueError for windows of another shape or dtype, longer than the model's context, or none at all, and for a model that
+    sees what it is to predict.
     """
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(
@@ -90,8 +92,7 @@ def held_out_loss(
     with evaluation_mode(model), precision:
         for batch in windows.split(batch_windows):
             batch = batch.to(device)
-            hidden = model.base_model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-            scores = token_scores(hidden.flatten(0, 1), model.get_output_embeddings(), batch[:, 1:].flatten())
+            scores = _label_scores(model, batch, torch.ones_like(batch[:, 1:], dtype=torch.bool))
             losses.append(scores.loss.view_as(batch[:, 1:]).double().cpu())
             entropies.append(scores.entropy.double().cpu())
     losses = torch.cat(losses)
@@ -137,8 +138,7 @@ def score_sequences(
                 ids[row, :length] = torch.tensor(sequences[index])
                 wanted[row, length - 1 - predicted[index] : length - 1] = True
             ids, wanted = ids.to(model.device), wanted.to(model.device)
-            hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-            scores = token_scores(hidden[wanted], model.get_output_embeddings(), ids[:, 1:][wanted])
+            scores = _label_scores(model, ids, wanted)
             parts = (part.double().cpu().split([predicted[index] for index in batch]) for part in scores)
             for index, *of_sequence in zip(batch, *parts, strict=True):
                 results[index] = TokenScores(*of_sequence)
@@ -157,12 +157,27 @@ def _batches_of_like_length(sequences: Sequence[Sequence[int]], batch_tokens: in
         yield batch
 
 
+def _label_scores(model: PreTrainedModel, ids: Tensor, wanted: Tensor) -> TokenScores:
+    """Scores of the labels ids[:, 1:] that are `wanted`, [wanted]; ids [batch, seq_len + 1], wanted bool [batch, seq_len]."""
+    rows = len(ids) if head_is_all(model) else 1  # else all logits of a row exist at once, and no more than that
+    parts = []
+    for some_ids, some_wanted in zip(ids.split(rows), wanted.split(rows), strict=True):
+        states, head = before_head(model, some_ids[:, :-1])
+        parts.append(token_scores(states[some_wanted], head, some_ids[:, 1:][some_wanted]))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[TokenScores]) -> TokenScores:
+    return TokenScores(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
 def token_scores(hidden: Tensor, lm_head: nn.Module, labels: Tensor) -> TokenScores:
     """Scores of every label, [tokens], float32 (float64 for float64 weights).
 
     `hidden` [tokens, width], e.g. [4096, 576], is what `lm_head` turns into logits; `labels` is int64 [tokens].
     """
-    chunk = max(TOKENS_AT_ONCE, LOGITS_AT_ONCE // lm_head.weight.shape[0])
+    vocabulary = getattr(lm_head, "out_features", hidden.shape[-1])  # what goes through no head has its width already
+    chunk = max(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):  # it would take the products of the entropy in bfloat16 too
         for hidden_part, label_part in zip(hidden.split(chunk), labels.split(chunk), strict=True):
@@ -176,15 +191,17 @@ def token_scores(hidden: Tensor, lm_head: nn.Module, labels: Tensor) -> TokenSco
                     correct=(best.indices == label_part).to(log_probabilities.dtype),
                 )
             )
-    return TokenScores(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    return _joined(parts)
 
 
-def head_logits(hidden: Tensor, lm_head: nn.Linear) -> Tensor:
-    """What `lm_head` makes of hidden [..., width], in float32 (float64 for float64 weights).
+def head_logits(hidden: Tensor, lm_head: nn.Module) -> Tensor:
+    """What `lm_head`, as `before_head` gives it, makes of hidden [..., width], in float32 (float64 for float64 weights).
 
     The product runs in that dtype under autocast too, and with all its digits where TF32 is allowed: in bfloat16 a logit of 20
     is rounded to a multiple of an eighth.
     """
+    if isinstance(lm_head, nn.Identity):  # these are logits already
+        return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     dtype = torch.promote_types(lm_head.weight.dtype, torch.float32)
     weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (lm_head.weight, lm_head.bias))
     allowed = torch.get_float32_matmul_precision()

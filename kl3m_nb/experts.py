@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MixtralForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
@@ -72,8 +72,8 @@ class Router(MixtralTopKRouter):
 
 
 def use_exact_routers(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes every router of `model` a `Router`, in place; a dense model is left as it is."""
-    if getattr(model.config, "num_local_experts", 0):
+    """Makes every router of a Mixtral a `Router`, in place; a model of another family is left as it is."""
+    if isinstance(model, MixtralForCausalLM):
         for layer in model.model.layers:
             layer.mlp.gate.__class__ = Router
     return model

@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from kl3m_nb import paths
 from kl3m_nb.experts import expert_counts, load_balancing_loss, take_router_logits, use_exact_routers
 from kl3m_nb.loading import REFUSALS, TensorsDiffer, load_whole, reason
+from kl3m_nb.logits import OWN_FAMILIES
 from kl3m_nb.model_folder import read_json, weight_files
 from kl3m_nb.profiles import ModelSpec, Profile
 from kl3m_nb.roles import parameter_roles, role_table
@@ -41,6 +42,8 @@ __all__ = [
     "role_table",
     "spec_of",
 ]
+
+TRAINED_FAMILIES = tuple(family.config_class.model_type for family in OWN_FAMILIES)
 
 disable_progress_bar()  # transformers' own bars for files that take milliseconds would drown the one that counts
 
@@ -176,7 +179,14 @@ def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:
     """Raises ValueError naming the first number in which a checkpoint's `config.json` differs from `profile`'s shape, and for a
     window that is longer than the checkpoint's context. The context, scaled positions and biases may be others: they are the
     checkpoint's.
+
+    A family that is neither Llama nor Mixtral is refused by its name: no profile describes one.
     """
+    if (family := config.get("model_type")) not in TRAINED_FAMILIES:
+        raise ValueError(
+            f"The checkpoint {folder} is a {family}; only {' and '.join(TRAINED_FAMILIES)} models can be trained here, and others "
+            "evaluated (docs/families.md)."
+        )
     wanted = model_config(profile.model).to_dict()
     for key in (
         "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -278,6 +288,8 @@ def forward_body(
     `model` comes from `build_model` or `load_model`. Nothing makes the host wait for a GPU, except a mask or documents under
     FlashAttention 2. Raises ValueError where that would mix the documents.
     """
+    if type(model) not in OWN_FAMILIES:
+        raise ValueError(f"The forward pass of training is that of Llama and Mixtral; a {type(model).__name__} cannot be trained.")
     body, attention = model.model, model.config._attn_implementation
     if document_ids is not None and len(input_ids) > 1 and attention == "flash_attention_2":
         raise ValueError(

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.evaluation import evaluation_mode, head_logits
 from kl3m_nb.generation import Sample
+from kl3m_nb.logits import before_head
 
 ALTERNATIVES = 5
 
@@ -34,8 +35,8 @@ def token_choices(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sa
     drawn = [*sample.tokens, *sample.end_tokens]
     ids = torch.tensor([[*sample.prompt_tokens, *drawn]], device=model.device)
     with evaluation_mode(model):
-        hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[0, -len(drawn) :]
-        probabilities = head_logits(hidden, model.get_output_embeddings()).softmax(dim=-1).cpu()
+        states, head = before_head(model, ids[:, :-1])
+        probabilities = head_logits(states[0, -len(drawn) :], head).softmax(dim=-1).cpu()
     choices = []
     for token, distribution in zip(drawn, probabilities, strict=True):
         best = distribution.topk(ALTERNATIVES)
