@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,14 @@ _LOOK_FOR_STOP_SECONDS = 0.2
 
 class SourceBroke(RuntimeError):
     """A rank could not read the data of the next step, or read other data; the message says why, the cause is its own error."""
+
+
+class Reading(NamedTuple):
+    """What one run had read of its stream at a checkpoint."""
+
+    data: DataSpec
+    windows: int
+    stream: dict  # the state of the stream behind these windows
 
 
 class PrefetchedStream:

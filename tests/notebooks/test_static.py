@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "kl3m_nb").glob("*.py"))
 FLOORS = {
-    1: "display distributed random_state paths profile_checks profiles progress flops parameters stopping memory card_usage",
+    1: "display distributed random_state paths profile_checks profiles progress flops parameters stopping memory card_usage "
+    "intervals",
     2: "sources readers shingles corpus instructions custom_tokens tokenizer document_stream packing cotraining "
     "segmentation streams models roles runtime stacking muon clamping model_clamp gram objective schedule evaluation experts "
     "fused_projections flash_attention finite training_loss model_folder clamp_conditions "
