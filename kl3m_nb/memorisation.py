@@ -24,10 +24,9 @@ from kl3m_nb.evaluation import evaluation_mode
 from kl3m_nb.generation import generating_by, stopping
 from kl3m_nb.intervals import difference_interval, mean_interval
 from kl3m_nb.packing import Batch
-from kl3m_nb.runs import Reading
 from kl3m_nb.shingles import SHINGLE_TOKENS, token_shingles
 from kl3m_nb.special_ids import end_id
-from kl3m_nb.streams import open_stream
+from kl3m_nb.streams import Reading, open_stream
 
 PREFIX_LENGTHS = (5, 10, 20, 50)
 MOST_WINDOWS = 4000  # of a stream that are read again, and read on

@@ -183,7 +183,7 @@ def worth_of_context(
     documents: Sequence[Document],
     window: int,
     prefix: int | None = None,
-    per_family: int = 24,
+    per_family: int = 16,
     batch_tokens: int = 8192,
 ) -> pd.DataFrame:
     """What context is worth: the same tokens predicted from the last 1, 2, 4 … tokens before them; a row per length of context.

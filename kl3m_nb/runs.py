@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -14,22 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from kl3m_nb import checkpoints, paths, values
 from kl3m_nb.metrics import FILE_NAME, first_step, read_metrics
 from kl3m_nb.model_folder import TRAINED_STEPS, read_json, read_stack, stack_source
-from kl3m_nb.profiles import DataSpec, Profile, get_profile, profile_with
+from kl3m_nb.profiles import Profile, get_profile, profile_with
 from kl3m_nb.run_folder import RUN_FILE, init_name, read_run_init, read_run_profile
 from kl3m_nb.run_status import newest_state
 from kl3m_nb.special_ids import border_id, start_id
+from kl3m_nb.streams import Reading
 
 
 class UnknownTraining(ValueError):
     """What a checkpoint, or one that it was begun from, was trained on is not recorded here; the message is one sentence."""
-
-
-class Reading(NamedTuple):
-    """What one run had read of its stream at a checkpoint."""
-
-    data: DataSpec
-    windows: int
-    stream: dict  # the state of the stream behind these windows
 
 
 # What each notebook writes; the laptop profile's runs are the demonstration.

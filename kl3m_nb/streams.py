@@ -27,6 +27,14 @@ class SourceBroke(RuntimeError):
     """A rank could not read the data of the next step, or read other data; the message says why, the cause is its own error."""
 
 
+class Reading(NamedTuple):
+    """What one run had read of its stream at a checkpoint."""
+
+    data: DataSpec
+    windows: int
+    stream: dict  # the state of the stream behind these windows
+
+
 class PrefetchedStream:
     """`stream` with up to `batches` batches made ahead by one thread, in pinned memory where there is a GPU.
 

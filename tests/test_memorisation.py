@@ -24,8 +24,7 @@ from kl3m_nb.memorisation import (
     verbatim_continuation,
 )
 from kl3m_nb.profiles import DataSpec
-from kl3m_nb.runs import Reading
-from kl3m_nb.streams import open_stream
+from kl3m_nb.streams import Reading, open_stream
 
 
 class Numbers:

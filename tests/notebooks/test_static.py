@@ -22,7 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "kl3m_nb").glob("*.py"))
 FLOORS = {
     1: "display distributed random_state paths profile_checks profiles progress flops parameters stopping memory card_usage "
-    "values",
+    "values intervals",
     2: "sources data_files json_lines parquet_rows readers shingles corpus instructions custom_tokens tokenizer "
     "document_stream packing cotraining "
     "segmentation streams models roles runtime stacking muon clamping model_clamp gram objective schedule evaluation experts "
