@@ -1,8 +1,8 @@
 """95% intervals for averages over few units of very unequal size. Every interval of the package but a forecast's comes from here.
 
 The units of a held-out set are its document families: the texts of one family copy from each other, so together they say about as
-much as one. A weighted mean of n units is as uncertain as a plain mean of (Σw)² / Σw² units (Kish's effective number), which is 3.8
-for the 22 licences that notebook 04 judges on.
+much as one. A weighted mean of n units is as uncertain as a plain mean of (Σw)² / Σw² units (Kish's effective number), which is
+3.8 for the 22 licences that notebook 04 judges on.
 
 How often do nominal 95% intervals hold the truth? Values were planted on the families and bytes of these 22 licences, drawn from
 a normal / an exponential / a log-normal distribution, one a document (in brackets: half of the variance shared by a family).
