@@ -20,7 +20,7 @@ SMALL = {"document_count": 3, "prompt_count": 2, "max_new_tokens": 4}
 def run_dir(tmp_path_factory):
     """A run of two steps on enough documents to tell given ones from others, of a model with room for the longest prompt."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    training.train(small_profile(context=512, seq_len=64, micro_batch=48, max_steps=2, held_out_windows=2), run_dir)
+    training.train(small_profile(context=512, seq_len=64, micro_batch=160, max_steps=2, held_out_windows=2), run_dir)
     return run_dir
 
 
