@@ -99,11 +99,11 @@ def speedup_in_words(costs: pd.Series, which: str) -> str:
     """A speedup of a row of `speedups` with its ends; `which` is "including" or "excluding" the source."""
     speedup, low, high = (costs[f"speedup_{which}_source{end}"] for end in ("", "_low", "_high"))
     if costs["reached"] == "neither":
-        return "neither reached it"
+        return "not known"
     if costs["reached"] == "grown only":
-        return f"more than {low:+.0%}, scratch never reached it"
+        return f"more than {low:+.0%}"
     if costs["reached"] == "scratch only":
-        return f"less than {high:+.0%}, grown never reached it"
+        return f"less than {high:+.0%}"
     if math.isinf(speedup):
         return "reached before the first step"
     return f"{speedup:+.0%} (between {low:+.0%} and {high:+.0%})" if math.isfinite(high) else f"{speedup:+.0%} (above {low:+.0%})"
@@ -196,6 +196,7 @@ class Forecast:
 
 FIRST_CUT = 0.3  # share of the planned steps before which no forecast was tested, and none is made
 CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+CALIBRATED = ""
 
 
 def forecast_match(held_out: pd.DataFrame, reference_loss: float, planned: ScheduleSpec) -> Forecast:

@@ -302,9 +302,8 @@ def plot_growth(
 def _speedup_text(costs: pd.Series) -> str:
     including, excluding = (growth.speedup_in_words(costs, which) for which in ("including", "excluding"))
     what = {"tokens": "Tokens", "flops": "Operations"}[costs.name]
-    if including == excluding:
-        return f"{what}: {including}"
-    return f"{what}, with the source's cost: {including}\nwithout: {excluding}".replace("-", "−")
+    text = f"{what}: speedup {including} with the source's cost\n{excluding} without it; target reached by {costs['reached']}"
+    return text.replace("-", "−")
 
 
 def _cost_unit(cost: str, largest: float) -> tuple[float, str]:

@@ -74,6 +74,7 @@ class GrowthComparison:
                     "source": _amount(row.source, cost),
                     "grown": _between(row, "grown", cost),
                     "scratch": _between(row, "scratch", cost),
+                    "reached by": row.reached,
                     "speedup with the source": growth.speedup_in_words(row, "including"),
                     "speedup without the source": growth.speedup_in_words(row, "excluding"),
                 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import at_step, small_profile
 
-from kl3m_nb import checkpoints, growth_runs, stacking, training
+from kl3m_nb import checkpoints, evaluation, flops, growth_runs, models, packing, stacking, tokenizer, training
 from kl3m_nb.growth_runs import Source
 from kl3m_nb.metrics import read_metrics
 from kl3m_nb.profiles import get_profile, source_profile
@@ -153,13 +153,81 @@ def test_a_run_that_is_not_the_same_model_from_scratch_on_the_same_text_is_not_c
         growth_runs.curves(grown / "grown", scratch)
 
 
-def test_a_source_that_was_evaluated_on_other_windows_is_told_of(moved, tmp_path):
+def test_the_last_loss_of_a_source_that_was_evaluated_on_other_windows_is_measured_on_the_grown_runs(moved, tmp_path):
+    """The target comes from it, so it may not be taken from an easier text."""
     path = moved / "short" / "run.json"
     record = json.loads(path.read_text())
     record["profile"]["data"]["held_out_windows"] = 4
     path.write_text(json.dumps(record))
-    with pytest.warns(
-        UserWarning, match="short was evaluated on other windows .held_out_windows is 4 instead of 8.: its cost counts"
-    ):
-        curves = growth_runs.curves(moved / "grown", tmp_path / "scratch")
-    assert curves["source"].equals(growth_runs.source_curve(Source(moved / "short", 4)))
+    source = growth_runs.curves(moved / "grown", tmp_path / "scratch")["source"]
+    checkpoint = moved / "short" / "checkpoints" / "step-000004"
+    windows = packing.held_out_windows(small_profile().data, tokenizer.read_tokenizer(str(checkpoint)))
+    expected = evaluation.held_out_loss(models.load_model(checkpoint), windows).loss
+    assert source.held_out_loss.iloc[-1] == pytest.approx(expected, rel=1e-6) and source.held_out_loss[:-1].isna().all()
+    assert list(source.tokens) == list(growth_runs.source_curve(Source(moved / "short", 4)).tokens)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match=r"There is no checkpoint folder .*step-000004"):
+        growth_runs.curves(moved / "grown", tmp_path / "scratch")
+
+
+def test_operations_of_earlier_versions_are_counted_anew_with_newton_schulz(moved):
+    path = moved / "grown" / "metrics.jsonl"
+    profile, evaluated = small_profile(**GROWN), read_metrics(moved / "grown", "held_out")
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in old:
+        if row["kind"] == "held_out":
+            row["flops"] = row["tokens"] * flops.flops_per_token(profile.model, profile.data.seq_len)
+    path.write_text("".join(json.dumps(row) + "\n" for row in old))
+    grown = growth_runs.curves(moved / "grown", moved / "scratch")["grown"]
+    assert list(grown.flops) == list(evaluated.flops)
+    orthogonalising = flops.muon_flops_per_step(profile.model, profile.optimizer.ns_steps)
+    assert grown.flops.iloc[-1] - read_metrics(moved / "grown", "held_out").flops.iloc[-1] == pytest.approx(2 * orthogonalising)
+
+
+CARD = "# kl3m-tiny\n\n## Training\n  • **Steps**: 63,000\n  • **Tokens Processed**: 15,830,000\n"
+
+
+@pytest.fixture
+def published(moved):
+    """As `moved`, with the source's checkpoint as a model that others have published, and no run of it."""
+    name = moved / "kl3m-tiny-checkpoint-63000"
+    shutil.copytree(moved / "short" / "checkpoints" / "step-000004", name, ignore=shutil.ignore_patterns("training_state"))
+    (name / "README.md").write_text(CARD)
+    shutil.rmtree(moved / "short")
+    path = moved / "stack" / "stack.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"source": str(name)}))
+    return name
+
+
+def test_a_published_source_costs_what_its_card_says_and_not_steps_times_a_batch(published):
+    """63,000 steps of the profile's batch would be other tokens: the family's own card names less than half of them."""
+    grown_dir = published.parent / "grown"
+    source, scratch = growth_runs.plan_comparison(grown_dir)
+    assert (source.counts.step, source.counts.tokens) == (63_000, 15_830_000) and scratch == small_profile(**GROWN)
+    [row] = growth_runs.curves(grown_dir, published.parent / "scratch")["source"].to_dict("records")
+    small = small_profile()
+    assert (row["step"], row["tokens"]) == (63_000, 15_830_000) != (63_000, 63_000 * small.tokens_per_step)
+    per_token = flops.flops_per_token(small.model, small.data.seq_len)
+    orthogonalising = flops.muon_flops_per_step(small.model, small.optimizer.ns_steps)
+    assert row["flops"] == pytest.approx(15_830_000 * per_token + 63_000 * orthogonalising)
+    windows = packing.held_out_windows(small.data, tokenizer.read_tokenizer(str(published)))
+    expected = evaluation.held_out_loss(models.load_model(published), windows).loss
+    assert row["held_out_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_published_source_that_does_not_tell_its_cost_is_refused(published):
+    grown_dir = published.parent / "grown"
+    (published / "README.md").write_text(CARD + "\n## G_stack\n\nIt was grown from 1 layer.\n")
+    with pytest.raises(ValueError, match="was itself grown"):
+        growth_runs.find_source(grown_dir)
+    (published / "README.md").write_text("# kl3m-tiny\n")
+    with pytest.raises(ValueError, match="has no line 'Tokens Processed"):
+        growth_runs.find_source(grown_dir)
+    (published / "README.md").write_text(CARD)
+    with (published / "model.safetensors").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(ValueError, match="has changed since"):
+        growth_runs.find_source(grown_dir)
+    shutil.rmtree(published)
+    with pytest.raises(ValueError, match="which no run here has written as it was then"):
+        growth_runs.find_source(grown_dir)

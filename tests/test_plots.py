@@ -209,9 +209,9 @@ class TestGrowth:
         np.testing.assert_allclose(sorted(bars, key=lambda bar: bar[0]), [[0, 0.1], [0.2, 0.3], [0.3, 0.4]])
 
     def test_a_target_never_reached_is_said(self):
-        assert "neither reached it" in texts(plots.plot_growth(RUNS, target_loss=1.0))
+        assert "reached by neither" in texts(plots.plot_growth(RUNS, target_loss=1.0))
         figure = plots.plot_growth(RUNS, target_loss=3.2)
-        assert "more than +25%" in texts(figure).replace("−", "-") and "scratch never reached it" in texts(figure)
+        assert "more than +25%" in texts(figure).replace("−", "-") and "reached by grown only" in texts(figure)
         assert sum(len(mark.get_xdata()) == 1 for mark in figure.axes[0].lines) == 2
 
     def test_runs_may_have_other_names_and_must_be_there(self):
