@@ -333,9 +333,9 @@ def _stack(options: argparse.Namespace) -> int:
 def _estimate(options: argparse.Namespace) -> int:
     if options.micro_batch is not None:
         options.set.append(("micro_batch", str(options.micro_batch)))
-    if options.init and not (folder := paths.find(options.init)).is_dir():
+    if options.init and not (config := paths.find(options.init) / "config.json").is_file():
         raise Refused(
-            f"There is no checkpoint folder {folder} to take the numbers of the model from; name another, or leave out --init."
+            f"There is no {config} to take the numbers of the model from; name a checkpoint folder, or leave out --init."
         )
     table = estimate(models.profile_of_start(_set_fields(options), options.init), options.gpu).table()
     for key, value in table.items():

@@ -207,21 +207,19 @@ def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:
 
 
 def profile_of_start(profile: Profile, start: str | Path | None) -> Profile:
-    """`profile` with the numbers of the model that a run begins with, where that is the checkpoint folder `start`.
+    """`profile` with the numbers of the model that a run begins with, where `start` is a folder with a config.json.
 
-    As it is when there is no such folder: for random weights, a hub id, or a run that has begun and whose start is gone. Raises
-    ValueError for a folder that holds no checkpoint, or one that `check_fits` refuses.
+    As it is when there is none: for random weights, a hub id, or a run that has begun and whose start is gone. Weights are not
+    looked at. Raises ValueError for a config.json that cannot be read, or one that `check_fits` refuses.
     """
     folder = paths.find(start) if start else None
-    if folder is None or not folder.is_dir():
+    if folder is None or not (folder / "config.json").is_file():
         return profile
-    check_checkpoint(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The checkpoint {folder} cannot be loaded ({str(error).splitlines()[0].rstrip('.')}); name another."
-        ) from error
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"The checkpoint {folder} cannot be loaded ({reason}); name another.") from error
     check_fits(config.to_dict(), profile, folder)
     return dataclasses.replace(profile, model=spec_of(config))
 
@@ -232,7 +230,7 @@ def _setting(config: dict, key: str):
         return config.get(key) or (config.get("rope_parameters") or {}).get(key)
     if key == "head_dim" and not config.get(key):
         return config["hidden_size"] // config["num_attention_heads"]
-    return config.get(key) or None
+    return bool(config.get(key)) if key == "tie_word_embeddings" else config.get(key) or None
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

@@ -96,7 +96,6 @@ def test_an_init_is_looked_for_in_the_shells_folder_and_then_below_the_root(tmp_
     started = []
     monkeypatch.setattr(cli, "train", lambda profile, folder, init, callbacks: started.append(init) or SimpleNamespace(
         step=1, held_out_loss=0.0, checkpoint=folder))  # fmt: skip
-    monkeypatch.setattr(cli.models, "profile_of_start", lambda profile, init: profile)  # these folders hold no model
     (tmp_path / "st1").mkdir()
     monkeypatch.chdir(tmp_path)
     for init in ("st1", "./st1", "data/prompts", "OWNER/NAME"):

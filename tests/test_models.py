@@ -260,6 +260,8 @@ def test_a_checkpoint_of_another_shape_is_refused_by_its_first_difference(traine
     models.check_fits(config, small_profile(), result.checkpoint)
     with pytest.raises(ValueError, match="num_hidden_layers 2"):
         models.check_fits(config, small_profile(layers=4), result.checkpoint)
+    with pytest.raises(ValueError, match="tie_word_embeddings True, the profile tiny wants False"):
+        models.check_fits(config, small_profile(tied_embeddings=False), result.checkpoint)
     with pytest.raises(ValueError, match="rope_theta 100000"):
         models.check_fits(config, small_profile(rope_theta=10_000.0), result.checkpoint)
 

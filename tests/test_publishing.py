@@ -224,6 +224,10 @@ class TestStacked:
         assert "grown from 2 layers by random blocks" in card and "continues the grown model" in card
 
 
+SHAPE = "layers 2 hidden 32 mlp 64 heads 4 kv_heads 2 head_size 8 growth_factor 1 vocabulary 512 context 64 seq_len 32".split()
+SET_SHAPE = [part for pair in zip(SHAPE[::2], SHAPE[1::2], strict=True) for part in ("--set", *pair)]  # that of `small_profile`
+
+
 @pytest.mark.parametrize("harm", ["cut off", "a flipped bit", "missing"])
 @pytest.mark.parametrize("command", ["export", "stack", "train", "spectra"])
 def test_a_damaged_checkpoint_is_taken_for_a_model_by_no_command(trained_run, tmp_path, monkeypatch, capsys, harm, command):
@@ -237,7 +241,7 @@ def test_a_damaged_checkpoint_is_taken_for_a_model_by_no_command(trained_run, tm
     arguments = {
         "export": [str(checkpoint), str(tmp_path / "models")],
         "stack": [str(checkpoint), str(tmp_path / "stack")],
-        "train": ["tiny", "--init", str(checkpoint), "--run", f"{tmp_path}/run"],
+        "train": ["tiny", "--init", str(checkpoint), "--run", f"{tmp_path}/run", *SET_SHAPE],
         "spectra": [str(checkpoint), "-o", str(tmp_path / "spectra")],
     }[command]
     assert cli.main([command, *arguments]) == 2
