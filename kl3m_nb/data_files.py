@@ -148,14 +148,14 @@ def _without_skipped(files: Sequence[Path], skip: Sequence[str]) -> list[Path]:
 
 def _matches(pattern: str) -> list[Path]:
     """What a glob matches. Brackets are letters to choose from, or, where nothing has that name, just brackets."""
-    found = sorted({*_expand(pattern)})
-    plain = sorted({*_expand(pattern.replace("[", "[[]"))}) if "[" in pattern else []
+    found = sorted(map(Path, {*_expand(pattern)}))
+    plain = sorted(map(Path, {*_expand(pattern.replace("[", "[[]"))})) if "[" in pattern else []
     if found and plain and found != plain:
         raise ValueError(
             f"{pattern!r} matches {found[0]}, its brackets taken for letters to choose from, and {plain[0]}, taken as they are; "
             "write ? for each bracket, or rename one."
         )
-    return [Path(path) for path in found or plain]
+    return found or plain
 
 
 def _expand(pattern: str) -> Iterator[str]:

@@ -77,7 +77,8 @@ def _unpacked(batch: pa.RecordBatch) -> Iterator[dict | UnicodeDecodeError]:
     if lists is None:
         yield from plain
         return
-    if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)) or lists.values.null_count:
+    is_list = pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)
+    if not is_list or not pa.types.is_primitive(lists.type.value_type) or lists.values.null_count:
         token_lists = lists.to_pylist()
     else:
         values, bounds = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()

@@ -66,6 +66,7 @@ class _RowReader:
         columns = list(row)
         self._report.note_columns(self._name, columns)
         try:
+            # Is it wanted?
             score, mime_type = _number(row.get("score")), row.get("mime_type")
             if score is not None and not score <= self._wanted.score_max:  # NaN is no good score either
                 self._report.note("above_score")
@@ -73,6 +74,7 @@ class _RowReader:
             if self._wanted.mime_types and mime_type is not None and mime_type not in self._wanted.mime_types:
                 self._report.note("other_mime_type")
                 return None
+            # Does it hold a text or tokens?
             tokens, text = _token_array(row.get("tokens")), _text(row.get("text"))
             if not (tokens.size or text):
                 if "tokens" in row or "text" in row:
@@ -80,12 +82,13 @@ class _RowReader:
                 raise ValueError(f"`tokens` or `text` is needed, {listed_columns(columns)} are its columns")
             if max(tokens.size, len(text)) > LONGEST_ROW:
                 raise ValueError(f"its text or tokens are longer than {LONGEST_ROW:,}")
+            # Can all its texts be encoded? Half a surrogate pair is taken by no tokenizer, hash or file.
             document = Document(
                 str(row.get("identifier") or default_identifier), str(row.get("dataset") or self._name), text, tokens
             )
             for value in (document.identifier, document.dataset, text):
                 if not value.isascii():
-                    value.encode()  # half a surrogate pair is no text: no tokenizer, hash or file takes it
+                    value.encode()
         except (ValueError, TypeError, OverflowError) as error:
             self._bad_row(default_identifier, str(error), remedy)
             return None
@@ -124,6 +127,7 @@ class FilesReader(_RowReader):
             remedy, first_row = skip_remedy(path), self._report.rows
             bad_before, has_rows = self._bad_rows, any(place)
             is_parquet = suffix_of(path) == ".parquet"
+            # The rows of one file, from the place where the run stopped in the first.
             for block, row, values in self._rows(path, *place):
                 has_rows = True
                 self.position = self._at(number, block, row)
@@ -135,6 +139,7 @@ class FilesReader(_RowReader):
                 else:
                     self._report.rows += 1
                     self._bad_row(name, str(values), remedy)
+            # What is said of a file that gave nothing, and of a source.
             if not has_rows:
                 self._report.note("empty_files", f"{path} holds no row")
             rows = self._report.rows - first_row
@@ -157,6 +162,7 @@ class FilesReader(_RowReader):
                     f"{number + 1}; put them back, or start a new run."
                 )
             return number, block, row
+        # Which files are new or gone?
         known, present = set(before), set(self._names)
         if new := [name for name in self._names if name not in known]:
             raise ValueError(
@@ -167,6 +173,7 @@ class FilesReader(_RowReader):
             gone.append(before[number])  # emptied, as a damaged file may be to go on without it
         if not gone:
             return number, block, row
+        # The open file, or where that is gone the first that is left behind it.
         self._say_lost(gone, before)
         following = next((name for name in before[number:] if name in present), None)
         if following is None:

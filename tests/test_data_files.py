@@ -189,3 +189,11 @@ def test_a_source_may_be_narrowed_and_nothing_else(tmp_path):
         assert not may_go_on_with(begun, f"0.5*files:{tmp_path}/{other} + hub:o/n")
     for other in (begun.replace("0.5", "0.6"), begun.replace("o/n", "o/m"), begun.split(" + ")[0], f"{begun} + hub:o/n"):
         assert not may_go_on_with(begun, other)
+
+
+def test_files_come_in_the_order_of_their_paths_folder_by_folder(tmp_path):
+    """The order in which runs of earlier versions have read them, which is not that of the paths as text."""
+    _write(tmp_path, "a/1.jsonl", "a-b/1.jsonl", "a.c/1.jsonl", "b.jsonl")
+    expected = sorted(path for path in tmp_path.rglob("*.jsonl"))
+    assert [*map(str, expected)] != sorted(map(str, expected))
+    assert matching_files(f"{tmp_path}/**/*.jsonl") == mirror_files(tmp_path) == expected

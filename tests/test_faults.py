@@ -400,6 +400,44 @@ def test_a_corrupt_parquet_file_ends_the_run_with_nothing_lost(tmp_path):
     _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_run_goes_on_without_a_damaged_file_and_each_way_to_leave_it_out_gives_the_same(tmp_path, caplog):
+    texts = [document.text[:200] for document in corpus.preview("package:licensedcode-data", held_out=False, most=180)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(3):
+        rows = pa.table({"identifier": [f"{number}{i}-x" for i in range(60)], "text": texts[number * 60 : number * 60 + 60]})
+        pq.write_table(rows, folder / f"{number}.parquet", row_group_size=20, use_dictionary=False)
+    damaged = folder / "1.parquet"
+    chunk, content = pq.ParquetFile(damaged).metadata.row_group(1).column(1), bytearray(damaged.read_bytes())
+    at = chunk.data_page_offset + chunk.total_compressed_size // 2
+    content[at : at + 64] = bytes(byte ^ 255 for byte in content[at : at + 64])
+    damaged.write_bytes(bytes(content))
+
+    def profile(names: str):
+        return small_profile(
+            source=f"files:{folder}/{names}", tokenizer=str(_saved_tokenizer(tmp_path)), max_steps=60, held_out_windows=1
+        )
+
+    with pytest.raises(training.TrainingStopped, match=r"1\.parquet is .*damaged.*skip=1\.parquet"):
+        training.train(profile("*.parquet"), tmp_path / "run")
+    reached = int(read_metrics(tmp_path / "run", "train").step.max())
+    assert 0 < reached < 60
+    runs = [("skip", "*.parquet(skip=1.parquet)"), ("glob", "[02].parquet"), ("moved", "*.parquet")]
+    for name, source in runs:
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        if name == "moved":
+            damaged.unlink()
+        caplog.clear()
+        assert training.train(profile(source), tmp_path / name).step == 60
+        assert "1.parquet is gone since the run stopped" in caplog.text
+        assert run_folder.read_run_profile(tmp_path / name).data.source == f"files:{folder}/{source}"
+    _assert_same_run(tmp_path / "skip", tmp_path / "glob")
+    _assert_same_run(tmp_path / "skip", tmp_path / "moved")
+    other = profile("*.parquet(min_tokens=2)")
+    with pytest.raises(ValueError, match="from which files may be left out"):
+        training.train(other, tmp_path / "moved")
+
+
 def _saved_tokenizer(folder: Path) -> Path:
     from kl3m_nb.tokenizer import load_tokenizer
 

@@ -10,8 +10,10 @@ from conftest import small_profile
 from hypothesis import given
 from hypothesis import strategies as st
 from test_document_stream import Letters, saved_and_loaded
+from test_readers import write_rows
 
 from kl3m_nb import corpus, models, packing
+from kl3m_nb.document_stream import DocumentStream
 from kl3m_nb.profiles import DataSpec
 
 
@@ -201,3 +203,16 @@ def test_the_shares_of_all_ranks_are_the_step_without_overlap(micro_batch, accum
     if accumulation % ranks == 0:  # then micro-batches are the same for any number of ranks
         micro_batches = {tuple(map(tuple, batch.input_ids.tolist())) for share in shares for batch in share}
         assert micro_batches == {tuple(map(tuple, batch.tolist())) for batch in windows.split(micro_batch)}
+
+
+@pytest.mark.parametrize("identifiers", [1, 3])
+def test_rows_that_share_their_identifiers_are_the_cause_that_is_named(tmp_path, identifiers):
+    sides = [
+        [name for name in map(str, range(99)) if corpus.is_held_out(corpus.Document(name, "", "")) == side] for side in (0, 1)
+    ]
+    for names in (side[:identifiers] for side in sides):
+        write_rows(tmp_path / "a.jsonl", [{"identifier": names[n % len(names)], "text": f"text {n}"} for n in range(300)])
+        spec = DataSpec(source=f"files:{tmp_path}/*.jsonl", seq_len=9, held_out_windows=1)
+        with pytest.raises(ValueError, match=rf"300 rows .* only {identifiers} identifier.* such as '{names[0]}'"):
+            packing.held_out_windows(spec, Letters())
+            DocumentStream(spec, Letters()).next()

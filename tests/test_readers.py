@@ -331,3 +331,73 @@ def test_a_glob_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"/texts/\*\.jsonl'; .* project's root \S+ and not from the shell's folder"):
         _open("files:texts/*.jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_scores_and_tokens_of_other_types_are_cast_where_nothing_is_lost(tmp_path, suffix):
+    expected = [5, 0, 131_071, 2**31 - 1]
+    stored = (list(map(str, expected)), str(expected), " ".join(map(str, expected)), list(map(float, expected)))
+    for number, tokens in enumerate(stored):
+        rows = [{"identifier": str(score), "tokens": tokens, "score": str(score)} for score in (3.5, 12, "nan")]
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{number}.parquet")
+        else:
+            write_rows(tmp_path / f"{number}.jsonl", rows)
+    report = SourceReport()
+    found = list(_open(f"files:{tmp_path}/*", "score_max=10", report))
+    assert [document.identifier for document in found] == ["3.5"] * 4
+    assert all(document.tokens.dtype == np.int32 and document.tokens.tolist() == expected for document in found)
+    assert (report.above_score, report.bad_rows) == (8, 0)
+
+
+@pytest.mark.parametrize(
+    "tokens", [[5.5], [float("nan")], [-1.0], [2.0**31], ["x"], ["-1"], ["1.0"], "5 -1", [[1]], [True], {"a": 1}]
+)
+def test_tokens_that_would_lose_something_are_bad(tmp_path, tokens):
+    write_rows(tmp_path / "a.jsonl", [{"identifier": "bad", "tokens": tokens}, {"identifier": "good", "tokens": [1]}])
+    report = SourceReport()
+    assert [document.identifier for document in _open(f"files:{tmp_path}/*", report=report)] == ["good"]
+    assert report.bad_rows == 1
+
+
+@pytest.mark.parametrize("rows", [30, 130])
+def test_a_foreign_file_of_lines_among_good_ones_is_named(tmp_path, caplog, rows):
+    write_rows(tmp_path / "a.jsonl", ROWS)
+    write_rows(tmp_path / "b.jsonl", [{"prompt": f"p{n}", "answer": "x"} for n in range(rows)])
+    write_rows(tmp_path / "c.jsonl", ROWS)
+    if rows < 100:
+        assert len(list(_open(f"files:{tmp_path}/*"))) == 2 * len(ROWS)
+        assert f"None of the {rows} rows of {tmp_path}/b.jsonl" in caplog.text
+        return
+    with pytest.raises(ValueError, match=r"b\.jsonl#99: .*prompt, answer are its columns.*skip=b\.jsonl") as error:
+        list(_open(f"files:{tmp_path}/*"))
+    assert "No row" not in str(error.value)
+
+
+def test_text_that_is_a_list_is_told_of_and_is_the_only_cause_named(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"text": ["one", "two"]}] * 20)
+    with pytest.raises(ValueError, match=r"a\.jsonl#19: its `text` is a list") as error:
+        list(_open(f"files:{tmp_path}/*"))
+    assert "columns" not in str(error.value)
+
+
+def test_a_text_or_token_list_longer_than_the_limit_is_a_bad_row_of_any_source(source, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_ROW", 10)
+    report = SourceReport()
+    expected = [row["identifier"] for row in ROWS if len(row["tokens"]) <= 10]
+    assert [document.identifier for document in _open(source, report=report)] == expected
+    assert report.bad_rows == len(ROWS) - len(expected)
+
+
+def test_keys_that_are_data_are_not_all_kept(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"text": "x", f"key {n}": n} for n in range(5000)])
+    report = SourceReport()
+    assert len(list(_open(f"files:{tmp_path}/*", report=report))) == 5000
+    assert len(report.unknown_columns) == 100
+
+
+def test_damage_on_the_hub_names_the_data_set(monkeypatch):
+    flaky = _Flaky(failures=1, good=60, error=pa.ArrowInvalid("Couldn't deserialize thrift"))
+    monkeypatch.setattr(datasets, "load_dataset", flaky.load)
+    with pytest.raises(ValueError, match=r"hub:o/n cannot be read behind its row 60 .*thrift"):
+        list(_open("hub:o/n"))
