@@ -22,7 +22,7 @@ from kl3m_nb import paths
 from kl3m_nb.experts import expert_counts, load_balancing_loss, take_router_logits, use_exact_routers
 from kl3m_nb.loading import REFUSALS, TensorsDiffer, load_whole, reason
 from kl3m_nb.logits import OWN_FAMILIES
-from kl3m_nb.model_folder import read_json, weight_files
+from kl3m_nb.model_folder import read_config, weight_files
 from kl3m_nb.profiles import ModelSpec, Profile
 from kl3m_nb.roles import parameter_roles, role_table
 from kl3m_nb.special_ids import FAMILY_IDS, SpecialIds
@@ -138,7 +138,10 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
     elif not is_hub_id(name):
         raise ValueError(f"There is no checkpoint folder {folder}; train one first, or name a folder or a hub id OWNER/NAME.")
     try:
-        model = load_whole(name, dtype=torch.float32, attn_implementation=attention)
+        # What a config.json says of attention would win over an argument, and may name code on the hub.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config._attn_implementation = attention
+        model = load_whole(name, config=config, dtype=torch.float32)
     except TensorsDiffer:
         raise
     except REFUSALS as error:
@@ -172,7 +175,7 @@ def check_checkpoint(folder: str | Path) -> dict:
                 tensors.keys()
         except SafetensorError as error:
             raise ValueError(f"The checkpoint file {path} is cut off or damaged ({error}); use an earlier checkpoint.") from error
-    return read_json(folder / "config.json")
+    return read_config(folder)
 
 
 def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:

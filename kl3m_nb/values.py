@@ -14,6 +14,9 @@ from pathlib import Path
 
 import yaml
 
+from kl3m_nb.plain_files import read_plain
+
+MOST_BYTES = 2**20  # of a parameter file
 KINDS = ("int", "float", "str", "bool", "list")
 
 
@@ -76,13 +79,17 @@ def read_mapping(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise ValueError(f"There is no parameter file {path}; give a YAML file of name: value lines.")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_AsWritten)
+        values = yaml.load(read_plain(path, MOST_BYTES).decode("utf-8"), Loader=_AsWritten)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep; give name: value lines.") from error
     except _NamedTwice as error:
         raise ValueError(f"{path} {error}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8, with name: value lines.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML ({' '.join(str(error).split())}); give name: value lines.") from error
+    except ValueError as error:  # no regular file, or a long one
+        raise ValueError(f"{path} cannot be read ({error}); give name: value lines.") from error
     if values in (None, {}):
         raise ValueError(f"{path} is empty; give name: value lines.")
     if not isinstance(values, dict):
