@@ -1,7 +1,8 @@
 """What a causal language model gives every single token, the held-out loss that follows, and intervals for averages.
 
 The LM head is applied to a few tokens at a time, so the logits of a whole batch (5.4 GB in bfloat16 for 5 × 4096 tokens and
-131,072 entries) never exist. Where a family does more than that to get its logits, they are taken from it, a row at a time. The figure is plain cross-entropy: no label smoothing, no entropy term, no router loss.
+131,072 entries) never exist. Where a family does more than that to get its logits, they are its own, a row of the batch at a
+time. The figure is plain cross-entropy: no label smoothing, no entropy term, no router loss.
 """
 
 from __future__ import annotations
@@ -75,10 +76,11 @@ def held_out_loss(
 ) -> HeldOut:
     """Loss of `model` on `windows`, each token after the first of a window predicted from those before it.
 
-    `model` is a transformers causal LM of any family; docs/families.md lists those that are tested. `windows` is int64 of shape [N, seq_len + 1], e.g. [64, 4097], on any device; `batch_windows` of them
-    go through the model at a time. `autocast` is the dtype of the matrix products, e.g. torch.bfloat16; without it they run in
-    the weights' own dtype. Cross-entropy and entropy are taken in float32 and averaged in float64. Gradients, train or evaluation
-    mode and the random state of the caller are left as they are. A diverged model gives NaN or infinity, not an error.
+    `model` is a transformers causal LM; docs/families.md has the families that are tested. `windows` is int64 of shape
+    [N, seq_len + 1], e.g. [64, 4097], on any device; `batch_windows` of them go through the model at a time. `autocast` is the
+    dtype of the matrix products, e.g. torch.bfloat16; without it they run in the weights' own dtype. Cross-entropy and entropy
+    are taken in float32 and averaged in float64. Gradients, train or evaluation mode and the random state of the caller are left
+    as they are. A diverged model gives NaN or infinity, not an error.
 
     Raises ValueError for windows of another shape or dtype, or none at all, and for a model that sees what it is to predict.
     """
