@@ -1,7 +1,8 @@
 """What a causal language model gives every single token, and the held-out loss that follows.
 
 The LM head is applied to a few tokens at a time, so the logits of a whole batch (5.4 GB in bfloat16 for 5 × 4096 tokens and
-131,072 entries) never exist. Where a family does more than that to get its logits, they are taken from it, a row at a time. The figure is plain cross-entropy: no label smoothing, no entropy term, no router loss.
+131,072 entries) never exist. Where a family does more than that to get its logits, they are its own, a row of the batch at a
+time. The figure is plain cross-entropy: no label smoothing, no entropy term, no router loss.
 """
 
 from __future__ import annotations

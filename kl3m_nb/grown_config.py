@@ -62,7 +62,7 @@ def check_blocks(source: Path, config: dict, grown: dict, blocks: tuple[int, ...
             if a != b and (a, b) != (number, target):
                 raise ValueError(
                     f"{source} is a {config.get('model_type')}, and such a model of {len(blocks)} layers has {key} {b} in layer "
-                    f"{target} where the layer {number} that is copied has {a}; give a model whose layers do not differ by number."
+                    f"{target} where the copied layer {number} has {a}; give a model whose layers do not differ by number."
                 )
 
 

@@ -6,12 +6,13 @@ transformers loads what fits by name, draws the rest at random and says so in a 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from kl3m_nb.model_folder import weight_files
 from kl3m_nb.stored_tensors import read_headers
@@ -30,12 +31,18 @@ class TensorsDiffer(ValueError):
     """A checkpoint's tensors are not those of its model."""
 
 
-def load_whole(name: str, **settings) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained(name, **settings)` that runs no code of `name` and lets no tensor be missing.
+def load_whole(name: str, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of a folder or hub id; no code of the repository is run, and no tensor may be missing.
 
-    Raises TensorsDiffer naming what is missing, left over or of another shape, and whatever transformers raises (`REFUSALS`).
+    A family that has no attention by SDPA gets its eager one for "sdpa". Raises TensorsDiffer naming what is missing, left over
+    or of another shape, and whatever transformers raises (`REFUSALS`).
     """
-    return _loaded(AutoModelForCausalLM, name, name, trust_remote_code=False, **settings)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    model_class = _model_class(config)
+    if attention == "sdpa" and not model_class._supports_sdpa:
+        attention = "eager"
+    config._attn_implementation = attention  # what config.json says would win over an argument, and may name code on the hub
+    return _loaded(model_class, name, name, config=config, dtype=dtype)
 
 
 def check_loads(folder: Path) -> None:
@@ -76,6 +83,9 @@ def reason(error: Exception) -> str:
 
 
 def _loaded(model_class: type, shown: str | Path, name: str | None, **settings) -> PreTrainedModel:
+    log = logging.getLogger("transformers.modeling_utils")  # its report of many lines says what the error says in one
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         model, info = model_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
     except RuntimeError as error:
@@ -84,6 +94,8 @@ def _loaded(model_class: type, shown: str | Path, name: str | None, **settings) 
         raise TensorsDiffer(
             f"The experts of {shown} cannot be put together: a tensor is missing or has another shape; give a whole model."
         ) from error
+    finally:
+        log.setLevel(level)
     _require_whole(shown, info)
     return model
 
@@ -114,6 +126,9 @@ def _named(names: list[str]) -> str:
 
 
 def _wrapper(missing: list[str], unexpected: list[str]) -> str | None:
-    """The wrapper's part without which most names would be those that are missing."""
+    """The wrapper's part of the names without which names that are missing would be there."""
     wanted = set(missing)
-    return next((part for part in _WRAPPERS if any(part in name and name.replace(part, "") in wanted for name in unexpected)), None)
+    for part in _WRAPPERS:
+        if any(part in name and name.replace(part, "") in wanted for name in unexpected):
+            return part
+    return None

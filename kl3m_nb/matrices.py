@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from kl3m_nb import paths
+from kl3m_nb.grown_config import with_defaults
+from kl3m_nb.loading import TensorsDiffer, check_loads
 from kl3m_nb.model_folder import STACK_RECORD, TRAINED_STEPS, read_config, read_stack, weight_files
 from kl3m_nb.profiles import ATTENTION_ROLES
 
@@ -36,9 +39,13 @@ _STEP_NAME = re.compile(r"step-(\d+)")
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _EXPERT_ROLES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _SEVERAL_ROLES = {"qkv_proj": "q_proj, k_proj and v_proj", "gate_up_proj": "gate_proj and up_proj"}
-_DENSE_NAME = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.weight$")
+_DENSE_NAME = re.compile(
+    r"layers\.(\d+)\.(?:self_attn\.([qkvo]_proj|qkv_proj)|mlp\.(gate_proj|up_proj|down_proj|gate_up_proj))\.weight$"
+)
 _EXPERT_NAME = re.compile(r"layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight$")
 _FUSED_NAME = re.compile(r"layers\.(\d+)\.\w+\.experts\.(gate_up_proj|down_proj)$")
+_IN_A_BLOCK = re.compile(r"layers\.\d+\.(?:\w+\.)*?((?:\w+\.)?\w+?)(?:\.weight)?$")  # the last names of a block's tensor
+_ROUTER = re.compile(r"(gate|router|wg)(\.\w+)?\.weight$")
 
 
 @dataclass(frozen=True)
@@ -68,23 +75,27 @@ def find_matrices(model_or_checkpoint: Checkpoint) -> list[Matrix]:
     """The matrices of a Llama or Mixtral, ordered by layer and role, the LM head last; tied weights make the embedding the head.
 
     Takes a Hugging Face folder (one or several safetensors files), a .safetensors file, a hub id OWNER/NAME (downloaded into
-    the hub's own cache) or a module. Raises ValueError for what is not there, not readable, not such a decoder, stored in other
-    than floating-point numbers, or lacks a layer or one matrix of a layer; for several roles in one matrix, and for more than one
-    stack of layers.
+    the hub's own cache) or a module. Of a whole model that has other matrices too, or none of some role, those of the known roles
+    are given and a warning names the rest.
+
+    Raises ValueError for what is not there, not readable, not such a decoder, stored in other than floating-point numbers, or
+    lacks a layer or one matrix of a layer; for several roles in one matrix, experts stored as [experts, columns, rows], layers
+    that are not alike, and for more than one stack of layers.
     """
     if isinstance(model_or_checkpoint, torch.nn.Module):
-        source, promised = f"The module {type(model_or_checkpoint).__name__}", 0
+        source, promised, folder = f"The module {type(model_or_checkpoint).__name__}", 0, None
         tensors = _module_tensors(model_or_checkpoint)
     else:
         source = os.fspath(model_or_checkpoint)
         place = local_checkpoint(source)
         tensors, promised = _file_tensors(place), _promised_layers(place)
+        folder = place if place.is_dir() and (place / "config.json").is_file() else None
     _check_names(source, tensors)
-    matrices, heads = [], {}
+    _check_fused(source, tensors)
+    matrices, heads, others = [], {}, {}
     for name, (shape, dtype, read) in tensors.items():
         if match := _DENSE_NAME.search(name):
-            if match[2] in BLOCK_ROLES:
-                matrices.append(Matrix(int(match[1]), match[2], -1, shape, dtype, read))
+            matrices.append(Matrix(int(match[1]), match[2] or match[3], -1, shape, dtype, read))
         elif match := _EXPERT_NAME.search(name):
             role = _EXPERT_ROLES.get(match[3], match[3])
             matrices.append(Matrix(int(match[1]), role, int(match[2]), shape, dtype, read))
@@ -92,7 +103,15 @@ def find_matrices(model_or_checkpoint: Checkpoint) -> list[Matrix]:
             matrices += _split_experts(int(match[1]), match[2], shape, dtype, read)
         elif name.endswith(("lm_head.weight", "embed_tokens.weight")):
             heads[name.rsplit(".", 2)[-2]] = Matrix(HEAD_LAYER, "lm_head", -1, shape, dtype, read)
+        elif len(shape) > 1 and not _ROUTER.search(name) and (match := _IN_A_BLOCK.search(name)):
+            others[match[1]] = name
     _check_whole(source, matrices, heads, promised)
+    absent = [role for role in BLOCK_ROLES if role not in {matrix.role for matrix in matrices}]
+    headless = "lm_head" not in heads and folder is not None and not _is_tied(folder)
+    if absent or headless or _first_gap(matrices):
+        is_whole = isinstance(model_or_checkpoint, torch.nn.Module) or (folder is not None and _loads(folder))
+        _check_alike(source, matrices, absent, headless, is_whole)
+    _warn_of_the_rest(source, matrices, absent, list(others))
     matrices.sort(key=lambda matrix: (matrix.layer, BLOCK_ROLES.index(matrix.role), matrix.expert))
     return [*matrices, heads.get("lm_head", heads.get("embed_tokens"))]
 
@@ -141,9 +160,9 @@ def _check_names(source: str, tensors: dict) -> None:
     for name in tensors:
         if match := _DENSE_NAME.search(name) or _EXPERT_NAME.search(name) or _FUSED_NAME.search(name):
             places.setdefault(name[: match.start()], name)
-            if match.re is _DENSE_NAME and match[2] in _SEVERAL_ROLES:
+            if match.re is _DENSE_NAME and (several := _SEVERAL_ROLES.get(match[2] or match[3])):
                 raise ValueError(
-                    f"{source} stores {_SEVERAL_ROLES[match[2]]} as one matrix ({name}), as Phi-3 does; "
+                    f"{source} stores {several} as one matrix ({name}), as Phi-3 does; "
                     "give a model that stores them apart, as Llama does."
                 )
     if len(places) > 1:
@@ -164,21 +183,78 @@ def _check_whole(source: str, matrices: list[Matrix], heads: dict, promised: int
                 f"{source} stores {matrix.role} of layer {matrix.layer} as {matrix.dtype}; "
                 "spectra need float64, float32, float16 or bfloat16 weights, not a quantised copy."
             )
+    if promised > (last := max(matrix.layer for matrix in matrices)) + 1:
+        raise ValueError(f"{source} ends at layer {last}, its config.json speaks of {promised} layers; give the whole model.")
+
+
+def _first_gap(matrices: list[Matrix]) -> tuple[int, str] | None:
+    """The first layer that lacks what another has, and the role that it lacks: empty for a layer without any matrix."""
     layers: dict[int, set] = {}
     for matrix in matrices:
         layers.setdefault(matrix.layer, set()).add((matrix.role, matrix.expert))
     everything = set().union(*layers.values())
-    everything |= {(role, -1) for role in BLOCK_ROLES if role not in {found for found, _ in everything}}
-    if promised > max(layers) + 1:
-        raise ValueError(
-            f"{source} ends at layer {max(layers)}, its config.json speaks of {promised} layers; give the whole model."
-        )
     for layer in range(max(layers) + 1):
-        missing = everything - layers.get(layer, set())
-        if missing == everything:
-            raise ValueError(f"{source} has no layer {layer}, though it has a layer {max(layers)}; give the whole model.")
-        if missing:
-            raise ValueError(f"{source} has no {min(missing)[0]} in layer {layer}; give the whole model.")
+        if missing := everything - layers.get(layer, set()):
+            return layer, min(missing)[0] if layer in layers else ""
+    return None
+
+
+def _check_alike(source: str, matrices: list[Matrix], absent: list[str], headless: bool, is_whole: bool) -> None:
+    """Refuses layers that are not alike, or not all there; a role that no layer has is the family's way where all is there."""
+    gap = _first_gap(matrices)
+    if is_whole:
+        if gap:
+            lacking = f"no {gap[1]} in layer {gap[0]}, where others have one" if gap[1] else f"no known matrix in layer {gap[0]}"
+            raise ValueError(f"{source} is whole, but has {lacking}; spectra need a model whose layers are alike.")
+        if headless:
+            raise ValueError(f"{source} is whole, but its head is not named lm_head; give a model whose head is.")
+        return
+    if gap and not gap[1]:
+        raise ValueError(
+            f"{source} has no layer {gap[0]}, though it has a layer {layer_count(matrices) - 1}; give the whole model."
+        )
+    if gap or absent:
+        layer, role = gap or (0, min(absent))
+        raise ValueError(f"{source} has no {role} in layer {layer}; give the whole model, a folder with its config.json.")
+    raise ValueError(f"{source} has no lm_head, and its config.json ties none to the embedding; give the whole model.")
+
+
+def _warn_of_the_rest(source: str, matrices: list[Matrix], absent: list[str], others: list[str]) -> None:
+    """Says of a whole model which matrices the analysis does not see."""
+    if absent:
+        found = ", ".join(dict.fromkeys(matrix.role for matrix in matrices))
+        warnings.warn(f"{source} is whole, but has no {', '.join(absent)}; spectra are those of its {found}.", stacklevel=3)
+    if others:
+        named = ", ".join(others[:4]) + (", …" if len(others) > 4 else "")
+        warnings.warn(f"{source} has matrices of other roles, which the spectra leave out: {named}.", stacklevel=3)
+
+
+def _loads(folder: Path) -> bool:
+    """Whether transformers finds all of the model in `folder`; False where it does not know it. Raises TensorsDiffer."""
+    try:
+        check_loads(folder)
+    except TensorsDiffer:
+        raise
+    except ValueError:
+        return False
+    return True
+
+
+def _is_tied(folder: Path) -> bool:
+    """Whether the head is the embedding by config.json, or by what its family does where that says nothing."""
+    return with_defaults(read_config(folder)).get("tie_word_embeddings") is not False
+
+
+def _check_fused(source: str, tensors: dict) -> None:
+    """Refuses fused experts of another layout than Mixtral's, [experts, 2·mlp, hidden] and [experts, hidden, mlp]."""
+    for name, (shape, *_) in tensors.items():
+        if (match := _FUSED_NAME.search(name)) and match[2] == "gate_up_proj":
+            down = tensors.get(name.replace("gate_up_proj", "down_proj"), ((0, shape[2], shape[1] // 2),))[0]
+            if (shape[1], shape[2]) != (2 * down[2], down[1]):
+                raise ValueError(
+                    f"{source} stores the matrices of its experts the other way round ({name} of shape {list(shape)}), as "
+                    "Llama 4 and GPT-OSS do; give a model that stores them as [experts, rows, columns], as Mixtral does."
+                )
 
 
 def _module_tensors(model: torch.nn.Module) -> dict[str, tuple]:

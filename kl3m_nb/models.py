@@ -138,10 +138,7 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
     elif not is_hub_id(name):
         raise ValueError(f"There is no checkpoint folder {folder}; train one first, or name a folder or a hub id OWNER/NAME.")
     try:
-        # What a config.json says of attention would win over an argument, and may name code on the hub.
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        config._attn_implementation = attention
-        model = load_whole(name, config=config, dtype=torch.float32)
+        model = load_whole(name, attention, torch.float32)
     except TensorsDiffer:
         raise
     except REFUSALS as error:
@@ -187,8 +184,8 @@ def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:
     """
     if (family := config.get("model_type")) not in TRAINED_FAMILIES:
         raise ValueError(
-            f"The checkpoint {folder} is a {family}; only {' and '.join(TRAINED_FAMILIES)} models can be trained here, and others "
-            "evaluated (docs/families.md)."
+            f"The checkpoint {folder} is a {family}; only {' and '.join(TRAINED_FAMILIES)} models can be trained here "
+            "(docs/families.md)."
         )
     wanted = model_config(profile.model).to_dict()
     for key in (
@@ -290,7 +287,9 @@ def forward_body(
     FlashAttention 2. Raises ValueError where that would mix the documents.
     """
     if type(model) not in OWN_FAMILIES:
-        raise ValueError(f"The forward pass of training is that of Llama and Mixtral; a {type(model).__name__} cannot be trained.")
+        raise ValueError(
+            f"The forward pass of training is that of Llama and Mixtral; a {type(model).__name__} cannot be trained."
+        )
     body, attention = model.model, model.config._attn_implementation
     if document_ids is not None and len(input_ids) > 1 and attention == "flash_attention_2":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which checkpoints can be stacked: decoders that hold embedding, final norm and all of their blocks, which are of one kind."""
+"""Which checkpoints can be stacked: decoders that hold all of their blocks, which are of one kind and named model.layers.N."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from kl3m_nb.stored_tensors import DTYPES, StoredTensor
 
 BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
 EMBEDDING = "model.embed_tokens.weight"
-_OUTSIDE_THE_BLOCKS = (EMBEDDING, "model.norm.weight")
 
 
 def block_count(source: Path, config: dict, tensors: Mapping[str, StoredTensor]) -> int:
@@ -25,7 +24,12 @@ def block_count(source: Path, config: dict, tensors: Mapping[str, StoredTensor])
             f"{source} is a {config.get('model_type', 'model')} with tensors like {min(tensors, default='none')}; "
             "only a decoder whose blocks are named model.layers.N. can be stacked, such as Llama, Mistral, Qwen or Mixtral."
         )
-    layers = config.get("num_hidden_layers", 0)
+    if "num_hidden_layers" not in config:
+        raise ValueError(
+            f"{source} is a {config.get('model_type', 'model')} with no num_hidden_layers in config.json; only a decoder whose "
+            "depth stands there can be stacked, such as Llama, Mistral, Qwen or Mixtral."
+        )
+    layers = config["num_hidden_layers"]
     if type(layers) is not int:
         raise ValueError(f"{source} has num_hidden_layers {layers!r} in config.json; it must be a whole number, correct it.")
     if found != set(range(layers)):
@@ -33,15 +37,16 @@ def block_count(source: Path, config: dict, tensors: Mapping[str, StoredTensor])
             f"{source} names {layers} layers in config.json and holds the blocks {_ranges(found)} as model.layers.N.; "
             "a decoder checkpoint that holds all of its blocks is needed."
         )
-    if missing := [name for name in _OUTSIDE_THE_BLOCKS if name not in tensors]:
-        raise ValueError(f"{source} holds no {missing[0]}; a decoder checkpoint with embedding and final norm is needed.")
     for key in PER_BLOCK:
         if (settings := config.get(key)) and (not isinstance(settings, list) or len(settings) < layers):
             raise ValueError(f"{source} has no list of {layers} {key}, one for each layer, in config.json; correct it.")
     if config.get("quantization_config"):
         raise ValueError(f"{source} has a quantization_config in config.json; stack the original of a quantised model.")
     if foreign := sorted({tensor.dtype for tensor in tensors.values()} - DTYPES.keys()):
-        raise ValueError(f"{source} holds tensors of the type {foreign[0]}; stack the original of a quantised model.")
+        raise ValueError(
+            f"{source} holds tensors of the type {foreign[0]}, and only floating-point ones are stacked; of a quantised model "
+            "stack the original."
+        )
     blocks: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
     for name, tensor in tensors.items():
         if match := BLOCK.match(name):

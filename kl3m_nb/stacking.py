@@ -155,8 +155,8 @@ def verify_stack(source: str | Path, target: str | Path) -> int:
 
     The `stack.json` must be the one that stacking `source` writes (folders may have been moved), and so must `config.json`.
 
-    Raises ValueError naming the first thing that differs, for a tensor that transformers would draw at random or leave out, or for
-    a source that cannot be stacked, a target that is no stack, is damaged or was trained since.
+    Raises ValueError naming the first thing that differs, for a tensor that transformers would draw at random or leave out, or
+    for a source that cannot be stacked, a target that is no stack, is damaged or was trained since.
     """
     source, target = paths.find(source), paths.resolve(target)
     made = model_folder.read_stack(target)
@@ -244,8 +244,8 @@ def _laid_out(
 def _parameters(plan: list[_TargetTensor], config: dict) -> int:
     """The numbers that the model of these tensors has: without old files' buffers and a second copy of a tied embedding."""
     stored = {tensor.name: tensor.source for tensor in plan if not tensor.name.endswith("rotary_emb.inv_freq")}
-    embedding, head = stored[EMBEDDING], stored.get("lm_head.weight")
-    if head and with_defaults(config).get("tie_word_embeddings") and embedding.holds_the_same(head):
+    embedding, head = stored.get(EMBEDDING), stored.get("lm_head.weight")
+    if embedding and head and with_defaults(config).get("tie_word_embeddings") and embedding.holds_the_same(head):
         del stored["lm_head.weight"]  # transformers ties no head that differs
     return sum(tensor.elements for tensor in stored.values())
 

@@ -69,7 +69,7 @@ def test_a_lost_expert_is_an_error(folders, tmp_path):
     lost = next(name for name in load_file(folders / "mixture" / "model.safetensors") if "experts.1.w1" in name)
     folder = changed(folders / "mixture", tmp_path / "other", without(lost))
     for load in (models.load_model, loading.check_loads):
-        with pytest.raises(ValueError, match="experts of .* cannot be put together"):
+        with pytest.raises(ValueError, match=r"experts of .* cannot be put together"):
             load(folder)
 
 
@@ -88,8 +88,9 @@ def test_what_old_files_and_ties_leave_out_or_add_is_no_fault(folders, tmp_path,
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("hidden_size", "32"), ("num_hidden_layers", [2]), ("num_attention_heads", 0), ("rope_parameters", 5), ("hidden_act", "no"),
-        ("model_type", "no"), ("vocab_size", -3), ("intermediate_size", None), ("tie_word_embeddings", "yes"), ("rms_norm_eps", "x"),
+        ("hidden_size", "32"), ("num_hidden_layers", [2]), ("num_attention_heads", 0), ("rope_parameters", 5),
+        ("hidden_act", "no"), ("model_type", "no"), ("vocab_size", -3), ("intermediate_size", None),
+        ("tie_word_embeddings", "yes"), ("rms_norm_eps", "x"),
     ],
 )  # fmt: skip
 def test_a_forged_config_is_one_sentence_for_training_and_for_stacking(folders, tmp_path, key, value):

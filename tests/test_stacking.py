@@ -196,7 +196,7 @@ def test_sources_that_cannot_be_stacked_are_refused_with_the_reason(tmp_path):
         ("shards", "lacks the .safetensors shard model-00002"),
         ("bin", "holds pytorch_model.bin"),
         ("odd", "not of one kind"),
-        ("int8", "type I8; stack the original"),
+        ("int8", "type I8, .* stack the original"),
     ):
         with pytest.raises(ValueError, match=words) as caught:
             stacking.stack_checkpoint(tmp_path / name, tmp_path / "target")
@@ -212,8 +212,8 @@ def _folder_of(model, folder):
 @pytest.mark.parametrize(
     ("settings", "tensor", "words"),
     [
-        ({}, "model.norm.weight", r"holds no model\.norm\.weight"),
-        ({}, "model.embed_tokens.weight", r"holds no model\.embed_tokens\.weight"),
+        ({}, "model.norm.weight", r"lacks 1 tensor \(model\.norm\.weight\)"),
+        ({}, "model.embed_tokens.weight", r"lacks .*model\.embed_tokens\.weight"),
         ({"num_hidden_layers": "2"}, "", "num_hidden_layers '2' in config.json; it must be a whole number"),
         ({"layer_types": ["full_attention"]}, "", "has no list of 2 layer_types, one for each layer, in config.json"),
         ({"num_hidden_layers": None}, "", "num_hidden_layers None"),
