@@ -11,10 +11,12 @@ a normal / an exponential / a log-normal distribution, one a document (in bracke
     bootstrap-t of families                                  91 / 90 / 87%    (90 / 87 / 83%)
     BCa bootstrap of families (scipy)                        80 / 77 / 74%    (80 / 80 / 74%)
     t, a variance for each family (CR2, Satterthwaite)      100 / 99 / 98%    (100 / 99 / 98%), twice as wide
-    t, one variance for all families, what is done here      98 / 97 / 95%    (97 / 97 / 94%)
+    t, one variance for all families, what is done here      98 / 96 / 94%    (98 / 97 / 96%)
 
 Two families hold 69% of the text. Resampling is blind to what they could have been, since their own two values are all it has of
-them; and a variance that is mostly their own two squares has one to two degrees of freedom.
+them; and a variance that is mostly their own two squares has one to two degrees of freedom. With values shared wholly by a family
+what is done here holds 96 / 94 / 92%. On all 43 held-out licences, with independent values, it holds 100 / 99 / 98%: a family of
+ten texts then varies less than is assumed, so the interval is too wide.
 """
 
 from __future__ import annotations
