@@ -196,7 +196,10 @@ class Forecast:
 
 FIRST_CUT = 0.3  # share of the planned steps before which no forecast was tested, and none is made
 CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-CALIBRATED = ""
+CALIBRATED = (  # each run judged by a band that was measured on the others; a test counts them again
+    "4,509 of 4,530 forecasts held (99.5%) on evaluations held back; of the 50 with an upper end 50. They are of 36 small runs, "
+    "27 from scratch and 9 grown (1,074 of 1,095 held)"
+)
 
 
 def forecast_match(held_out: pd.DataFrame, reference_loss: float, planned: ScheduleSpec) -> Forecast:
@@ -290,7 +293,7 @@ def coverage(tested: pd.DataFrame) -> str:
     if tested.empty:
         return "no forecast could be tested on evaluations held back"
     ended = tested[tested["status"] == "forecast"]
-    held = f"{tested['held'].sum():,} of {len(tested):,} forecasts held ({tested['held'].mean():.0%})"
+    held = f"{tested['held'].sum():,} of {len(tested):,} forecasts held ({tested['held'].mean():.1%})"
     return f"{held} on evaluations held back; of the {len(ended):,} with an upper end {ended['held'].sum():,}"
 
 

@@ -124,7 +124,7 @@ def compare_growth(source: pd.DataFrame, grown: pd.DataFrame, scratch: pd.DataFr
 
 def _steps(crossing: growth.Crossing) -> str:
     if not crossing.reached:
-        return f"did not reach it in {crossing.low:,.0f} steps"
+        return f"had not reached it at its end, step {crossing.low:,.0f}"
     return f"reached it between steps {crossing.low:,.0f} and {crossing.high:,.0f}"
 
 

@@ -211,12 +211,12 @@ def test_over_training_shows_what_was_logged_and_what_was_evaluated():
 def test_quality_match_marks_what_is_known_and_says_what_is_not():
     planned = ScheduleSpec(max_steps=4000, warmup_steps=1, min_lr_ratio=1.0)
     run = pd.DataFrame({"step": np.arange(21) * 100, "held_out_loss": [9.0, *(4 - 0.3 * np.log(np.arange(1, 21) * 100))]})
-    forecasts = [forecast_match(run, reference, planned) for reference in (2.136, 1.68, 0.5)]
+    forecasts = [forecast_match(run, reference, planned) for reference in (2.136, 1.7, 0.5)]
     assert [forecast.status for forecast in forecasts] == ["met", "forecast", "not before"]
     figure = plots.plot_quality_match(run, forecasts)
     [axes] = drawn(figure)
     marks = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "s"]
-    assert marks == [(500, run.held_out_loss[5]), (forecasts[1].step, 1.68)]
+    assert marks == [(500, run.held_out_loss[5]), (2200, 1.7)]
     assert [line.get_xdata()[0] for line in axes.lines if line.get_marker() == ">"] == [forecasts[2].low]
     assert "not before" in texts(figure) and "95% interval" in texts(figure)
     with pytest.raises(ValueError, match="no reference"):

@@ -67,7 +67,7 @@ def test_losses_are_told_as_held_out_and_to_one_precision():
 def test_what_was_never_reached_is_said(tmp_path):
     comparison = compare_growth(_curve([8, 5]), _curve([6, 5, 4.5]), _curve([8, 6, 4]))
     assert math.isnan(comparison.grown.cost)
-    assert "grown did not reach it in 20 steps, from scratch reached it between steps 10 and 20" in comparison.verdict()
+    assert "grown had not reached it at its end, step 20, from scratch reached it between steps 10 and 20" in comparison.verdict()
     assert set(comparison.speedup_table()["reached by"]) == {"scratch only"}
     comparison.save(tmp_path)
     assert pd.read_csv(tmp_path / "speedups.csv").grown.isna().all()

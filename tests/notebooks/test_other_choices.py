@@ -79,7 +79,7 @@ def test_growing_that_does_not_win_is_a_result_with_the_cost_of_what_was_stacked
     saved = pd.read_csv(told["run_dir"] / "losses.csv").set_index("run")
     assert saved.steps.to_dict() == {"source": 2, "grown": 1, "scratch": 6}
     assert pd.read_csv(told["run_dir"] / "speedups.csv").reached.tolist() == ["scratch only"] * 2
-    assert "grown did not reach it in 1 steps, from scratch reached it" in capsys.readouterr().out
+    assert "grown had not reached it at its end, step 1, from scratch reached it" in capsys.readouterr().out
 
 
 def test_a_long_comparison_asks_before_it_trains_and_names_the_run_that_is_missing(short, monkeypatch, capsys):
