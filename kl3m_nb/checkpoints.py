@@ -116,6 +116,7 @@ class BackgroundWriter:
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pool.submit(int).result()  # begins the thread: the system may have none left when a run is to be saved
         self._job: Future[Path] | None = None
 
     def start(self, write: Callable[..., Path], *arguments) -> None:

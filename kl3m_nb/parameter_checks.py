@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def _check_checkpoints(stage: str, values: Mapping[str, object]) -> None:
                 places = " or ".join(map(str, dict.fromkeys((Path.cwd(), paths.project_root()))))
                 raise ValueError(
                     f"The parameter {key} names no checkpoint {name} below {places}; give a checkpoint folder"
-                    f"{'' if stage == 'stack' else ' or a hub id OWNER/NAME'}."
+                    f"{'' if stage == 'stack' else ' or a hub id OWNER/NAME'}"
+                    f"{', in quotes where it holds a comma or blank' if key == 'others' else ''}."
                 )
 
 
@@ -182,7 +184,7 @@ def _check_run(stage: str, values: Mapping[str, object], profile: Profile) -> No
 def _place(checkpoint: str | Path) -> Path | None:
     """Where a checkpoint lies; None where it does not, as a hub id."""
     place = paths.find(checkpoint)
-    return place if place.exists() else None
+    return place if os.path.exists(place) else None  # also for a name that is too long for one
 
 
 def _check_role(values: Mapping[str, object]) -> None:

@@ -59,10 +59,10 @@ def find(path: str | os.PathLike) -> Path:
     An absolute path is taken as it is. Where nothing is there, as of a hub id, it is the place below the root.
     """
     here = Path(os.path.abspath(Path(path).expanduser()))
-    return here if here.exists() else Path(os.path.abspath(resolve(path)))
+    return here if os.path.exists(here) else Path(os.path.abspath(resolve(path)))
 
 
 def located(name: str | os.PathLike) -> str:
     """`find` of a relative name as text, where something lies there; else the name as it is: absolute, or a hub id."""
     place = find(name)
-    return str(place) if place.exists() and not os.path.isabs(name) else os.fspath(name)
+    return str(place) if os.path.exists(place) and not os.path.isabs(name) else os.fspath(name)

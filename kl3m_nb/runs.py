@@ -94,10 +94,8 @@ def named_checkpoints(profile_name: str, given: Mapping[str, str], others: str |
 def listed(others: str | list[str]) -> list[str]:
     """The checkpoints that a notebook's parameter `others` names, as a list or in one text, as `values.listed` reads it.
 
-    A text that names one checkpoint as it stands, such as a path with blanks in it, is that. Raises ValueError for anything else.
+    Raises ValueError for anything else.
     """
-    if isinstance(others, str) and others.strip() and paths.find(others).exists():
-        return [others]
     try:
         return values.listed(others)
     except ValueError as error:

@@ -7,6 +7,7 @@ type that is wanted decides what they mean.
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 from collections.abc import Hashable
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import yaml
 
+from kl3m_nb.paths import find
 from kl3m_nb.plain_files import read_plain
 
 MOST_BYTES = 2**20  # of a parameter file
@@ -56,12 +58,15 @@ def _number(kind: str, value: float | str) -> int | float:
 def listed(value: str | list) -> list[str]:
     """The texts of a list, or those in one text: between commas or blanks, in quotes where they hold one themselves.
 
-    Raises ValueError as `cast` for anything else, and for a quote that is not closed.
+    A text that is the path of something, such as one with blanks in it, is taken as it stands. Raises ValueError as `cast` for
+    anything else, and for a quote that is not closed.
     """
     if not isinstance(value, str):
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
             raise ValueError
         return value
+    if value.strip() and os.path.exists(find(value)):
+        return [value]
     words = shlex.shlex(value, posix=True)
     words.whitespace += ","
     words.whitespace_split, words.commenters = True, ""

@@ -558,6 +558,19 @@ def test_other_signals_to_stop_save_and_may_come_again(tmp_path, monkeypatch, tr
     _assert_same_run(tmp_path / "run", trained_run[0])
 
 
+def test_a_system_that_gives_no_more_threads_costs_no_checkpoint(tmp_path, monkeypatch):
+    def none_left(*_):
+        raise RuntimeError("can't start new thread")
+
+    def stop():
+        monkeypatch.setattr(threading.Thread, "start", none_left)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt, match="step 2 is saved"):
+        training.train(small_profile(clamp_every=0), tmp_path / "run", callbacks=[at_step(2, stop)])  # a clamp asks for some
+    assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000002"
+
+
 def test_a_run_that_is_to_outlive_its_terminal_is_not_stopped_by_its_end(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:

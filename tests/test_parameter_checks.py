@@ -12,7 +12,7 @@ from papermill.parameterize import parameterize_notebook
 
 from kl3m_nb import checkpoints, models, parameter_checks, parameters, run_folder, runs
 from kl3m_nb.parameter_checks import check_notebook
-from kl3m_nb.parameters import find_notebook, read_parameters
+from kl3m_nb.parameters import check_parameters, find_notebook, read_parameters
 from kl3m_nb.profiles import get_profile
 
 SOURCE, STACKING, TRAINING, SPECTRA, GENERATION, GROWTH = runs.NOTEBOOK_STAGES
@@ -106,7 +106,11 @@ def test_a_name_that_papermill_injected_and_no_notebook_has_is_refused(notebook)
 
 
 def test_a_list_that_came_as_text_is_accepted(tmp_path):
-    (tmp_path / "a b").mkdir()
+    drive = tmp_path / "My Drive, mine" / "m"
+    models.build_model(small_profile()).save_pretrained(drive)
+    assert check_parameters(find_notebook(GENERATION), {"others": str(drive)}) == {"others": [str(drive)]}
+    with pytest.raises(ValueError, match=r"others names no checkpoint .*/My below .* in quotes where it holds a comma or blank"):
+        _check(GENERATION, others=f"{drive} owner/name")
     with pytest.raises(ValueError, match="others names no checkpoint owner/a/b below"):
         _check(GENERATION, others="owner/c owner/a/b")
     with pytest.raises(ValueError, match="others names no checkpoint c d below"):

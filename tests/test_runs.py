@@ -87,6 +87,8 @@ def test_other_checkpoints_may_have_blanks_and_commas_in_their_paths(tmp_path, m
     assert runs.listed("'My Drive/m', \"a,b\" owner/name") == ["My Drive/m", "a,b", "owner/name"]
     assert runs.listed(["My Drive/m", "a,b"]) == ["My Drive/m", "a,b"]
     assert runs.listed("owner/a,owner/b  owner/c") == ["owner/a", "owner/b", "owner/c"]
+    many = [f"owner/{name * 100}" for name in "abcdefgh"]
+    assert runs.listed(",".join(many)) == many, "longer than a file's name can be"
     assert runs.listed("") == runs.listed([]) == runs.listed(" , ") == []
 
 
