@@ -19,6 +19,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from kl3m_nb.plain_files import unlinked
 from kl3m_nb.progress import naming, replace_text
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
@@ -79,8 +80,8 @@ def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFram
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE), naming(folder / f"{name}.png"):
-        figure.savefig(folder / f"{name}.png")
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        figure.savefig(unlinked(folder / f"{name}.png"))
+        figure.savefig(unlinked(folder / f"{name}.pdf"), metadata={"CreationDate": None})
     replace_text(folder / f"{name}.csv", data.to_csv(index=False))
     return folder / f"{name}.png"
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from kl3m_nb import paths
@@ -72,21 +72,28 @@ def _lies_within(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def model_files(folder: Path, weights: bool = False) -> list[Path]:
+def model_files(folder: Path) -> list[Path]:
     """The files of a model in `folder`, told by their names; whatever else lies there does not belong to it.
 
-    `weights`: with those that `weight_files` gives, and their index. Raises ValueError for a link that leads out of the folder:
-    what it points to would be copied, and published, along. A snapshot in the hub's cache consists of links within the cache.
+    They are its weights, as `weight_files` gives them, with their index, and what the libraries read beside them. Raises
+    ValueError as `weight_files` and `require_own` do.
     """
     found = [folder / name for name in _MODEL_FILES if (folder / name).is_file()]
-    if weights:
-        shards = weight_files(folder)
-        found += shards if shards == [folder / "model.safetensors"] else [*shards, folder / "model.safetensors.index.json"]
+    shards = weight_files(folder)
+    found += shards if shards == [folder / "model.safetensors"] else [*shards, folder / "model.safetensors.index.json"]
+    require_own(folder, found)
+    return found
+
+
+def require_own(folder: Path, files: Iterable[Path]) -> None:
+    """Raises ValueError for a link that leads out of `folder`: what it points to would be copied, and published, along.
+
+    A snapshot in the hub's cache consists of links within the cache, which are taken.
+    """
     home = (folder.parent.parent if folder.parent.name == "snapshots" else folder).resolve()
-    for path in found:
+    for path in files:
         if not path.resolve().is_relative_to(home):
             raise ValueError(f"{path} is a link to {path.resolve()}, which is no file of the model; put the file itself there.")
-    return found
 
 
 def read_config(folder: Path) -> dict:
@@ -95,23 +102,22 @@ def read_config(folder: Path) -> dict:
     Raises ValueError when it is no JSON object, a number that a decoder needs is none, it names other weights than
     `weight_files` does, or code of the hub to compute attention with.
     """
-    path = folder / "config.json"
-    config = read_json(path)
+    config = read_json(folder / "config.json")
     for key in _COUNTS:
         if not isinstance(config.get(key, 0), int | None) or isinstance(config.get(key), bool):
             raise ValueError(
-                f"{path} has {key} {_shortened(config[key])}, which is no whole number; give a model's own config.json."
+                f"{folder} has {key} {_shortened(config[key])} in config.json; it must be a whole number, correct it."
             )
     own = "model.safetensors" if (folder / "model.safetensors").is_file() else "model.safetensors.index.json"
     if config.get("transformers_weights", own) not in (None, own):
         raise ValueError(
-            f"{path} has transformers_weights {_shortened(config['transformers_weights'])}, and {own} is what is read here; "
-            "remove that entry, or put those weights in its place."
+            f"{folder} has transformers_weights {_shortened(config['transformers_weights'])} in config.json, and {own} is what "
+            "is read here; remove that entry, or put those weights in its place."
         )
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key, value in part.items():
             if key.endswith("attn_implementation") and "/" in str(value):
-                raise ValueError(f"{path} has {key} {_shortened(value)}, which is code from the hub; remove that entry.")
+                raise ValueError(f"{folder} has {key} {_shortened(value)} in config.json, code from the hub; remove that entry.")
     return config
 
 

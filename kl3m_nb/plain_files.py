@@ -28,6 +28,13 @@ def open_plain(path: Path, flags: int) -> int:
     return descriptor
 
 
+def unlinked(path: Path) -> Path:
+    """`path`, to be written anew: a link in its place is removed first, so that what it points to stays as it is."""
+    if path.is_symlink():
+        path.unlink()
+    return path
+
+
 def read_plain(path: Path, most_bytes: int) -> bytes:
     """The content of the regular file `path`, which a link may lead to, as in the hub's cache.
 

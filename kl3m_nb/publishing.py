@@ -122,7 +122,7 @@ def _checked_name(checkpoint: Path, name: str | None) -> str:
 def _published(checkpoint: Path, name: str) -> dict[str, Path | bytes]:
     """What others get of a checkpoint: by its path in the model's folder, the file to copy or the content."""
     files: dict[str, Path | bytes] = {
-        path.relative_to(checkpoint).as_posix(): path for path in model_folder.model_files(checkpoint, weights=True)
+        path.relative_to(checkpoint).as_posix(): path for path in model_folder.model_files(checkpoint)
     }
     files[CARD_FILE] = _named_card(read_card(checkpoint), card_name(checkpoint), name).encode()
     record = checkpoints.stack_record(checkpoint)

@@ -119,7 +119,7 @@ def request_checkpoint(run_dir: str | Path) -> None:
     folder = paths.resolve(run_dir)
     if not (folder / RUN_FILE).is_file():
         raise ValueError(f"{folder} is no run folder, it holds no {RUN_FILE}; name another run.")
-    (folder / SAVE_REQUEST).touch()
+    os.close(open_plain(folder / SAVE_REQUEST, os.O_WRONLY | os.O_CREAT))
 
 
 def take_save_request(run_dir: Path) -> bool:

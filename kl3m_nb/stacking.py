@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 
 from kl3m_nb import model_folder, paths
-from kl3m_nb.cards import CARD_FILE
 from kl3m_nb.display import table_html
 from kl3m_nb.grown_config import check_blocks, grown_config, with_defaults
 from kl3m_nb.loading import check_loads
-from kl3m_nb.model_folder import STACK_IDENTITY, STACK_RECORD, TRAINED_STEPS, weight_files
+from kl3m_nb.model_folder import STACK_IDENTITY, STACK_RECORD, TRAINED_STEPS, WEIGHT_ENDINGS, weight_files
 from kl3m_nb.models import check_checkpoint
 from kl3m_nb.stackable import BLOCK, EMBEDDING, block_count
 from kl3m_nb.stored_tensors import DTYPES, LONGEST_HEADER, PIECE, StoredTensor, read_headers
@@ -33,6 +32,7 @@ from kl3m_nb.stored_tensors import DTYPES, LONGEST_HEADER, PIECE, StoredTensor, 
 ORDERS = ("cyclic", "interpolated", "zero_initialised", "random")
 NEW_BLOCK = -1  # the "source" of a block that is drawn at random
 
+_NOT_COPIED = (*WEIGHT_ENDINGS, STACK_RECORD, "README.md")
 # What writes into the residual stream; with these at zero a block passes its input on unchanged. w2 is Mixtral's down_proj.
 _WRITES_RESIDUAL = re.compile(r"\.(o_proj|down_proj|w2)(\.(weight|bias))?$")
 _HEADER_ENTRY = 100  # bytes at most that name dtype, shape and place of a tensor in a file's header, beside its own name
@@ -111,7 +111,7 @@ def stack_checkpoint(
     """Writes to `target` a checkpoint folder with `factor` times the layers of the one in `source`.
 
     source: a Hugging Face folder of a decoder whose blocks are `model.layers.N.` (Llama, Mistral, Qwen, Mixtral and their like),
-        its weights in one safetensors file or several. The other files of a model in it are copied along.
+        its weights in one safetensors file or several. Everything else in it that is no weight is copied along.
     order: see `block_order`. noise: the share a of noise in every matrix of every copied block, W ← (1 - a)·W + a·ε, with ε
         normal and of W's own standard deviation (inferred: no scale is given); for the orders cyclic and interpolated.
     seed: of the noise and of random blocks.
@@ -139,7 +139,8 @@ def stack_checkpoint(
         return summary
     grown = grown_config(config, summary.block_sources)
     check_blocks(source, config, grown, summary.block_sources)
-    along = [path for path in model_folder.model_files(source) if path.name not in (STACK_RECORD, CARD_FILE)]
+    along = [path for path in source.iterdir() if path.is_file() and not path.name.endswith(_NOT_COPIED)]
+    model_folder.require_own(source, along)
     with model_folder.written_whole(target) as temporary:
         for path in along:
             shutil.copy(path, temporary / path.name)

@@ -95,6 +95,14 @@ def test_kept_values_that_cannot_be_the_matrixs_are_computed_anew(known, forged)
     assert SpectrumCache(kept)._values.keys() == load_numpy(kept).keys()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_kept_values_of_a_type_that_numpy_lacks_are_computed_anew(known, dtype):
+    before = spectra.model_spectra(known.trained)
+    [kept] = (known.trained / SPECTRA_FOLDER).iterdir()
+    save_file({key: torch.tensor(values).to(dtype) for key, values in load_numpy(kept).items()}, kept)
+    assert spectra.model_spectra(known.trained).equals(before)
+
+
 def test_a_disk_that_is_full_is_a_warning(known):
     with files_up_to(1000), pytest.warns(UserWarning, match="are not kept: .* cannot be written"):
         assert len(spectra.model_spectra(known.trained)) == 4 * 7 + 1

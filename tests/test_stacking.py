@@ -166,15 +166,15 @@ def test_random_blocks_are_those_of_a_fresh_model(source, tmp_path):
     assert torch.equal(after["model.layers.1.mlp.up_proj.weight"], before["model.layers.1.mlp.up_proj.weight"])
 
 
-def test_a_models_own_files_are_copied_and_other_formats_of_the_weights_and_strays_are_not(source, tmp_path):
+def test_what_is_no_weight_is_copied_and_other_formats_of_the_weights_are_not(source, tmp_path):
     folder = tmp_path / "source"
     shutil.copytree(source, folder)
     for name in ("pytorch_model.bin", "consolidated.safetensors", "notes.txt"):
         (folder / name).write_bytes(b"x")
     summary = stacking.stack_checkpoint(folder, tmp_path / "stack", factor=2)
     names = {path.name for path in (tmp_path / "stack").iterdir()}
-    assert {"tokenizer.json", "generation_config.json", "stack.json"} <= names
-    assert not names & {"pytorch_model.bin", "consolidated.safetensors", "notes.txt", "README.md", "training_state"}
+    assert {"tokenizer.json", "generation_config.json", "notes.txt", "stack.json"} <= names
+    assert not names & {"pytorch_model.bin", "consolidated.safetensors", "README.md", "training_state"}
     assert summary.source_sha256.keys() == {"model.safetensors"}
 
 
