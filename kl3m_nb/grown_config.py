@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 from torch import nn
-from transformers import AutoConfig
 
-from kl3m_nb.loading import REFUSALS, empty_model, reason
+from kl3m_nb.loading import REFUSALS, empty_model, read_config, reason
 
 # Lists of some families with an entry for each block, ...
 PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers", "indexer_types", "layer_rope_theta")
@@ -80,8 +78,7 @@ def _described(block: nn.Module) -> dict[str, object]:
 
 def with_defaults(config: dict) -> dict:
     """`config` with what transformers adds to it; as it is when the family is unknown here or its values are refused."""
-    settings = copy.deepcopy(config)
     try:
-        return AutoConfig.for_model(settings.pop("model_type", None), **settings).to_dict()
+        return read_config(config).to_dict()
     except REFUSALS:
         return config

@@ -5,8 +5,9 @@ transformers loads what fits by name, draws the rest at random and says so in a 
 
 from __future__ import annotations
 
-import copy
+import json
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -61,10 +62,16 @@ def check_loads(folder: Path) -> None:
         raise ValueError(f"transformers cannot load {folder} ({reason(error)}); correct its config.json.") from error
 
 
+def read_config(config: Mapping) -> PreTrainedConfig:
+    """What transformers reads from a config.json that holds `config`. Raises whatever it raises (`REFUSALS`)."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
 def empty_model(config: Mapping) -> PreTrainedModel:
     """The model of a config.json on the meta device, without weights. Raises whatever transformers raises (`REFUSALS`)."""
-    settings = copy.deepcopy(dict(config))
-    made = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    made = read_config(config)
     with torch.device("meta"):
         return _model_class(made)(made)
 

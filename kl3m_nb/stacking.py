@@ -34,7 +34,10 @@ NEW_BLOCK = -1  # the "source" of a block that is drawn at random
 
 _NOT_COPIED = (*WEIGHT_ENDINGS, STACK_RECORD, "README.md")
 # What writes into the residual stream; with these at zero a block passes its input on unchanged. w2 is Mixtral's down_proj.
-_WRITES_RESIDUAL = re.compile(r"\.(o_proj|down_proj|w2)(\.(weight|bias))?$")
+_WRITES_RESIDUAL = re.compile(r"\.(o_proj|down_proj|w2)((\.|_)(weight|bias))?$")
+_READS_RESIDUAL = re.compile(
+    r"\.(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|w1|w3|\w*gate|router)((\.|_)(weight|bias))?$"
+)
 _HEADER_ENTRY = 100  # bytes at most that name dtype, shape and place of a tensor in a file's header, beside its own name
 
 
@@ -224,6 +227,8 @@ def _laid_out(
     """The stack of a source with these tensors and hashes that has the factor, order, noise and seed of `asked`."""
     factor, order, noise, seed = asked
     layers = config["num_hidden_layers"]
+    if order == "zero_initialised":
+        _require_writers(source, tensors)
     blocks = block_order(layers, factor, order)
     plan = _plan(tensors, blocks, order, noise, seed, config.get("initializer_range", 0.02))
     summary = StackSummary(
@@ -240,6 +245,16 @@ def _laid_out(
         parameters=_parameters(plan, config),
     )
     return plan, summary
+
+
+def _require_writers(source: Path, tensors: dict[str, StoredTensor]) -> None:
+    """Refuses blocks of which it is not known what they write into the residual stream, and through which matrices."""
+    matrices = [name for name, tensor in tensors.items() if BLOCK.match(name) and len(tensor.shape) > 1]
+    writers = {match[1] for name in matrices if (match := _WRITES_RESIDUAL.search(name))}
+    unknown = [name for name in matrices if not _WRITES_RESIDUAL.search(name) and not _READS_RESIDUAL.search(name)]
+    if unknown or "o_proj" not in writers or not writers & {"down_proj", "w2"}:
+        what = f"{unknown[0]} in its blocks" if unknown else "no o_proj and down_proj in its blocks"
+        raise ValueError(f"{source} has {what}, and zeros make only Llama-like blocks add nothing; choose another order.")
 
 
 def _parameters(plan: list[_TargetTensor], config: dict) -> int:

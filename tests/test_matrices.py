@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from kl3m_nb import matrices, stacking
 from kl3m_nb.matrices import BLOCK_ROLES, HEAD_LAYER, find_matrices, layer_count
@@ -240,3 +240,58 @@ def test_what_is_not_there_or_cut_off_is_told(folder, tmp_path):
     shutil.move(lost, tmp_path)
     with pytest.raises(ValueError, match=rf"lacks the .safetensors shard {lost.name}"):
         find_matrices(tmp_path / "shards")
+
+
+def of_family(tmp_path, name: str, **settings):
+    """A folder of a small model of another family, and the model."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, num_hidden_layers=2, head_dim=4, pad_token_id=0, **{**SHAPE, **settings})
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / name)
+    return tmp_path / name, model
+
+
+@pytest.mark.parametrize("family", ["llama4_text", "gpt_oss"])
+def test_experts_stored_the_other_way_round_are_refused_and_not_cut_across(tmp_path, family):
+    folder, model = of_family(tmp_path, family, num_local_experts=3, num_experts_per_tok=1, interleave_moe_layer_step=1)
+    for place in (folder, model):
+        with pytest.raises(ValueError, match=r"experts the other way round \(.*gate_up_proj of shape \[3, 16, 48\]\)"):
+            find_matrices(place)
+
+
+def test_a_whole_model_without_a_gate_gives_what_it_has_and_says_so(tmp_path):
+    folder, model = of_family(tmp_path, "nemotron")
+    for place in (folder, model):
+        with pytest.warns(UserWarning, match="is whole, but has no gate_proj; spectra are those of its .*up_proj, down_proj"):
+            found = contents(place)
+        assert {role for _, role, _ in found} == {*matrices.ROLES} - {"gate_proj"}
+        assert torch.equal(found[1, "up_proj", -1], model.model.layers[1].mlp.up_proj.weight)
+    lost = load_file(folder / "model.safetensors")
+    del lost["model.layers.0.mlp.up_proj.weight"], lost["model.layers.1.mlp.up_proj.weight"]
+    save_file(lost, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 2 tensors \(model\.layers\.0\.mlp\.up_proj\.weight"):
+        find_matrices(folder)
+
+
+def test_matrices_of_no_known_role_are_named_and_taken_for_no_other(tmp_path):
+    experts = dict(num_experts=3, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8)
+    with pytest.warns(UserWarning, match="leave out: .*shared_expert.up_proj"):
+        find_matrices(of_family(tmp_path, "qwen2_moe", **experts)[0])
+    folder, model = of_family(tmp_path, "afmoe", num_dense_layers=2)  # its attention has a gate_proj too
+    with pytest.warns(UserWarning, match="leave out: self_attn.gate_proj"):
+        assert torch.equal(contents(folder)[0, "gate_proj", -1], model.model.layers[0].mlp.gate_proj.weight)
+
+
+def test_a_whole_model_whose_layers_differ_is_not_called_half(tmp_path):
+    folder, _ = of_family(tmp_path, "afmoe", num_dense_layers=1, num_experts=3, moe_intermediate_size=8)
+    with pytest.raises(ValueError, match="is whole, but has no .* spectra need a model whose layers are alike"):
+        find_matrices(folder)
+
+
+def test_an_untied_head_that_is_lost_is_not_replaced_by_the_embedding(tmp_path):
+    llama(tied=False).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensor \(lm_head\.weight\)"):
+        find_matrices(tmp_path)
