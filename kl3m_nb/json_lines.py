@@ -43,7 +43,7 @@ def read_lines(path: Path, offset: int) -> Iterator[tuple[int, bytes | None]]:
             passed_over = passed_over + max(len(line), _COST_OF_A_LINE) if is_long or line.isspace() else 0
             if passed_over > MOST_PASSED_OVER:
                 raise ValueError(
-                    f"{path} has a stretch of blank or too long lines beyond the limit of {MOST_PASSED_OVER:,} bytes, a blank line "
+                    f"{path} has blank or too long lines beyond the limit of {MOST_PASSED_OVER:,} bytes, a blank line "
                     f"counted as {_COST_OF_A_LINE}; {skip_remedy(path)}."
                 )
             yield offset, None if is_long else line
