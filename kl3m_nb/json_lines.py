@@ -42,7 +42,10 @@ def read_lines(path: Path, offset: int) -> Iterator[tuple[int, bytes | None]]:
             offset += len(line)
             passed_over = passed_over + max(len(line), _COST_OF_A_LINE) if is_long or line.isspace() else 0
             if passed_over > MOST_PASSED_OVER:
-                raise ValueError(f"{path} has more than {MOST_PASSED_OVER:,} bytes in a row without a row; {skip_remedy(path)}.")
+                raise ValueError(
+                    f"{path} has blank or too long lines beyond the limit of {MOST_PASSED_OVER:,} bytes, a blank line "
+                    f"counted as {_COST_OF_A_LINE}; {skip_remedy(path)}."
+                )
             yield offset, None if is_long else line
 
 
@@ -88,7 +91,7 @@ def _check_beginning(file: io.BufferedReader, path: Path) -> None:
     encoding = json.detect_encoding(beginning)
     start = beginning[: len(beginning) // 4 * 4].decode(encoding, errors="replace").lstrip("\ufeff\0 \t\r\n")[:1]
     if encoding not in ("utf-8", "utf-8-sig") and start in ("{", "["):  # else a damaged first row
-        name = encoding[:6].upper()
+        name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
         raise WrongFile(f"{path} is {name} and not UTF-8 text; convert it, `iconv -f {name} -t UTF-8`, or {skip_remedy(path)}.")
     if re.match(rb"\s*(\[\s*\{|[\[{]\s*?\n)", beginning.removeprefix(codecs.BOM_UTF8)):
         raise WrongFile(

@@ -14,7 +14,7 @@ from kl3m_nb.json_lines import changed
 from kl3m_nb.sources import COLUMNS, listed_columns
 
 _BATCH_ROWS = 256
-_BATCH_BYTES = 2**30  # of text in a batch, at most, were each of its rows as long as all that is stored
+_BATCH_BYTES = 2**28  # of text in a batch, at most, were each of its rows as long as all that is stored
 # What is refused unread: a column of a row group that would unpack to so many bytes and so many times its size on disk.
 _BOMB_BYTES, _BOMB_RATIO = 2**28, 500
 

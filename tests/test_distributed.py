@@ -174,7 +174,7 @@ def _own_folders(tmp_path, ranks: int) -> list[str]:
     ("other", "words"),
     [
         (gzip.compress(b'{"tokens": [9, 9, 9, 9]}\n' * 10), "process 1 has read other documents than process 0; give both the"),
-        (b"cut off", "process 1: ValueError: /proc/self/cwd/b.jsonl.gz is cut off or damaged"),
+        (b"cut off", "process 1: ValueError: /proc/self/cwd/b.jsonl.gz is cut off, damaged"),
     ],
 )
 def test_data_that_is_different_or_broken_on_one_machine_stops_all_of_them(warm_processes, tmp_path, alone, other, words):
