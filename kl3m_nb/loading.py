@@ -91,8 +91,7 @@ def reason(error: Exception) -> str:
 
 def _loaded(model_class: type, shown: str | Path, name: str | None, **settings) -> PreTrainedModel:
     log = logging.getLogger("transformers.modeling_utils")  # its report of many lines says what the error says in one
-    level = log.level
-    log.setLevel(logging.ERROR)
+    log.disabled = True
     try:
         model, info = model_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
     except RuntimeError as error:
@@ -102,7 +101,7 @@ def _loaded(model_class: type, shown: str | Path, name: str | None, **settings) 
             f"The experts of {shown} cannot be put together: a tensor is missing or has another shape; give a whole model."
         ) from error
     finally:
-        log.setLevel(level)
+        log.disabled = False
     _require_whole(shown, info)
     return model
 

@@ -222,7 +222,7 @@ def _check_alike(source: str, matrices: list[Matrix], absent: list[str], headles
 def _warn_of_the_rest(source: str, matrices: list[Matrix], absent: list[str], others: list[str]) -> None:
     """Says of a whole model which matrices the analysis does not see."""
     if absent:
-        found = ", ".join(dict.fromkeys(matrix.role for matrix in matrices))
+        found = ", ".join(role for role in BLOCK_ROLES if role not in absent)
         warnings.warn(f"{source} is whole, but has no {', '.join(absent)}; spectra are those of its {found}.", stacklevel=3)
     if others:
         named = ", ".join(others[:4]) + (", …" if len(others) > 4 else "")

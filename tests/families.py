@@ -23,7 +23,8 @@ from kl3m_nb.loading import REFUSALS, reason
 
 TABLE = paths.project_root() / "docs" / "families.md"
 BEST_KNOWN = (
-    "llama", "mixtral", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "cohere", "olmo2", "gpt2", "gpt_oss",
+    "llama", "mixtral", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "cohere", "olmo2", "gpt2",
+    "gpt_oss",
 )  # fmt: skip
 MOST_PARAMETERS = 5_000_000  # beyond these a family has not become small
 ENTRIES = 96
@@ -63,7 +64,8 @@ _OF_FAMILY = {
     "bamba": {"attn_layer_indices": [1]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 4}),
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
     "falcon_h1": {"mamba_d_ssm": 64},
     "xmod": {"default_language": "en_XX"},
     "mamba2": {"expand": 2, "head_dim": 8, "num_heads": 8},
@@ -207,8 +209,8 @@ def table(verdicts: dict[str, Verdict]) -> str:
         f"{transformers.__version__}, tried with a small model of random weights.",
         "`python tests/families.py` writes this page, and `tests/test_families.py` fails where it is out of date.",
         "",
-        "* **evaluate**: losses in notebook 04 and `evaluation` are those of the family's own logits, to 1e-5 nats. Most apply their",
-        "  output embedding to the last hidden state and nothing else; of the others all logits of a row exist at once.",
+        "* **evaluate**: losses in notebook 04 and `evaluation` are those of the family's own logits, to 1e-5 nats. Most families",
+        "  apply their output embedding to the last hidden state and nothing else; of the others all logits of a row exist at once.",
         "* **stack**: `kl3m_nb stack` copies the blocks, and transformers finds every tensor of the stack.",
         "* **train**: notebook 02 and `kl3m_nb train`. Other families are refused by name.",
         "* **spectra**: notebook 03; *no* and *without* name matrices that the family does not have, or that are left out.",

@@ -284,7 +284,7 @@ def test_matrices_of_no_known_role_are_named_and_taken_for_no_other(tmp_path):
 
 def test_a_whole_model_whose_layers_differ_is_not_called_half(tmp_path):
     folder, _ = of_family(tmp_path, "afmoe", num_dense_layers=1, num_experts=3, moe_intermediate_size=8)
-    with pytest.raises(ValueError, match="is whole, but has no .* spectra need a model whose layers are alike"):
+    with pytest.raises(ValueError, match=r"is whole, but has no .* spectra need a model whose layers are alike"):
         find_matrices(folder)
 
 
