@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from kl3m_nb import paths
-from kl3m_nb.plain_files import MOST_JSON_BYTES, read_plain
+from kl3m_nb.plain_files import MAXIMUM_JSON_BYTES, read_plain
 from kl3m_nb.progress import naming
 
 STACK_RECORD = "stack.json"  # what a stack was made of, beside it or beside a model that was trained from it
@@ -128,7 +128,7 @@ def _shortened(value: object) -> str:
 
 def json_object(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError with the reason alone when it holds none, OSError when it cannot be read."""
-    content = read_plain(path, MOST_JSON_BYTES)
+    content = read_plain(path, MAXIMUM_JSON_BYTES)
     try:
         found = json.loads(content)
     except RecursionError as error:

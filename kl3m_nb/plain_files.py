@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-MOST_JSON_BYTES = 2**26  # of a record; the index of the largest mixtures takes some 10 MB
+MAXIMUM_JSON_BYTES = 2**26  # of a record; the index of the largest mixtures takes some 10 MB
 
 
 def open_plain(path: Path, flags: int) -> int:
@@ -35,7 +35,7 @@ def unlinked(path: Path) -> Path:
     return path
 
 
-def read_plain(path: Path, most_bytes: int) -> bytes:
+def read_plain(path: Path, maximum_bytes: int) -> bytes:
     """The content of the regular file `path`, which a link may lead to, as in the hub's cache.
 
     Raises ValueError for a pipe, a device or a longer file, OSError like `open`.
@@ -43,9 +43,9 @@ def read_plain(path: Path, most_bytes: int) -> bytes:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("it is no regular file")
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise ValueError(f"it is longer than {most_bytes / 2**20:.0f} MiB")
+        content = file.read(maximum_bytes + 1)
+    if len(content) > maximum_bytes:
+        raise ValueError(f"it is longer than {maximum_bytes / 2**20:.0f} MiB")
     return content
 
 

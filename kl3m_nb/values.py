@@ -18,7 +18,7 @@ import yaml
 from kl3m_nb.paths import find
 from kl3m_nb.plain_files import read_plain
 
-MOST_BYTES = 2**20  # of a parameter file
+MAXIMUM_BYTES = 2**20  # of a parameter file
 KINDS = ("int", "float", "str", "bool", "list")
 
 
@@ -84,7 +84,7 @@ def read_mapping(path: Path) -> dict[str, object]:
     if not path.is_file():
         raise ValueError(f"There is no parameter file {path}; give a YAML file of name: value lines.")
     try:
-        values = yaml.load(read_plain(path, MOST_BYTES).decode("utf-8"), Loader=_AsWritten)
+        values = yaml.load(read_plain(path, MAXIMUM_BYTES).decode("utf-8"), Loader=_AsWritten)
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deep; give name: value lines.") from error
     except _NamedTwice as error:
