@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb import distributed
 from kl3m_nb.metrics import FILE_NAME
-from kl3m_nb.model_folder import STATE_FOLDER, TRAINED_STEPS, read_stack, sha256
+from kl3m_nb.model_folder import STATE_FOLDER, TRAINED_STEPS, json_object, read_stack, sha256
 from kl3m_nb.run_folder import RUN_FILE
 from kl3m_nb.tokenizer import save_tokenizer
 
@@ -180,7 +180,7 @@ def flaw_of(checkpoint: Path, identity: str | None = None) -> str | None:
     permissions may be at fault, and the checkpoint sound.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json_object(checkpoint / MANIFEST)
         files, run = manifest["files"], manifest["run"]
         for name, entry in files.items():
             if flaw := _flaw_of_file(checkpoint / name, entry):
@@ -200,6 +200,8 @@ def _flaw_of_file(path: Path, entry: dict) -> str | None:
         size = path.stat().st_size
     except FileNotFoundError:
         return f"{path} is missing"
+    if not path.is_file():
+        return f"{path} is no regular file"
     if size != entry["bytes"]:
         return f"{path} has {size} bytes instead of {entry['bytes']}"
     return None if sha256(path) == entry["sha256"] else f"{path} is damaged: it is not what was written"
@@ -269,7 +271,7 @@ def _candidates(run_dir: Path) -> list[Path]:
 
 def _has_all_files(checkpoint: Path) -> bool:
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        files = json_object(checkpoint / MANIFEST)["files"]
         return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -26,6 +26,7 @@ from kl3m_nb import distributed, growth_runs, models, paths, profiles, publishin
 from kl3m_nb.cards import carried_counts
 from kl3m_nb.checkpoints import CheckpointFailed, check_sound, checkpoint_step, latest_checkpoint
 from kl3m_nb.estimate import GPUS, estimate
+from kl3m_nb.plain_files import read_plain
 from kl3m_nb.progress import time_left
 from kl3m_nb.runtime import device_memory
 from kl3m_nb.schedule import warmup_remark
@@ -34,6 +35,7 @@ from kl3m_nb.stopping import EXIT_INTERRUPTED
 from kl3m_nb.training import TrainingStopped, train
 
 EXIT_REFUSED = 2
+_MAXIMUM_PARAMETER_BYTES = 2**20
 LONG_WITHOUT_GPU = 6 * 3600  # seconds; a longer job on a CPU is rarely meant
 
 
@@ -196,11 +198,15 @@ def _parameters_file(path: Path) -> dict:
     if not path.is_file():
         raise Refused(f"There is no parameter file {path}; give a YAML file of name: value lines.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(read_plain(path, _MAXIMUM_PARAMETER_BYTES).decode("utf-8")) or {}
+    except RecursionError as error:
+        raise Refused(f"{path} is nested too deep; give name: value lines.") from error
     except UnicodeDecodeError as error:
         raise Refused(f"{path} is not UTF-8 text; save it as UTF-8, with name: value lines.") from error
     except yaml.YAMLError as error:
         raise Refused(f"{path} is not valid YAML ({str(error).splitlines()[0]}); give name: value lines.") from error
+    except ValueError as error:
+        raise Refused(f"{path} cannot be read ({error}); give name: value lines.") from error
     if not isinstance(values, dict):
         raise Refused(f"{path} holds a {type(values).__name__}; give name: value lines.")
     return values
@@ -215,7 +221,9 @@ def _changes(options: argparse.Namespace) -> dict:
     for key, text in options.set:
         kind = profiles.FIELD_TYPES.get(key, str)
         changes[key] = text
-        with contextlib.suppress(yaml.YAMLError, ValueError):  # where it stays text, the profile says what is wrong with it
+        with contextlib.suppress(
+            yaml.YAMLError, ValueError, RecursionError
+        ):  # where it stays text, the profile says what is wrong with it
             changes[key] = text if kind is str else yaml.safe_load(text)
             if kind is float and isinstance(changes[key], str):  # YAML reads 1e-4 as text
                 changes[key] = float(text)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kl3m_nb import growth_runs, report, runs
 from kl3m_nb.html import IndexEntry, write_index
+from kl3m_nb.model_folder import read_json
 from kl3m_nb.parameters import find_notebook, load_notebook
 from kl3m_nb.progress import clock, replace_text
 from kl3m_nb.run_folder import RunLock
@@ -121,4 +122,4 @@ def _fingerprint(notebook: Path) -> str:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(path, "remove it") if path.is_file() else {}

@@ -19,6 +19,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from kl3m_nb.plain_files import unlinked
+
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
 GREY = "#767676"
 SEQUENCE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
@@ -77,9 +79,9 @@ def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFram
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
-        figure.savefig(folder / f"{name}.png")
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    data.to_csv(folder / f"{name}.csv", index=False)
+        figure.savefig(unlinked(folder / f"{name}.png"))
+        figure.savefig(unlinked(folder / f"{name}.pdf"), metadata={"CreationDate": None})
+    data.to_csv(unlinked(folder / f"{name}.csv"), index=False)
     return folder / f"{name}.png"
 
 

@@ -24,7 +24,9 @@ import torch
 from kl3m_nb import paths, run_folder
 from kl3m_nb.checkpoints import checkpoint_step, latest_checkpoint
 from kl3m_nb.metrics import FILE_NAME, Callback, parse_row, read_metrics, tell
+from kl3m_nb.model_folder import read_json
 from kl3m_nb.packing import check_shares
+from kl3m_nb.plain_files import open_plain
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
 from kl3m_nb.stopping import interrupted
@@ -108,7 +110,7 @@ def _start(run_dir: Path, processes: int, max_restarts: int) -> None:
     ]  # fmt: skip
     python_path = os.pathsep.join([str(paths.project_root()), os.environ.get("PYTHONPATH", "")])
     environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVE_SECONDS, **os.environ, "PYTHONPATH": python_path}
-    with open(run_dir / LOG_FILE, "ab") as log:
+    with open(open_plain(run_dir / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
         try:
             run_folder.lock_exclusively(log.fileno())
         except BlockingIOError:
@@ -150,11 +152,13 @@ def _rows(run_dir: Path) -> Iterator[dict]:
 def _stop(run_dir: Path) -> None:
     """Asks torchrun to have the processes save and end, and waits for that."""
     try:
-        job = json.loads((run_dir / JOB_FILE).read_text())
+        job = read_json(run_dir / JOB_FILE, "stop torchrun by hand")
     except FileNotFoundError:
         raise ValueError(f"Nobody noted the number of the torchrun process that trains in {run_dir}; stop it by hand.") from None
-    if job["host"] != socket.gethostname():
-        raise ValueError(f"{run_dir} is in use by torchrun, process {job['pid']} on {job['host']}; stop it there.")
+    if not isinstance(job.get("pid"), int) or job["pid"] < 2:  # the system gives these a meaning of their own
+        raise ValueError(f"{run_dir / JOB_FILE} tells no process; stop the one that trains in {run_dir} by hand.")
+    if job.get("host") != socket.gethostname():
+        raise ValueError(f"{run_dir} is in use by torchrun, process {job['pid']} on {job.get('host')}; stop it there.")
     try:
         os.kill(job["pid"], signal.SIGTERM)
     except ProcessLookupError:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from kl3m_nb import paths
-from kl3m_nb.model_folder import STACK_RECORD, TRAINED_STEPS, read_json, read_stack, weight_files
+from kl3m_nb.model_folder import STACK_RECORD, TRAINED_STEPS, read_config, read_stack, weight_files
 from kl3m_nb.profiles import ATTENTION_ROLES
 
 BLOCK_ROLES = (*ATTENTION_ROLES, "gate_proj", "up_proj", "down_proj")
@@ -132,8 +132,8 @@ def _split_experts(layer: int, name: str, shape: tuple[int, ...], dtype: str, re
 
 def _promised_layers(place: Path) -> int:
     """The depth that the config.json of a checkpoint gives; 0 where there is none."""
-    config = (place.parent if place.is_file() else place) / "config.json"
-    return read_json(config).get("num_hidden_layers", 0) if config.is_file() else 0
+    folder = place.parent if place.is_file() else place
+    return read_config(folder).get("num_hidden_layers") or 0 if (folder / "config.json").is_file() else 0
 
 
 def _check_names(source: str, tensors: dict) -> None:

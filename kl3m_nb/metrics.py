@@ -18,48 +18,59 @@ from pathlib import Path
 
 import pandas as pd
 
+from kl3m_nb.plain_files import open_plain
+
 FILE_NAME = "metrics.jsonl"
+_KINDS_WITH_LISTS = ("clamp", "experts")
 Callback = Callable[[Mapping], None]  # gets the rows as they are written
 
 
 class MetricsLog:
     """Appends rows to a run's metrics.jsonl, each line written at once.
 
-    While the disk is full, rows wait in memory: training goes on, and they are written as soon as there is room.
+    While the disk is full, rows wait in memory: training goes on, and they are written as soon as there is room. `tail` are the
+    lines that no checkpoint vouches for yet, those that wait among them; they travel in the next one.
     """
 
-    def __init__(self, run_dir: Path, position: int = 0, step: int = 0):
+    def __init__(self, run_dir: Path, position: int = 0, step: int = 0, tail: bytes = b""):
         """Opens the file and drops what stands behind `position`, in bytes: what was logged after the checkpoint of `step`.
 
-        That it was written is logged after it too, and stays. Warns when the file is shorter than that; a last line that was cut
-        off is dropped.
+        That it was written is logged after it too, and stays. `tail` are the bytes before `position` that travelled in the
+        checkpoint; the file may lack them. Warns when it lacks more; a last line that was cut off is dropped. Raises ValueError
+        for a file that is a link, a pipe or a device.
         """
         path = Path(run_dir) / FILE_NAME
-        path.touch()
-        content = path.read_bytes()
-        if len(content) < position:
+        self._file = open(open_plain(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b", buffering=0)
+        self._name = path
+        content = self._file.readall()
+        complete = len(content) >= position
+        kept = content[: position if complete else position - len(tail)]
+        if not complete and len(kept) < position - len(tail):
             warnings.warn(
                 f"{path} has lost its end, {len(content)} of {position} bytes are left; it goes on there.", stacklevel=2
             )
-        self.position = content.rfind(b"\n", 0, position) + 1  # bytes, with those that wait for room; for the training state
-        os.truncate(path, self.position)
-        self._file = open(path, "ab", buffering=0)
-        self._waiting = b""
+        self.position = kept.rfind(b"\n") + 1  # bytes, with those that wait for room; for the training state
+        self._file.truncate(self.position)
+        self._waiting, self.tail = b"", bytearray()
+        if not complete:
+            self._add(tail)
         for row in _rows(content[position:].splitlines(keepends=True), "checkpoint"):
             if row["step"] <= step:
                 self.append({"kind": "checkpoint", **row})
 
     def append(self, row: Mapping) -> None:
         """Writes one row; NaN and infinities, also those in lists, become null, which every JSON reader takes."""
-        line = (json.dumps(_finite(dict(row))) + "\n").encode()
-        self.position += len(line)
-        had_room = not self._waiting
-        self._waiting += line
-        try:
-            self._write()
-        except OSError as error:
-            if had_room:
-                warnings.warn(f"{self._file.name} cannot be written: {error.strerror}; rows wait in memory.", stacklevel=2)
+        self._add((json.dumps(_finite(dict(row))) + "\n").encode())
+
+    def vouched(self, position: int) -> None:
+        """Takes note that a checkpoint holds what was logged up to `position`: of that, `tail` keeps what still waits."""
+        kept = max(self.position - position, len(self._waiting))
+        del self.tail[: len(self.tail) - kept]
+
+    def abandon(self) -> None:
+        """Closes the file and writes nothing more, not even what waits: it is another process's now."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def close(self) -> None:
         """Puts everything on the disk and closes the file. Warns when rows are lost because there is no room."""
@@ -68,9 +79,24 @@ class MetricsLog:
             os.fsync(self._file.fileno())
         except OSError as error:
             rows = self._waiting.count(b"\n")
-            warnings.warn(f"The last {rows} rows of {self._file.name} are lost: {error.strerror}.", stacklevel=2)
+            warnings.warn(
+                f"The last {rows} rows of {self._name} could not be written ({error.strerror}); the newest checkpoint holds "
+                "those up to its step.",
+                stacklevel=2,
+            )
         with contextlib.suppress(OSError):  # a network file system may refuse once more
             self._file.close()
+
+    def _add(self, lines: bytes) -> None:
+        self.position += len(lines)
+        self.tail += lines
+        had_room = not self._waiting
+        self._waiting += lines
+        try:
+            self._write()
+        except OSError as error:
+            if had_room:
+                warnings.warn(f"{self._name} cannot be written: {error.strerror}; rows wait in memory.", stacklevel=2)
 
     def _write(self) -> None:
         while self._waiting:
@@ -90,10 +116,13 @@ def _replaced(value, change: Callable):
 
 def parse_row(line: bytes) -> dict:
     """A row as the callbacks of training got it: null is NaN again. Raises ValueError for a line that is none."""
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError(f"{line[:80]!r} is no row of {FILE_NAME}; each is a JSON object.")
-    return _replaced(row, lambda entry: math.nan if entry is None else entry)
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict):
+            return _replaced(row, lambda entry: math.nan if entry is None else entry)
+    except RecursionError:
+        pass
+    raise ValueError(f"{line[:80]!r} is no row of {FILE_NAME}; each is a JSON object of numbers and lists.")
 
 
 def _rows(lines: Iterable[bytes], kind: str) -> Iterator[dict]:
@@ -105,8 +134,16 @@ def _rows(lines: Iterable[bytes], kind: str) -> Iterator[dict]:
             row = parse_row(line)
         except ValueError:
             continue
-        if row.pop("kind", None) == kind:
+        if row.pop("kind", None) == kind and _is_logged(row, kind):
             yield row
+
+
+def _is_logged(row: Mapping, kind: str) -> bool:
+    """Whether `row` has a step, and numbers beside it; with those of a kind that has lists, lists of one length."""
+    lists = [entry for entry in row.values() if isinstance(entry, list)] if kind in _KINDS_WITH_LISTS else []
+    numbers = sum(isinstance(entry, int | float) for entry in row.values())
+    lengths = {len(entry) for entry in lists}
+    return isinstance(row.get("step"), int) and numbers + len(lists) == len(row) and len(lengths) <= 1
 
 
 def tell(callbacks: list[Callback], row: Mapping) -> None:
@@ -137,7 +174,7 @@ def read_metrics(run_dir: str | Path, kind: str) -> pd.DataFrame:
         with path.open("rb") as file:
             rows = list(_rows(file, kind))
     frame = pd.DataFrame(rows)
-    if kind in ("clamp", "experts") and rows:
+    if kind in _KINDS_WITH_LISTS and rows:
         lists = [column for column in frame.columns if isinstance(frame[column].iloc[0], list)]
         frame = frame.explode(lists, ignore_index=True).infer_objects()
     return frame

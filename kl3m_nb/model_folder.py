@@ -6,15 +6,18 @@ Whoever reads weights asks here, so that stacking, training and analysis see the
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from kl3m_nb import paths
+from kl3m_nb.plain_files import MAXIMUM_JSON_BYTES, read_plain
 
 STACK_RECORD = "stack.json"  # what a stack was made of, beside it or beside a model that was trained from it
 STACK_IDENTITY = ("source_sha256", "factor", "order", "noise", "seed")  # its entries that tell one stack from another
@@ -22,6 +25,16 @@ TRAINED_STEPS = "trained_steps"  # the entry of a stack.json that tells such a m
 WEIGHT_ENDINGS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")  # of any format
 STATE_FOLDER = "training_state"  # optimizer states, for resuming on this machine
 SPECTRA_FOLDER = ".spectra"  # kept singular values
+_MODEL_FILES = (  # with which the libraries load a model and its tokenizer, the card, the licence and our record
+    "config.json", "generation_config.json", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", STACK_RECORD,
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
+_COUNTS = (
+    "num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "num_local_experts", "num_experts_per_tok",
+)  # fmt: skip
+_UNFINISHED = re.compile(r"\.writing-.*-[0-9a-f]{12}")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -43,21 +56,95 @@ def weight_files(folder: Path) -> list[Path]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map that says where the weights are; give a finished checkpoint.")
+    if outside := [name for name in places.values() if not isinstance(name, str) or not _lies_within(name)]:
+        raise ValueError(
+            f"{index} names the shard {outside[0]!r}, which is no file of {folder}; give a checkpoint of one folder."
+        )
     shards = [folder / name for name in sorted(set(places.values()))]
     if missing := [path.name for path in shards if not path.is_file()]:
         raise ValueError(f"The checkpoint {folder} lacks the .safetensors shard {missing[0]}; fetch it whole.")
     return shards
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError when it holds none."""
+def _lies_within(name: str) -> bool:
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model in `folder`, told by their names; whatever else lies there does not belong to it.
+
+    They are its weights, as `weight_files` gives them, with their index, and what the libraries read beside them. Raises
+    ValueError as `weight_files` and `require_own` do.
+    """
+    found = [folder / name for name in _MODEL_FILES if (folder / name).is_file()]
+    shards = weight_files(folder)
+    found += shards if shards == [folder / "model.safetensors"] else [*shards, folder / "model.safetensors.index.json"]
+    require_own(folder, found)
+    return found
+
+
+def require_own(folder: Path, files: Iterable[Path]) -> None:
+    """Raises ValueError for a link that leads out of `folder`: what it points to would be copied, and published, along.
+
+    A snapshot in the hub's cache consists of links within the cache, which are taken.
+    """
+    home = (folder.parent.parent if folder.parent.name == "snapshots" else folder).resolve()
+    for path in files:
+        if not path.resolve().is_relative_to(home):
+            raise ValueError(f"{path} is a link to {path.resolve()}, which is no file of the model; put the file itself there.")
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a model's folder.
+
+    Raises ValueError when it is no JSON object, a number that a decoder needs is none, it names other weights than
+    `weight_files` does, or code of the hub to compute attention with.
+    """
+    config = read_json(folder / "config.json")
+    for key in _COUNTS:
+        if not isinstance(config.get(key, 0), int | None) or isinstance(config.get(key), bool):
+            raise ValueError(
+                f"{folder} has {key} {_shortened(config[key])} in config.json; it must be a whole number, correct it."
+            )
+    own = "model.safetensors" if (folder / "model.safetensors").is_file() else "model.safetensors.index.json"
+    if config.get("transformers_weights", own) not in (None, own):
+        raise ValueError(
+            f"{folder} has transformers_weights {_shortened(config['transformers_weights'])} in config.json, and {own} is what "
+            "is read here; remove that entry, or put those weights in its place."
+        )
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if key.endswith("attn_implementation") and "/" in str(value):
+                raise ValueError(f"{folder} has {key} {_shortened(value)} in config.json, code from the hub; remove that entry.")
+    return config
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def json_object(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError with the reason alone when it holds none, OSError when it cannot be read."""
+    content = read_plain(path, MAXIMUM_JSON_BYTES)
     try:
-        content = json.loads(path.read_bytes())
+        found = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give a finished checkpoint.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; give a finished checkpoint.")
-    return content
+        raise ValueError(f"it is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
+def read_json(path: Path, remedy: str = "give a finished checkpoint") -> dict:
+    """The object in a JSON file. Raises ValueError that names the file when it holds none."""
+    try:
+        return json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{path} {str(error).removeprefix('it ')}; {remedy}.") from error
 
 
 def read_stack(folder: Path) -> dict:
@@ -85,14 +172,36 @@ def sha256(path: Path) -> str:
 def written_whole(folder: Path) -> Iterator[Path]:
     """A new folder to write into, which becomes `folder` when the block ends and is removed when the block fails.
 
-    It has the mode of any new folder, where mkdtemp's could be read by its owner alone. Raises OSError when `folder` is there
-    already and holds something.
+    What a process that was killed has left beside it is removed first: whoever writes holds a lock on its folder, which ends with
+    the process. The folder has the mode of any new one, where mkdtemp's could be read by its owner alone. Raises OSError when
+    `folder` is there already and holds something.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
+    for path in folder.parent.glob(".writing-*"):
+        if _UNFINISHED.fullmatch(path.name) and (unowned := _locked(path)) is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(unowned)
+    temporary = folder.with_name(f".writing-{folder.name}-{uuid.uuid4().hex[:12]}")
     temporary.mkdir()
+    lock = _locked(temporary)
     try:
         yield temporary
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the lock of `folder`; None when a process has it, or the file system has no locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -14,12 +14,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from kl3m_nb import paths
 from kl3m_nb.experts import expert_counts, keep_router_logits, load_balancing_loss, take_router_logits
-from kl3m_nb.model_folder import read_json, weight_files
+from kl3m_nb.model_folder import read_config, weight_files
 from kl3m_nb.profiles import ModelSpec, Profile
 from kl3m_nb.roles import parameter_roles, role_table
 from kl3m_nb.tokenizer import END_ID, PAD_ID, START_ID
@@ -94,9 +102,10 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
     elif not is_hub_id(name):
         raise ValueError(f"There is no checkpoint folder {folder}; train one first, or name a folder or a hub id OWNER/NAME.")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-        )
+        # What a config.json says of attention would win over an argument, and may name code on the hub.
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config._attn_implementation = attention
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         if folder.is_dir():
@@ -128,7 +137,7 @@ def check_checkpoint(folder: str | Path) -> dict:
                 tensors.keys()
         except SafetensorError as error:
             raise ValueError(f"The checkpoint file {path} is cut off or damaged ({error}); use an earlier checkpoint.") from error
-    return read_json(folder / "config.json")
+    return read_config(folder)
 
 
 def check_fits(config: dict, profile: Profile, folder: str | Path) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint as a model for others: copied under the name that the family gives it or another, or uploaded to the hub.
 
-Training state and kept spectra stay here; what the state tells of the stack that the model was trained from goes along, as
+Only the files of a model, known by their names, leave the folder; training state, kept spectra and whatever else lies there stay,
+and what a link points to does too. What the state tells of the stack that the model was trained from goes along, as
 stack.json. A checkpoint that is not as it was written is refused, and no model is written over.
 """
 
@@ -19,7 +20,6 @@ from huggingface_hub.utils import httpx  # the library it asks with, which is an
 from kl3m_nb import checkpoints, model_folder, paths
 from kl3m_nb.cards import CARD_FILE, public_name, read_card
 
-_NOT_PUBLISHED = {model_folder.STATE_FOLDER, model_folder.SPECTRA_FOLDER}
 _NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")  # what both a folder and the hub take
 _STEP_ENDING = re.compile(r"-step\d+$")
 
@@ -37,9 +37,10 @@ def export_model(checkpoint: str | Path, folder: str | Path, name: str | None = 
     target = paths.resolve(folder) / name
     if target.exists():
         raise ValueError(f"{target} exists; remove it, choose another folder, or give the model another name (--name).")
+    files = _published(checkpoint, name)
     try:
         with model_folder.written_whole(target) as folder:
-            for file, content in _published(checkpoint, name).items():
+            for file, content in files.items():
                 _write(folder / file, content)
     except OSError as error:
         raise OSError(f"{checkpoint} could not be copied to {target}: {error.strerror or error}.") from error
@@ -120,9 +121,8 @@ def _checked_name(checkpoint: Path, name: str | None) -> str:
 
 def _published(checkpoint: Path, name: str) -> dict[str, Path | bytes]:
     """What others get of a checkpoint: by its path in the model's folder, the file to copy or the content."""
-    paths_within = (path.relative_to(checkpoint) for path in sorted(checkpoint.rglob("*")) if path.is_file())
     files: dict[str, Path | bytes] = {
-        path.as_posix(): checkpoint / path for path in paths_within if path.parts[0] not in _NOT_PUBLISHED
+        path.relative_to(checkpoint).as_posix(): path for path in model_folder.model_files(checkpoint)
     }
     files[CARD_FILE] = _named_card(read_card(checkpoint), card_name(checkpoint), name).encode()
     record = checkpoints.stack_record(checkpoint)

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from kl3m_nb import distributed, paths, profiles
 from kl3m_nb.metrics import FILE_NAME
-from kl3m_nb.model_folder import STACK_IDENTITY, STATE_FOLDER, read_stack
+from kl3m_nb.model_folder import STACK_IDENTITY, STATE_FOLDER, json_object, read_stack
+from kl3m_nb.plain_files import open_plain
 from kl3m_nb.profiles import Profile
 from kl3m_nb.progress import replace_text
 
@@ -43,7 +44,8 @@ class RunLock:
 
     def __exit__(self, *_) -> None:
         if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)
+            if _is_same_file(self._descriptor, self.path):
+                self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -55,33 +57,56 @@ class RunLock:
     def acquire(self) -> None:
         """Makes the folder if need be and takes the lock, or raises RunIsBusy naming the process that has it.
 
-        Warns when a killed process had it before. Raises ValueError for a folder that cannot be written to.
+        Warns when a killed process had it before. Raises ValueError for a folder that cannot be written to, and for a lock file
+        that is a link, a pipe or a device.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor, holder = self._take()
         except OSError as error:
             raise ValueError(f"{self.path.parent} cannot be written to ({error.strerror}); choose another run folder.") from error
-        holder = os.read(descriptor, 4096).decode(errors="replace").strip()
-        try:
-            lock_exclusively(descriptor)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise RunIsBusy(_busy(self.path.parent, holder)) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            warnings.warn(f"The file system of {self.path} has no locks; see to it that one process trains there.", stacklevel=2)
-        if not _is_same_file(descriptor, self.path):  # its holder has just ended and removed it
-            os.close(descriptor)
-            self.acquire()
-            return
         if holder:
             warnings.warn(f"{holder} trained in {self.path.parent} and was killed; its lock is taken over.", stacklevel=2)
         self._descriptor = descriptor
+
+    def keep(self) -> None:
+        """To be called before anything is written: takes the lock again where somebody has removed its file.
+
+        Raises RunIsBusy when another process was there first. Does nothing where no lock is held, and none can be seen.
+        """
+        if self._descriptor is None or _is_same_file(self._descriptor, self.path):
+            return
+        try:
+            descriptor, _ = self._take()
+        except OSError:  # the file system does not say just now; what cannot be written is a failed checkpoint
+            return
+        warnings.warn(f"{self.path} was removed while this process held it; it is made anew.", stacklevel=2)
+        os.close(self._descriptor)
+        self._descriptor = descriptor
+
+    def _take(self) -> tuple[int, str]:
+        """A descriptor that holds the lock of the file at the path, and who had it before. Raises RunIsBusy and OSError."""
+        while True:
+            descriptor = open_plain(self.path, os.O_RDWR | os.O_CREAT)
+            holder = os.read(descriptor, 4096).decode(errors="replace").strip()
+            try:
+                lock_exclusively(descriptor)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise RunIsBusy(_busy(self.path.parent, holder)) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                warnings.warn(
+                    f"The file system of {self.path} has no locks; see to it that one process trains there.", stacklevel=2
+                )
+            if _is_same_file(descriptor, self.path):
+                break
+            os.close(descriptor)  # its holder has just ended and removed it
         with contextlib.suppress(OSError):  # a full disk has no room for the name; the lock is there
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return descriptor, holder
 
 
 def request_checkpoint(run_dir: str | Path) -> None:
@@ -89,7 +114,7 @@ def request_checkpoint(run_dir: str | Path) -> None:
     folder = paths.resolve(run_dir)
     if not (folder / RUN_FILE).is_file():
         raise ValueError(f"{folder} is no run folder, it holds no {RUN_FILE}; name another run.")
-    (folder / SAVE_REQUEST).touch()
+    os.close(open_plain(folder / SAVE_REQUEST, os.O_WRONLY | os.O_CREAT))
 
 
 def take_save_request(run_dir: Path) -> bool:
@@ -206,9 +231,7 @@ def _record(run_dir: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path.parent} is no run folder, it holds no {RUN_FILE}; train it first, or name another run.")
     try:
-        record = json.loads(path.read_text())
-        if not isinstance(record, dict):
-            raise ValueError("it is no mapping")
+        record = json_object(path)
         for key in ("init", "runtime", "identity"):
             if not isinstance(record.get(key), str):
                 raise ValueError(f"it has no text for {key!r}")
@@ -250,6 +273,8 @@ def _busy(run_dir: Path, holder: str) -> str:
 
 def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
+    except OSError:  # a network file system does not say just now
+        return True

@@ -255,16 +255,28 @@ def analyse_model(
 
 
 def _kept_singular_values(weight: torch.Tensor, cache: SpectrumCache) -> np.ndarray:
-    """Those in the cache, else computed and added to it; NaN for a matrix that is not finite."""
+    """Those in the cache when they can be `weight`'s, else computed and added to it; NaN for a matrix that is not finite."""
     key = content_hash(weight)
     values = cache.get(key)
-    if values is None:
+    if values is None or not _can_be_of(values, weight):
         try:
             values = singular_values(weight)
         except NotFinite:
             return np.full(min(weight.shape), math.nan)
         cache.add(key, values)
     return values
+
+
+def _can_be_of(values: np.ndarray, weight: torch.Tensor) -> bool:
+    """Whether kept values are as many as `weight` has singular values, in order, and their squares add up to its own.
+
+    A key guards against mistakes and not against a file that was cut, forged or written by something else.
+    """
+    if values.dtype != np.float64 or values.shape != (min(weight.shape),) or not np.isfinite(values).all():
+        return False
+    squared_norm = torch.linalg.vector_norm(weight, dtype=torch.float64).item() ** 2
+    in_order = values.size == 0 or (values[-1] >= 0 and (np.diff(values) <= 0).all())
+    return bool(in_order) and math.isclose((values**2).sum(), squared_norm, rel_tol=1e-9, abs_tol=1e-300)
 
 
 def _has_16_bit_values(weight: torch.Tensor) -> bool:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from kl3m_nb.matrices import Checkpoint, local_checkpoint
 from kl3m_nb.model_folder import SPECTRA_FOLDER
@@ -65,6 +65,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         return {}
     try:
-        return load_file(path)
+        with safe_open(path, "numpy") as kept:
+            ours = (name for name in kept.keys() if kept.get_slice(name).get_dtype() == "F64")
+            return {name: kept.get_tensor(name) for name in ours}
     except SafetensorError:  # cut off by a full disk, or not ours: what it held is computed anew
         return {}

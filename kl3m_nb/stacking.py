@@ -136,10 +136,11 @@ def stack_checkpoint(
     if exists:
         return summary
     grown = grown_config(config, summary.block_sources)
+    along = [path for path in source.iterdir() if path.is_file() and not path.name.endswith(_NOT_COPIED)]
+    model_folder.require_own(source, along)
     with model_folder.written_whole(target) as temporary:
-        for path in source.iterdir():
-            if path.is_file() and not path.name.endswith(_NOT_COPIED):
-                shutil.copy(path, temporary / path.name)
+        for path in along:
+            shutil.copy(path, temporary / path.name)
         (temporary / "config.json").write_text(json.dumps(grown, indent=2) + "\n")
         _write_tensors(temporary / "model.safetensors", plan)
         (temporary / STACK_RECORD).write_text(json.dumps(asdict(summary), indent=2) + "\n")

@@ -28,7 +28,7 @@ from kl3m_nb.packing import Batch, held_out_windows
 from kl3m_nb.profiles import Profile
 from kl3m_nb.random_state import random_state, set_random_state
 from kl3m_nb.resuming import TrainResult, check_shared, find_checkpoint, finished_result, is_complete, starting_model
-from kl3m_nb.run_folder import RunLock
+from kl3m_nb.run_folder import RunIsBusy, RunLock
 from kl3m_nb.runtime import choose_runtime, prepare_model
 from kl3m_nb.saving import CheckpointSaver
 from kl3m_nb.schedule import AdaptiveClip, global_norm, lr_factor
@@ -83,6 +83,7 @@ class _Run:
 
     def __init__(self, profile: Profile, run_dir: Path, init, checkpoint: Path | None, callbacks: list[Callback], lock: RunLock):
         self.profile, self.run_dir, self.init, self.callbacks = profile, run_dir, init, callbacks
+        self.lock = lock
         self.world = distributed.world()
         packing.check_shares(profile.data.micro_batch * profile.data.grad_accumulation, self.world.size)
         self.runtime = choose_runtime(profile)
@@ -124,13 +125,14 @@ class _Run:
             raise ValueError(f"The weight {bad} of {start or 'the new model'} is not finite; start from an earlier checkpoint.")
         self._is_whole, self._stream_state = True, self.stream.state_dict()  # behind the last whole step
         self._begins = state is None or state["metrics_position"] == 0
-        identity = distributed.on_first_rank(lambda: self._open_folder(lock, init))
+        identity = distributed.on_first_rank(lambda: self._open_folder(init))
         check_shared(run_dir / run_folder.RUN_FILE)
         self.saver = CheckpointSaver(
             run_dir, identity, self.model, self.tokenizer, profile.runtime, checkpoint, self._record_checkpoint
         )
-        position = state["metrics_position"] if state else 0
-        self.log = MetricsLog(run_dir, position, self.counters["step"]) if self.world.is_first else None
+        position, tail = (state["metrics_position"], state.get("metrics_tail", "")) if state else (0, "")
+        self.log = MetricsLog(run_dir, position, self.counters["step"], tail.encode()) if self.world.is_first else None
+        self._saved_position = position  # in the log, of the checkpoint that is being written
 
     def to_the_end(self) -> TrainResult:
         with StopRequest() as stop:
@@ -192,9 +194,9 @@ class _Run:
         prepare_model(self.model, self.runtime)
         return sharded or distributed.ParallelModel(self.model, blocks, "ddp")
 
-    def _open_folder(self, lock: RunLock, init: str | Path | None) -> str:
-        if not lock.held:
-            lock.acquire()
+    def _open_folder(self, init: str | Path | None) -> str:
+        if not self.lock.held:
+            self.lock.acquire()
             if checkpoints.latest_checkpoint(self.run_dir):
                 raise ValueError(f"Another process has trained in {self.run_dir} meanwhile; train again to go on from there.")
         return run_folder.write_run_file(self.run_dir, self.profile, init, self._described())
@@ -389,6 +391,8 @@ class _Run:
     def _contents(self) -> tuple[dict, str]:
         """What a checkpoint holds beside the weights, and its card. Raises TrainingStopped when a weight is not finite."""
         self._require_finite_weights()
+        self._keep_lock()
+        self._saved_position = self.log.position if self.log else 0
         state = {
             "counters": dict(self.counters),
             "losses": dict(self.losses),
@@ -400,7 +404,8 @@ class _Run:
             "clamp": self.clamp.state_dict(),
             "stream": self._stream_state,
             "random": random_state(),
-            "metrics_position": self.log.position if self.log else 0,
+            "metrics_position": self._saved_position,
+            "metrics_tail": self.log.tail.decode() if self.log else "",
         }
         return state, cards.model_card(self.profile, self._card_facts())
 
@@ -429,12 +434,28 @@ class _Run:
         set_random_state(state["random"])
 
     def _record_checkpoint(self, counters: dict, waited_seconds: float) -> None:
+        if self.log is not None:
+            self.log.vouched(self._saved_position)
         self._record({"kind": "checkpoint", **_progress(counters), "waited_seconds": waited_seconds})
 
     def _record(self, row: dict) -> None:
+        self._keep_lock()
         if self.log is not None:
             self.log.append(row)
         self._tell(row)
+
+    def _keep_lock(self) -> None:
+        """Raises TrainingStopped when another process has the run folder, because somebody removed this one's lock."""
+        try:
+            self.lock.keep()
+        except RunIsBusy as busy:
+            if self.log is not None:
+                self.log.abandon()
+                self.log = None
+            raise TrainingStopped(
+                f"Training has stopped after step {self.counters['step']}, and this process writes no more: its lock was "
+                f"removed, and another process goes on with the run. {busy}"
+            ) from busy
 
     def _tell(self, row: Mapping) -> None:
         if self.world.is_first:

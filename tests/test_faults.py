@@ -263,19 +263,90 @@ def test_a_folder_that_becomes_read_only_is_a_failed_checkpoint_with_its_reason(
     assert len(read_metrics(tmp_path / "run", "train")) == 6
 
 
-def test_a_metrics_file_cut_in_the_middle_of_a_line(run_dir, trained_run):
-    """Cut before the checkpoint's position: the cut row is lost and said to be, every later one is whole."""
-    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
-    path = run_dir / "metrics.jsonl"
+def _cut_within_row(path: Path, step: int) -> None:
+    """Leaves of a metrics.jsonl what stands before the row of `step`, and the beginning of that row."""
     lines = path.read_bytes().split(b"\n")
-    kept = next(number for number, line in enumerate(lines) if b'"step": 3' in line and b'"train"' in line)
+    kept = next(number for number, line in enumerate(lines) if b'"step": %d' % step in line and b'"train"' in line)
     path.write_bytes(b"\n".join(lines[:kept]) + b"\n" + lines[kept][:40])
-    assert list(read_metrics(run_dir, "train").step) == [1, 2]
+
+
+def test_a_metrics_file_cut_in_the_middle_of_a_line(run_dir, trained_run):
+    """The rows since the checkpoint before travel in a checkpoint and are put back."""
+    shutil.rmtree(run_dir / "checkpoints" / "step-000006")
+    _cut_within_row(run_dir / "metrics.jsonl", 2)
+    assert list(read_metrics(run_dir, "train").step) == [1]
+    training.train(small_profile(), run_dir)
+    _assert_same_run(run_dir, trained_run[0])
+    assert list(read_metrics(run_dir, "held_out").step) == [0, 3, 6]
+
+
+def test_a_metrics_file_that_has_lost_more_than_a_checkpoint_holds_says_so(tmp_path, trained_run):
+    profile = small_profile(max_steps=9)
+    training.train(profile, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000009")
+    _cut_within_row(tmp_path / "run" / "metrics.jsonl", 2)
     with pytest.warns(UserWarning, match="has lost its end"):
-        training.train(small_profile(), run_dir)
-    assert list(read_metrics(run_dir, "train").step) == [1, 2, 4, 5, 6]
-    weights, expected = _weights(run_dir), _weights(trained_run[0])
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        training.train(profile, tmp_path / "run")
+    assert list(read_metrics(tmp_path / "run", "train").step) == [1, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_kill_while_the_disk_of_the_log_is_full_costs_no_row_of_a_saved_step(tmp_path, trained_run, monkeypatch):
+    """The checkpoints lie on another disk, behind a link."""
+
+    def full(log, *_):
+        if log._waiting.count(b"\n") > 0 and log.position > 1000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        log._waiting = log._waiting[log._file.write(log._waiting) :]
+
+    def killed():
+        raise SystemExit(9)  # as far as the files go: nothing more is written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.MetricsLog, "_write", full)
+        with pytest.warns(UserWarning, match="rows wait in memory"), pytest.raises(SystemExit):
+            training.train(small_profile(checkpoint_every=2), tmp_path / "run", callbacks=[at_step(5, killed)])
+    assert (
+        len(read_metrics(tmp_path / "run", "train")) < 4 and checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004"
+    )
+    training.train(small_profile(checkpoint_every=2), tmp_path / "run")
+    _assert_same_run(tmp_path / "run", trained_run[0])
+    assert list(read_metrics(tmp_path / "run", "held_out").step) == [0, 3, 6]
+
+
+def test_a_lock_that_is_removed_is_made_anew_and_keeps_the_others_out(tmp_path, trained_run):
+    path, refused = tmp_path / "run" / run_folder.LOCK_FILE, []
+
+    def second():
+        with pytest.raises(run_folder.RunIsBusy), run_folder.RunLock(tmp_path / "run") as lock:
+            lock.acquire()
+        refused.append(True)
+
+    with pytest.warns(UserWarning, match=r"run\.lock was removed while this process held it"):
+        training.train(small_profile(), tmp_path / "run", callbacks=[at_step(3, path.unlink), at_step(5, second)])
+    assert refused
+    _assert_same_run(tmp_path / "run", trained_run[0])
+
+
+def test_a_process_whose_lock_another_one_has_writes_no_more(tmp_path):
+    run_dir, other = tmp_path / "run", run_folder.RunLock(tmp_path / "run")
+
+    def taken():
+        other.path.unlink()
+        other.acquire()
+        seen.update(_contents(run_dir))
+
+    seen: dict[str, bytes] = {}
+    with (
+        other,
+        pytest.raises(training.TrainingStopped, match=r"after step 4, and this process writes no more.*in use by process"),
+    ):
+        training.train(small_profile(checkpoint_every=100), run_dir, callbacks=[at_step(4, taken)])
+    assert _contents(run_dir).items() >= {name: seen[name] for name in seen if name != run_folder.LOCK_FILE}.items()
+    assert _contents(run_dir).keys() <= seen.keys()
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_second_process_on_the_same_folder_is_refused(warm_processes, tmp_path):

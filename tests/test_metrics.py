@@ -87,7 +87,15 @@ def test_a_line_cut_before_the_position_is_dropped_with_a_warning(tmp_path):
 
 
 def test_lines_that_are_not_the_logs_are_passed_over(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(b'[1]\n3\n{"step": 1}\n\xff\xfe\n{"kind": "train", "step": 2}\n')
+    lines = [
+        b"[1]",
+        b"3",
+        b'{"step": 1}',
+        b'{"kind": "train", "step": "1"}',
+        b'{"kind": "train", "step": 1, "loss": {}}',
+        b"\xff\xfe",
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"kind": "train", "step": 2}\n']))
     assert list(read_metrics(tmp_path, "train").step) == [2]
 
 
@@ -95,3 +103,24 @@ def test_null_is_not_a_number_again():
     assert math.isnan(parse_row(b'{"kind": "train", "loss": null}')["loss"])
     with pytest.raises(ValueError, match="is no row"):
         parse_row(b"[1]")
+
+
+def test_what_no_checkpoint_vouches_for_is_put_back_where_the_file_lacks_it(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.append({"kind": "train", "step": 1})
+    log.vouched(log.position)
+    assert not log.tail
+    for step in (2, 3):
+        log.append({"kind": "train", "step": step})
+    position, tail = log.position, bytes(log.tail)
+    log.append({"kind": "train", "step": 4})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()[:position]
+    assert whole.endswith(tail) and tail.count(b"\n") == 2
+    for left in range(position - len(tail), len(path.read_bytes()) + 1):
+        (tmp_path / str(left)).mkdir()
+        (tmp_path / str(left) / "metrics.jsonl").write_bytes(path.read_bytes()[:left])
+        again = MetricsLog(tmp_path / str(left), position, 3, tail)
+        again.close()
+        assert (tmp_path / str(left) / "metrics.jsonl").read_bytes() == whole and again.position == position

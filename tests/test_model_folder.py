@@ -38,3 +38,27 @@ def test_a_folder_appears_with_its_last_file_or_not_at_all(tmp_path):
     with pytest.raises(OSError), model_folder.written_whole(tmp_path / "a" / "b") as folder:  # somebody was first
         (folder / "file").write_text("y")
     assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "file"] and (tmp_path / "a/b/file").read_text() == "x"
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_and_what_a_living_one_writes_is_not(tmp_path):
+    child = os.fork()
+    if not child:
+        with model_folder.written_whole(tmp_path / "killed") as folder:
+            (folder / "file").write_text("gigabytes")
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    with model_folder.written_whole(tmp_path / "a") as folder:
+        (folder / "file").write_text("x")
+        assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+        with model_folder.written_whole(tmp_path / "b") as another:
+            (another / "file").write_text("y")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "file", "file"]
+
+
+def test_a_hidden_folder_that_is_somebody_elses_stays(tmp_path):
+    for name in (".writing-notes", ".git", ".writing-a-0123456789ab.txt"):
+        (tmp_path / name).mkdir()
+    with model_folder.written_whole(tmp_path / "a"):
+        pass
+    assert len(list(tmp_path.iterdir())) == 4

@@ -110,7 +110,8 @@ def _with(**fields):
     ("content", "words"),
     [
         ("", "Expecting value"),
-        ("[]", "it is no mapping"),
+        ("[]", "it holds no JSON object"),
+        ("[" * 100_000, "it is nested too deep"),
         ("{}", "no text for 'init'"),
         (json.dumps({"init": "random weights", "runtime": "", "identity": "a"}), "mapping of fields; None is not"),
         (json.dumps(_without("name")), "a profile needs the field 'name'"),

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import files_up_to
+from safetensors.numpy import load_file as load_numpy
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
 from kl3m_nb import known_spectra, spectra
@@ -75,6 +77,30 @@ def test_a_damaged_cache_is_computed_anew(known):
     kept.write_bytes(kept.read_bytes()[:-50])
     assert spectra.model_spectra(known.trained).equals(before)
     assert len(SpectrumCache(kept)._values) == len(before)
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        lambda values: values * 1.01, lambda values: values[::-1].copy(), lambda values: values[:-1].copy(),
+        lambda values: values[None], lambda values: values.astype(np.float32), lambda values: np.full_like(values, np.nan),
+        lambda values: -values, lambda values: np.zeros(0), lambda values: values.astype(np.int64),
+    ],
+)  # fmt: skip
+def test_kept_values_that_cannot_be_the_matrixs_are_computed_anew(known, forged):
+    before = spectra.model_spectra(known.trained)
+    [kept] = (known.trained / SPECTRA_FOLDER).iterdir()
+    save_numpy({key: forged(values) for key, values in load_numpy(kept).items()}, kept)
+    assert spectra.model_spectra(known.trained).equals(before)
+    assert SpectrumCache(kept)._values.keys() == load_numpy(kept).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_kept_values_of_a_type_that_numpy_lacks_are_computed_anew(known, dtype):
+    before = spectra.model_spectra(known.trained)
+    [kept] = (known.trained / SPECTRA_FOLDER).iterdir()
+    save_file({key: torch.tensor(values).to(dtype) for key, values in load_numpy(kept).items()}, kept)
+    assert spectra.model_spectra(known.trained).equals(before)
 
 
 def test_a_disk_that_is_full_is_a_warning(known):
