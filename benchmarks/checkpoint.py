@@ -15,14 +15,17 @@ from pathlib import Path
 import torch
 from _common import write_table
 
-from kl3m_nb import checkpoints, models, profiles, roles
-from kl3m_nb.tokenizer import load_tokenizer
+from kl3m_nb import profiles
+from kl3m_nb.data.tokenizer import load_tokenizer
+from kl3m_nb.model import decoder
+from kl3m_nb.optim import rules
+from kl3m_nb.runs import checkpoints
 
 
 def measure(profile: profiles.Profile, folder: Path, tokens_per_second: float) -> dict:
     """Seconds of the copy and of the writing, and what they are of the time between two checkpoints."""
-    model = models.build_model(profile)
-    muon, aux = roles.build_optimizers(model, roles.role_table(model, profile), profile)
+    model = decoder.build_model(profile)
+    muon, aux = rules.build_optimizers(model, rules.role_table(model, profile), profile)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for group in muon.param_groups:  # its momentum is made without the time of a step

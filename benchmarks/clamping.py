@@ -22,8 +22,8 @@ import torch
 from _common import now, write_table
 from torch import Tensor
 
-from kl3m_nb.model_clamp import ClampTarget, SpectralClamp
-from kl3m_nb.muon import singular_value_bound
+from kl3m_nb.optim.model_clamp import ClampTarget, SpectralClamp
+from kl3m_nb.optim.muon import singular_value_bound
 from kl3m_nb.profiles import get_profile
 
 PROFILE = get_profile("kl3m-007-500m")

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from _common import write_table
 
-from kl3m_nb import corpus, streams, tokenizer
+from kl3m_nb.data import corpus, loader, tokenizer
 from kl3m_nb.profiles import DataSpec
 
 GPU_TOKENS_PER_SECOND = 75_000
@@ -54,7 +54,7 @@ def write_files(folder: Path, words) -> dict[str, str]:
 def our_batches(files: str, words, packing: str = "dense") -> Iterator[torch.Tensor]:
     """The project's stream, with batches made ahead as in training."""
     spec = DataSpec(source=f"files:{files}", seq_len=SEQ_LEN, packing=packing, held_out_windows=8)
-    stream = streams.PrefetchedStream(streams.open_stream(spec, words), batches=2)
+    stream = loader.PrefetchedStream(loader.open_stream(spec, words), batches=2)
     while True:
         yield stream.take(WINDOWS).labels
 

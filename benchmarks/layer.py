@@ -15,9 +15,9 @@ import torch
 from _common import now, write_table
 from throughput import peer_model
 
-from kl3m_nb import flash_attention, models
+from kl3m_nb.model import decoder, flash_attention
+from kl3m_nb.model.runtime import choose_runtime, prepare_model
 from kl3m_nb.profiles import Profile, get_profile
-from kl3m_nb.runtime import choose_runtime, prepare_model
 
 ON_GPU = torch.cuda.is_available()
 SMALL = {"layers": 2, "hidden": 64, "mlp": 128, "heads": 4, "kv_heads": 2, "head_size": 16, "seq_len": 128}
@@ -38,14 +38,14 @@ def milliseconds(profile: Profile, variant: str, attention: str) -> float:
     if variant == PEER:
         model = peer_model(profile, runtime, runtime.compile_blocks)
     else:
-        model = prepare_model(models.build_model(profile, attention=attention), runtime)
+        model = prepare_model(decoder.build_model(profile, attention=attention), runtime)
     tokens = torch.randint(profile.model.vocabulary, (profile.data.micro_batch, profile.data.seq_len), device=runtime.device)
     best = float("inf")
     for _ in range(4):  # the first compiles
         began = now()
         for _ in range(REPEATS):
             with runtime.autocast():
-                residual = models.forward_body(model, tokens).residual
+                residual = decoder.forward_body(model, tokens).residual
             residual.backward(torch.ones_like(residual) / residual.numel())
         best = min(best, now() - began)
     return 1000 * best / REPEATS / profile.model.layers

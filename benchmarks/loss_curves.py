@@ -17,8 +17,10 @@ import pandas as pd
 import torch
 from _common import RESULTS, environment
 
-from kl3m_nb import profiles, stacking, training
-from kl3m_nb.metrics import read_metrics
+from kl3m_nb import profiles
+from kl3m_nb.growth import stacking
+from kl3m_nb.runs.metrics import read_metrics
+from kl3m_nb.training import loop
 
 LENGTHS = (120, 200, 320)
 MIN_LR_RATIOS = (0.1, 0.0, 1.0, 0.1)  # 1.0: a constant learning rate
@@ -74,7 +76,7 @@ def main() -> None:
             if kind == "grown":
                 start = Path(folder) / f"stack-{number}"
                 stacking.stack_checkpoint(newest, start, 2)
-            result = training.train(profile, Path(folder) / f"run-{number}", start)
+            result = loop.train(profile, Path(folder) / f"run-{number}", start)
             if kind == "scratch" and profile.model.layers == 3:
                 newest = result.checkpoint
             tables.append(table(number, kind, profile, read_metrics(result.run_dir, "held_out")))

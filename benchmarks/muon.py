@@ -16,7 +16,7 @@ import torch
 from _common import now, write_table
 from torch import nn
 
-from kl3m_nb.muon import Muon
+from kl3m_nb.optim.muon import Muon
 from kl3m_nb.profiles import ModelSpec, get_profile
 
 REAL = get_profile("kl3m-007-500m")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from _common import now, write_table
 from torch import Tensor
 
-from kl3m_nb.objective import chunked_objective
+from kl3m_nb.optim.objective import chunked_objective
 from kl3m_nb.profiles import ObjectiveSpec, get_profile
 
 MODEL = get_profile("kl3m-007-500m").model

@@ -18,8 +18,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from _common import write_table
 
-from kl3m_nb import plots, profiles, training
-from kl3m_nb.metrics import read_metrics
+from kl3m_nb import profiles
+from kl3m_nb.figures import style
+from kl3m_nb.runs.metrics import read_metrics
+from kl3m_nb.training import loop
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 LIMITS = {"memory_mib": 0.01, "open_files": 0.0, "threads": 0.0, "median_step_ms": 0.1}  # of growth, from half to half
@@ -41,7 +43,7 @@ def soak(steps: int, resume_every: int, run_dir: Path) -> list[dict]:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         try:
-            finished = training.train(profile, run_dir, callbacks=[stop])
+            finished = loop.train(profile, run_dir, callbacks=[stop])
         except KeyboardInterrupt:
             finished = None
         rows.append({"steps": min(goal, steps), **_held()})
@@ -65,7 +67,7 @@ def _held() -> dict:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Four small panels over the steps, each from zero: a leak is a slope."""
-    plots.use_style()
+    style.use_style()
     steps = [row["steps"] for row in rows]
     panels = {
         "memory_mib": "resident memory, MiB",

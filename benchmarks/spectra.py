@@ -30,17 +30,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import known_spectra
 import numpy as np
 import pandas as pd
 import torch
 from _common import write_table
 from transformers import AutoConfig, LlamaForCausalLM
 
-from kl3m_nb import copies, history, known_spectra, spectra, spectral_report
-from kl3m_nb.matrices import HEAD_LAYER, find_matrices
-from kl3m_nb.model_folder import SPECTRA_FOLDER
+from kl3m_nb.jupyter import spectral_report
+from kl3m_nb.model.folder import SPECTRA_FOLDER
+from kl3m_nb.model.roles import HEAD_LAYER
 from kl3m_nb.profiles import get_profile
-from kl3m_nb.spectral_subject import find_subject
+from kl3m_nb.spectra import copies, history, singular_values
+from kl3m_nb.spectra.matrices import find_matrices
+from kl3m_nb.spectra.subject import find_subject
 
 PROFILE = get_profile("kl3m-007-500m")
 FEW_PEER_LAYERS = 6
@@ -159,13 +162,13 @@ def measure(known: known_spectra.KnownStack, peer_layers: int) -> None:
     rows = []
     for what, alpha in (("without alpha", False), ("with alpha", True)):
         forget(known.trained)
-        measured = Measurement(spectra.model_spectra, known.trained, known.source_layers, fit_alpha=alpha)
+        measured = Measurement(singular_values.model_spectra, known.trained, known.source_layers, fit_alpha=alpha)
         rows.append(measured.row(f"spectra, {what}", len(measured.result)))
     table = measured.result
-    again = Measurement(spectra.model_spectra, known.trained, known.source_layers, fit_alpha=True)
+    again = Measurement(singular_values.model_spectra, known.trained, known.source_layers, fit_alpha=True)
     rows.append(again.row("second look, with alpha", len(table)))
     blocks = find_matrices(known.trained)[:-1]
-    ours = Measurement(spectra.on_every_core, lambda matrix: spectra.spectrum_of(matrix.read()), blocks)
+    ours = Measurement(singular_values.on_every_core, lambda matrix: singular_values.spectrum_of(matrix.read()), blocks)
     rows.append(ours.row("the blocks only, with alpha", len(blocks)))
     divergence = Measurement(copies.copy_divergence, known.trained, known.source_layers, known.stack)
     rows.append(divergence.row("divergence of the copies", len(blocks)))

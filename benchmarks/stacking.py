@@ -22,9 +22,9 @@ from pathlib import Path
 
 from _common import write_table
 
-from kl3m_nb import models
+from kl3m_nb.growth.stacking import ORDERS, stack_checkpoint, verify_stack
+from kl3m_nb.model import decoder
 from kl3m_nb.profiles import PROFILES, get_profile, source_profile
-from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
 
 
 def measure(source: Path, target: Path, factor: int, order: str, noise: float) -> dict[str, float]:
@@ -73,7 +73,7 @@ def main() -> None:
     profile = get_profile(arguments.profile)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        models.build_model(source_profile(profile)).save_pretrained(folder / "source")
+        decoder.build_model(source_profile(profile)).save_pretrained(folder / "source")
         cases = [(order, 0.0) for order in ORDERS] + [("cyclic", 0.2)]
         rows = []
         for order, noise in cases:

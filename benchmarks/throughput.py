@@ -50,13 +50,14 @@ import torch
 from _common import now, write_table
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from kl3m_nb import flops, models, training
-from kl3m_nb.estimate import data_sheet, estimate
-from kl3m_nb.metrics import read_metrics
-from kl3m_nb.packing import PackedStream
+from kl3m_nb.data.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from kl3m_nb.data.windows import PackedStream
+from kl3m_nb.model import costs, decoder
+from kl3m_nb.model.estimate import data_sheet, estimate
+from kl3m_nb.model.runtime import Runtime, choose_runtime, prepare_model
 from kl3m_nb.profiles import PROFILES, Profile, get_profile
-from kl3m_nb.runtime import Runtime, choose_runtime, prepare_model
-from kl3m_nb.tokenizer import SPECIAL_TOKENS, load_tokenizer
+from kl3m_nb.runs.metrics import read_metrics
+from kl3m_nb.training import loop
 
 TEXT = "package:licensedcode-data"
 TOKENS = ("synthetic", "real")
@@ -118,7 +119,7 @@ def measure(arguments: argparse.Namespace, name: str, tokens: str, case: str) ->
 
 
 def measure_ours(arguments: argparse.Namespace, chosen: Profile, folder: Path, padded: bool) -> dict[str, float]:
-    training.train(chosen, folder / "run")
+    loop.train(chosen, folder / "run")
     peak = peak_bytes()
     train, clamp = read_metrics(folder / "run", "train"), read_metrics(folder / "run", "clamp")
     before, last = train.iloc[arguments.warmup - 1], train.iloc[-1]
@@ -155,8 +156,8 @@ def time_by_part(arguments: argparse.Namespace, chosen: Profile, folder: Path) -
         if row["kind"] == "train" and row["step"] == arguments.warmup:
             clock.seconds.clear()
 
-    with mock.patch.object(training, "record_function", clock):
-        training.train(short, folder / "by_part", callbacks=[begin_anew])
+    with mock.patch.object(loop, "record_function", clock):
+        loop.train(short, folder / "by_part", callbacks=[begin_anew])
     seconds = read_metrics(folder / "by_part", "train").seconds
     clock.seconds["other"] = seconds.iloc[-1] - seconds.iloc[arguments.warmup - 1] - sum(clock.seconds.values())
     return {part: clock.seconds[part] / arguments.part_steps for part in PARTS if part != "clamp"}
@@ -170,7 +171,7 @@ def windows_of(chosen: Profile, steps: int) -> torch.Tensor:
 
 def peer_model(profile: Profile, runtime: Runtime, compiled: bool) -> PreTrainedModel:
     """The model as transformers computes it, without our fused projections and attention; blocks compiled as its users do."""
-    model = prepare_model(models.build_model(profile), dataclasses.replace(runtime, compile_blocks=False))
+    model = prepare_model(decoder.build_model(profile), dataclasses.replace(runtime, compile_blocks=False))
     if compiled:
         for layer in model.model.layers:
             layer.compile(dynamic=False)
@@ -273,9 +274,9 @@ def rows_of(chosen: Profile, tokens: str, results: dict[str, dict]) -> tuple[lis
         rate = result.get("rate", 0.0)
         compared = rate and case != PADDED
         counted = {
-            "MFU": flops.model_flops_per_token(*shape),
-            "HFU": flops.flops_per_token(*shape, recompute=result.get("recompute", False)),
-            "MFU PaLM": flops.palm_flops_per_token(*shape),
+            "MFU": costs.model_flops_per_token(*shape),
+            "HFU": costs.flops_per_token(*shape, recompute=result.get("recompute", False)),
+            "MFU PaLM": costs.palm_flops_per_token(*shape),
         }
         rows.append(
             {

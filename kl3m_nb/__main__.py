@@ -5,8 +5,8 @@ import os
 import signal
 import sys
 
-from kl3m_nb.printing import keep_printing
-from kl3m_nb.stopping import EXIT_INTERRUPTED
+from kl3m_nb.common.printing import keep_printing
+from kl3m_nb.common.stopping import EXIT_INTERRUPTED
 
 
 def _end_at_once(*_) -> None:

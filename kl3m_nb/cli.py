@@ -15,23 +15,32 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from kl3m_nb import profiles
+from kl3m_nb.common import distributed, paths, values
+from kl3m_nb.common.files import why
+from kl3m_nb.common.stopping import EXIT_INTERRUPTED
+from kl3m_nb.common.text import time_left
+from kl3m_nb.growth import compare
+from kl3m_nb.growth.stacking import ORDERS, stack_checkpoint, verify_stack
+from kl3m_nb.model import decoder
+from kl3m_nb.model.estimate import GPUS, estimate
+from kl3m_nb.model.runtime import device_memory
+from kl3m_nb.profiles import warmup_remark
+from kl3m_nb.runs import export, registry
+from kl3m_nb.runs.checkpoints import CheckpointFailed, check_sound, checkpoint_step, latest_checkpoint
+from kl3m_nb.runs.folder import MICRO_BATCHES, RUN_FILE, read_run_init, read_run_profile
+from kl3m_nb.runs.lineage import carried_counts
+from kl3m_nb.training.loop import TrainingStopped, train
+
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import torch
-
-from kl3m_nb import distributed, growth_runs, models, paths, profiles, publishing, run_folder, runs, values
-from kl3m_nb.cards import carried_counts
-from kl3m_nb.checkpoints import CheckpointFailed, check_sound, checkpoint_step, latest_checkpoint
-from kl3m_nb.estimate import GPUS, estimate
-from kl3m_nb.progress import time_left, why
-from kl3m_nb.runtime import device_memory
-from kl3m_nb.schedule import warmup_remark
-from kl3m_nb.stacking import ORDERS, stack_checkpoint, verify_stack
-from kl3m_nb.stopping import EXIT_INTERRUPTED
-from kl3m_nb.training import TrainingStopped, train
 
 EXIT_REFUSED = 2
+
+
 LONG_WITHOUT_GPU = 6 * 3600  # seconds; a longer job on a CPU is rarely meant
 
 
@@ -162,25 +171,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from kl3m_nb.demo import run_demo
+    from kl3m_nb.jupyter.demo import run_demo
 
     return run_demo(fresh=options.fresh)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from kl3m_nb.parameter_checks import check_values, notebook_profile
-    from kl3m_nb.parameters import check_parameters, find_notebook, read_parameters
-    from kl3m_nb.runner import run_notebook
+    from kl3m_nb.jupyter.parameter_checks import check_values, notebook_profile
+    from kl3m_nb.jupyter.parameters import check_parameters, find_notebook, read_parameters
+    from kl3m_nb.jupyter.runner import run_notebook
 
     notebook = find_notebook(options.notebook)
     given = (values.read_mapping(options.file) if options.file else {}) | dict(options.parameter)
     checked = check_parameters(notebook, given)
     asked = {parameter.name: parameter.default for parameter in read_parameters(notebook).values()} | checked
-    stage = runs.NOTEBOOK_STAGES.get(notebook.stem)
+    stage = registry.NOTEBOOK_STAGES.get(notebook.stem)
     folder = Path.cwd()
     if stage:
         check_values(stage, asked)  # the kernel would take seconds, and leave a folder, before it says so
-        folder = runs.run_path(asked["profile"], stage, asked.get("run", ""))
+        folder = registry.run_path(asked["profile"], stage, asked.get("run", ""))
     if stage in ("source", "grown"):
         profile = notebook_profile(stage, asked)
         if remark := warmup_remark(profile.schedule):
@@ -188,9 +197,9 @@ def _run(options: argparse.Namespace) -> int:
         init = asked["init"] if stage == "grown" and asked["init"] != "random" else None
         _require_gpu_or_consent(folder, profile, options.without_gpu, init)
     if stage == "growth":
-        plan = growth_runs.plan_comparison(runs.run_path(asked["profile"], "grown"), asked["scratch_steps"])
+        plan = compare.plan_comparison(registry.run_path(asked["profile"], "grown"), asked["scratch_steps"])
         if asked["train_scratch"]:
-            scratch = runs.run_path(asked["profile"], "scratch", asked["scratch_run"])
+            scratch = registry.run_path(asked["profile"], "scratch", asked["scratch_run"])
             _require_gpu_or_consent(scratch, plan.scratch, options.without_gpu, lower="scratch_steps")
     return run_notebook(notebook, options.output or folder / "notebooks" / notebook.name, checked)
 
@@ -224,7 +233,7 @@ def _require_gpu_or_consent(
     if done >= profile.schedule.max_steps:
         return
     remaining = profiles.override_profile(profile, max_steps=profile.schedule.max_steps - done)
-    needed = estimate(models.profile_of_start(remaining, init))
+    needed = estimate(decoder.profile_of_start(remaining, init))
     memory = device_memory(torch.device("cpu"))
     if needed.seconds < LONG_WITHOUT_GPU and needed.memory < memory:
         return
@@ -239,7 +248,7 @@ def _require_gpu_or_consent(
 
 def _run_folder(name: str, profile: str = "") -> Path:
     """A bare name lies below runs/, anything with a slash is a path from here."""
-    return Path.cwd() / name if os.sep in name else runs.run_path(profile, "train", name)
+    return Path.cwd() / name if os.sep in name else registry.run_path(profile, "train", name)
 
 
 def _what_to_train(options: argparse.Namespace) -> tuple[profiles.Profile, Path, str | None]:
@@ -254,12 +263,12 @@ def _what_to_train(options: argparse.Namespace) -> tuple[profiles.Profile, Path,
         raise Refused(f"train goes on with the run {name}, which keeps its folder and its start; leave out --init and --run.")
     folder, changes = _run_folder(name), _changes(options)
     for key in changes:
-        if profiles.FIELD_SECTIONS.get(key, "runtime") != "runtime" and key not in run_folder.MICRO_BATCHES:
+        if profiles.FIELD_SECTIONS.get(key, "runtime") != "runtime" and key not in MICRO_BATCHES:
             raise Refused(
                 f"train goes on with the run {name}, whose {key} stays as it is; --set takes runtime settings here, and "
                 "micro_batch and grad_accumulation while their product stays."
             )
-    profile, init = run_folder.read_run_profile(folder), run_folder.read_run_init(folder)
+    profile, init = read_run_profile(folder), read_run_init(folder)
     recorded = paths.resolve(init or "")  # below the root, whatever lies in the shell's folder
     start = str(recorded) if init and recorded.exists() else init
     return profiles.override_profile(profile, **changes), folder, start
@@ -273,9 +282,9 @@ def _start(name: str | None, run_dir: Path) -> str | None:
     if not name:
         return None
     place, here = paths.located(name), os.path.abspath(name)
-    if os.path.exists(place) or models.is_hub_id(name):
+    if os.path.exists(place) or paths.is_hub_id(name):
         return place
-    if not (run_dir / run_folder.RUN_FILE).exists():
+    if not (run_dir / RUN_FILE).exists():
         places = dict.fromkeys((here, str(paths.resolve(name))))  # one where the shell stands in the project's root
         raise Refused(
             f"There is no checkpoint folder {' or '.join(places)}; train one first, or name a folder or a hub id OWNER/NAME."
@@ -337,7 +346,7 @@ def _estimate(options: argparse.Namespace) -> int:
         raise Refused(
             f"There is no {config} to take the numbers of the model from; name a checkpoint folder, or leave out --init."
         )
-    table = estimate(models.profile_of_start(_set_fields(options), options.init), options.gpu).table()
+    table = estimate(decoder.profile_of_start(_set_fields(options), options.init), options.gpu).table()
     for key, value in table.items():
         print(f"{key:{max(map(len, table))}}  {value}")
     return 0
@@ -346,34 +355,34 @@ def _estimate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     checkpoint = Path.cwd() / paths.located(options.checkpoint)
     if options.push_to_hub:  # asked before gigabytes are copied
-        publishing.free_repository(checkpoint, options.push_to_hub, options.name)
-    model = publishing.export_model(checkpoint, Path.cwd() / options.folder, options.name)
+        export.free_repository(checkpoint, options.push_to_hub, options.name)
+    model = export.export_model(checkpoint, Path.cwd() / options.folder, options.name)
     print(f"the model is in {model}")
     if options.push_to_hub:
-        print(f"uploaded to {publishing.push_to_hub(model, options.push_to_hub)}")
+        print(f"uploaded to {export.push_to_hub(model, options.push_to_hub)}")
     return 0
 
 
 def _spectra(options: argparse.Namespace) -> int:
-    from kl3m_nb import spectral_report
-    from kl3m_nb.spectral_subject import find_subject
+    from kl3m_nb.jupyter import spectral_report
+    from kl3m_nb.spectra.subject import find_subject
 
     subject = find_subject(options.checkpoint, options.against, options.source_layers)
-    folder = options.output or runs.run_path("", "", f"{subject.name.replace(', ', '-').replace('/', '-')}-spectra")
+    folder = options.output or registry.run_path("", "", f"{subject.name.replace(', ', '-').replace('/', '-')}-spectra")
     page = spectral_report.write_report(subject, folder, not options.no_alpha, options.top_k, options.windows)
     print(f"The report: {page}")
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
-    from kl3m_nb.run_report import write_run_report
+    from kl3m_nb.jupyter.run_report import write_run_report
 
     print(f"The report: {write_run_report(_run_folder(options.run))}")
     return 0
 
 
 def _runs(options: argparse.Namespace) -> int:
-    table = runs.load_runs()
+    table = registry.load_runs()
     if table.empty:
         print(f"There is no run to show in {paths.runs_dir()}; `make demo` makes some.")
         return 0

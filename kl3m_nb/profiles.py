@@ -1,9 +1,7 @@
-"""Named profiles: the single place for every number of a model, its optimizers, its data and its run.
+"""Every number of a run, with its bounds: the profiles of the family, their fields, and what a field accepts.
 
-A `Profile` is a tree of small frozen dataclasses. Field names are unique over the whole tree, so one flat keyword changes
-any of them: `get_profile("tiny", max_steps=40, micro_batch=2)`. Numbers come from the model cards of the KL3M family;
-where a card is silent, the docstring of the field's class says what was inferred.
-"""
+A profile is a tree of frozen dataclasses, one a subject. A field's name is unique over the whole tree, so an override names the
+field alone. Values are checked here and nowhere else; a profile that exists can be trusted."""
 
 from __future__ import annotations
 
@@ -11,12 +9,14 @@ import contextlib
 import dataclasses
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kl3m_nb.display import did_you_mean, table_html
-from kl3m_nb.profile_checks import check_values
+from kl3m_nb.common.text import did_you_mean, table_html
 
 ATTENTION_ROLES = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
 MLP_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
@@ -121,7 +121,7 @@ class ScheduleSpec:
 class DataSpec:
     """Where documents come from and how they become batches (kl3m-007 card, "Batch Configuration").
 
-    `source` is one line, options and several weighted sources included: `kl3m_nb.sources` says how. A run may be resumed with
+    `source` is one line, options and several weighted sources included: `kl3m_nb.data.sources` says how. A run may be resumed with
     another `micro_batch` and `grad_accumulation` of the same product.
     """
 
@@ -200,8 +200,13 @@ class Profile:
 
 _SECTIONS = ("model", "objective", "optimizer", "clamp", "schedule", "data", "runtime")
 
+
 _KL3M_170M = ModelSpec(layers=30, hidden=576, mlp=1536, heads=9, kv_heads=3, head_size=64, vocabulary=131_072, context=4096)
+
+
 _TINY = ModelSpec(layers=12, hidden=128, mlp=344, heads=4, kv_heads=2, head_size=32, vocabulary=4096, context=256)
+
+
 _TINY_MIXTURE = dataclasses.replace(
     _TINY,
     layers=8,
@@ -213,6 +218,8 @@ _TINY_MIXTURE = dataclasses.replace(
     active_experts=2,
     router_aux_loss=0.05,
 )
+
+
 _KL3M_520M = ModelSpec(
     layers=16,
     hidden=1024,
@@ -256,6 +263,7 @@ def _laptop_profile(name: str, model: ModelSpec) -> Profile:
 # On an H200 the head and the loss of 20,480 tokens take 21 ms and 3.8 GB in chunks of 4,096, 24 ms and 2.2 GB in chunks of 2,048.
 # The card of kl3m-006 has 1,024.
 _LARGE_CHUNKS = ObjectiveSpec(chunk_tokens=4096)
+
 
 PROFILES: dict[str, Profile] = {
     profile.name: profile
@@ -399,3 +407,170 @@ def _checked_type(key: str, value):
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"The profile field {key!r} is of type {kind.__name__}; {value!r} is not.")
     return value
+
+
+_CHOICES = {
+    "entropy_target_over": ("token", "batch"),
+    "clip_mode": ("adaptive", "fixed", "off"),
+    "precision": ("auto", "float32", "bfloat16"),
+    "attention": ("auto", "sdpa", "flash_attention_2", "flash_attention_4", "eager"),
+    "compile": ("auto", "on", "off"),
+    "parallel": ("ddp", "fsdp"),
+    "gradient_checkpointing": ("auto", "on", "off"),
+    "tf32": ("auto", "on", "off"),
+    "adjust_lr": ("original", "match_rms_adamw"),
+    "packing": ("dense", "segments"),
+    "document_borders": ("ignored", "mask"),
+    "sft_loss": ("response", "all"),
+    "ns_coefficients": ("keller_jordan", "polar_express"),
+    "ns_precision": ("auto", "float32", "bfloat16"),
+}
+
+
+REMOVED = {  # what an earlier version accepted: field and value, and why it is gone
+    (
+        "document_borders",
+        "positions",
+    ): "document_borders 'positions' let tokens see earlier documents at rotary distances of zero "
+    "and below, which no model is used with, and is gone; take 'mask', which hides them, or 'ignored'",
+}
+
+
+_RANGES = {  # what is accepted, in words: the test, and the fields
+    "at least 1 and finite": (
+        lambda value: 1 <= value < math.inf,
+        "layers hidden mlp heads kv_heads head_size vocabulary context seq_len micro_batch grad_accumulation shuffle_buffer "
+        "held_out_windows max_steps chunk_tokens log_every eval_every checkpoint_every keep_checkpoints growth_factor "
+        "source_steps attention_max_condition mlp_max_condition lm_head_max_condition",
+    ),
+    "at least 0 and finite": (
+        lambda value: 0 <= value < math.inf,
+        "sliding_window experts active_experts router_aux_loss entropy_bonus entropy_target_bits entropy_target_weight "
+        "activation_norm base_lr weight_decay attention_outer_multiplier attention_inner_multiplier mlp_multiplier "
+        "lm_head_multiplier aux_lr aux_weight_decay clamp_every sigma_floor warmup_steps seed keep_every prefetch_batches",
+    ),
+    "above 0 and finite": (
+        lambda value: 0 < value < math.inf,
+        "rope_theta initializer_range clip_max_norm clip_coefficient",
+    ),
+    "at least 0 and below 1": (
+        lambda value: 0 <= value < 1,
+        "label_smoothing momentum aux_beta1 aux_beta2 clip_beta",
+    ),
+    "between 0 and 1": (lambda value: 0 <= value <= 1, "min_lr_ratio p_sft"),
+    "from 3 to 5": (lambda value: 3 <= value <= 5, "ns_steps"),
+}
+
+
+def check_values(values: Mapping[str, object]) -> None:
+    """Raises ValueError for the first of a profile's `values`, all its fields by name, that cannot be meant."""
+    for key, choices in _CHOICES.items():
+        if remark := REMOVED.get((key, values[key])):
+            raise ValueError(f"The profile field {remark}.")
+        if values[key] not in choices:
+            raise ValueError(f"The profile field {key!r} is {values[key]!r}; it accepts {', '.join(choices)}.")
+    for words, (accepts, keys) in _RANGES.items():
+        for key in keys.split():
+            if not accepts(values[key]):
+                raise ValueError(f"The profile field {key!r} is {values[key]}; it must be {words}.")
+    for key, value in values.items():
+        if isinstance(value, int) and value >= 2**63:
+            raise ValueError(f"The profile field {key!r} is {value}; a whole number must be below 2**63.")
+    _check_experts(values)
+    _check_data(values)
+    _check_shape(values)
+
+
+def _check_experts(values: Mapping) -> None:
+    experts, active = values["experts"], values["active_experts"]
+    if experts:
+        if not 1 <= active <= experts:
+            raise ValueError(f"active_experts is {active} of {experts} experts; choose from 1 to {experts}.")
+        for key in ("attention_bias", "mlp_bias"):
+            if values[key]:
+                raise ValueError(
+                    f"{key} is true with {experts} experts, and a Mixtral has no biases; set experts to 0, or {key} to false."
+                )
+        return
+    for key in ("active_experts", "router_aux_loss", "sliding_window"):
+        if values[key]:
+            raise ValueError(f"{key} is {values[key]} without experts, and a dense Llama has none; set experts, or {key} to 0.")
+
+
+def _check_data(values: Mapping) -> None:
+    if values["p_sft"] and values["packing"] == "dense":
+        raise ValueError(f"p_sft is {values['p_sft']} with packing 'dense'; instruction pairs need packing 'segments'.")
+    if values["seq_len"] < 2 and values["packing"] == "segments":
+        raise ValueError("seq_len is 1 with packing 'segments', which has no room for a document; choose at least 2.")
+    if values["sft_loss"] != "response" and not values["p_sft"]:
+        raise ValueError(f"sft_loss is {values['sft_loss']!r} with p_sft 0, which takes no instruction pairs; raise p_sft too.")
+    if values["document_borders"] != "ignored" and values["packing"] == "segments":
+        raise ValueError(
+            f"document_borders is {values['document_borders']!r} with packing 'segments', which never hold two documents; "
+            "use packing 'dense' or document_borders 'ignored'."
+        )
+
+
+def _check_shape(values: Mapping) -> None:
+    if values["seq_len"] > values["context"]:
+        raise ValueError(
+            f"seq_len {values['seq_len']} is longer than the context of {values['context']} tokens that the model can take; "
+            f"choose at most {values['context']}."
+        )
+    if values["layers"] % values["growth_factor"]:
+        raise ValueError(
+            f"{values['layers']} layers are not a multiple of growth_factor {values['growth_factor']}; "
+            "a cyclic stack needs layers = growth_factor × source layers."
+        )
+    if values["heads"] % values["kv_heads"]:
+        raise ValueError(f"{values['heads']} heads cannot share {values['kv_heads']} kv_heads evenly; choose a divisor.")
+    if values["head_size"] % 2:
+        raise ValueError(f"head_size is {values['head_size']}; rotary positions turn pairs of numbers, choose an even one.")
+    for key in ("hidden", "mlp") if values["experts"] else ():
+        if values[key] % 4:
+            raise ValueError(f"{key} is {values[key]}; torch multiplies the matrices of experts in multiples of 4, choose one.")
+    if not values["experts"] and values["hidden"] % values["heads"]:  # transformers asks it of a Llama, not of a Mixtral
+        raise ValueError(f"hidden {values['hidden']} is not a multiple of {values['heads']} heads; a dense Llama needs that.")
+
+
+@dataclass(frozen=True)
+class CardUsage:
+    """The call of `pipeline("text-generation", …)` that a model card prints: its prompts and its arguments."""
+
+    prompts: tuple[str, ...]
+    arguments: Mapping[str, object]
+
+
+# kl3m-002 card, "Getting Started": "Governing Law." needs the newline, without which the card's own sample does not begin a line.
+CARD_USAGE = {
+    "kl3m-002-520m": CardUsage(
+        ("Under this", "Governing Law.\n"),
+        {"do_sample": True, "temperature": 0.5, "num_return_sequences": 3, "max_new_tokens": 32},
+    ),
+    "kl3m-007-500m": CardUsage(
+        ("The United States Constitution establishes",),
+        {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 100},
+    ),
+}
+
+
+def card_of(mixture: bool) -> str:
+    """The card whose advice holds for a model: kl3m-002 for the family's mixtures of experts, kl3m-007 for its Llamas."""
+    return "kl3m-002-520m" if mixture else "kl3m-007-500m"
+
+
+def usage_of(card: str) -> CardUsage:
+    """What the card named `card` prints. Raises ValueError for a card that prints no call."""
+    if card not in CARD_USAGE:
+        raise ValueError(f"There is no usage of the card {card!r}; choose one of {', '.join(CARD_USAGE)}.")
+    return CARD_USAGE[card]
+
+
+def warmup_remark(spec: ScheduleSpec) -> str:
+    """What is said of a run that ends before its warmup; empty for any other. A trial of a few steps may well be one."""
+    if spec.warmup_steps < spec.max_steps:
+        return ""
+    return (
+        f"warmup_steps {spec.warmup_steps} is not below max_steps {spec.max_steps}: the learning rate rises to the last step and "
+        "has no time at its peak; raise max_steps or lower warmup_steps."
+    )

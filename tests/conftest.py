@@ -1,5 +1,6 @@
 """Every test, and every notebook under nbval, works in its own empty `runs/`, never in the user's."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import contextlib
@@ -19,9 +20,11 @@ _RUNS = tempfile.TemporaryDirectory(prefix="kl3m-nb-runs-")
 os.environ["KL3M_NB_RUNS"] = _RUNS.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from warm_processes import WarmProcesses  # noqa: E402
-
-from kl3m_nb import cards, paths, profiles, training  # noqa: E402
+from kl3m_nb import profiles
+from kl3m_nb.common import paths
+from kl3m_nb.runs import card
+from kl3m_nb.training import loop
+from tests.warm_processes import WarmProcesses
 
 SECTIONS = [f"Section {n}. The holder of permit {n * 7} shall file report {n % 13} with office {n % 29}." for n in range(400)]
 
@@ -36,9 +39,9 @@ def small_profile(**overrides) -> profiles.Profile:
     return profiles.get_profile("tiny", **{**settings, **overrides})
 
 
-def model_card(profile: profiles.Profile, facts: cards.CardFacts) -> str:
+def model_card(profile: profiles.Profile, facts: card.CardFacts) -> str:
     """The card of a model that is as `profile` says, with the family's tokenizer."""
-    return cards.model_card(profile, facts, cards.ModelFacts(profile.model, "", "<|start|>", "<|end|>"))
+    return card.model_card(profile, facts, card.ModelFacts(profile.model, "", "<|start|>", "<|end|>"))
 
 
 def make_tokenizer(folder, first=(), last=("<|endoftext|>",), **named):
@@ -73,7 +76,7 @@ def execute_notebook(name: str, parameters: dict) -> dict:
 def trained_run(tmp_path_factory):
     """(run folder, TrainResult) of `small_profile` trained to its end."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
-    return run_dir, training.train(small_profile(), run_dir)
+    return run_dir, loop.train(small_profile(), run_dir)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from kl3m_nb import evaluation, logits, matrices, models, paths, stacking
-from kl3m_nb.loading import REFUSALS, reason
+from kl3m_nb.common import paths
+from kl3m_nb.growth import stacking
+from kl3m_nb.model import decoder, logits, roles, scoring
+from kl3m_nb.model.loading import REFUSALS, reason
+from kl3m_nb.spectra import matrices
 
 TABLE = paths.project_root() / "docs" / "families.md"
 BEST_KNOWN = (
@@ -116,7 +119,7 @@ def judge(family: str) -> Verdict:
             evaluate=evaluated,
             difference=difference,
             stack=_stacked(folder),
-            train="yes" if family in models.TRAINED_FAMILIES else "no",
+            train="yes" if family in decoder.TRAINED_FAMILIES else "no",
             spectra=_spectra(folder),
         )
 
@@ -131,10 +134,10 @@ def _evaluated(folder: Path) -> tuple[str, float]:
     except REFUSALS as error:
         return f"no: its own code fails here ({_short(reason(error), folder)})", 0.0
     try:
-        model = models.load_model(folder / "model")
-        losses = evaluation.held_out_loss(model, windows).loss_per_window.tolist()
+        model = decoder.load_model(folder / "model")
+        losses = scoring.held_out_loss(model, windows).loss_per_window.tolist()
         sequences = [windows[0].tolist(), windows[1].tolist(), windows[2, :9].tolist()]
-        scores = evaluation.score_sequences(model, sequences)
+        scores = scoring.score_sequences(model, sequences)
         losses += [scores[0].loss.mean().item(), scores[2].loss.mean().item()]
         with torch.no_grad():
             short = F.cross_entropy(own(windows[2:, :8]).logits[0].double(), windows[2, 1:9]).item()
@@ -172,7 +175,7 @@ def _spectra(folder: Path) -> str:
             found = dict.fromkeys(matrix.role for matrix in matrices.find_matrices(folder / "model"))
         except ValueError as error:
             return f"no: {_short(str(error), folder)}"
-    absent = [role for role in matrices.ROLES if role not in found]
+    absent = [role for role in roles.ROLES if role not in found]
     left_out = re.search(r"leave out: (.*)\.$", "\n".join(str(warning.message) for warning in caught))
     remarks = [f"no {', '.join(absent)}"] * bool(absent) + ([f"without {left_out[1]}"] if left_out else [])
     return "; ".join(["yes", *remarks])

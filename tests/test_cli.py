@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import nbformat
 import pandas as pd
 import pytest
-from conftest import small_profile
 
-from kl3m_nb import cli, runs
+from kl3m_nb import cli
+from kl3m_nb.runs import registry
+from tests.conftest import small_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,13 +44,13 @@ def _notebook(path: Path, code: str) -> Path:
         (["run", "02_training", "-p", "seq_len", "4096"], "context of 256"),
         (["run", "02_training", "-p", "profile", "kl3m-007-500m", "-p", "init", "random"], "--without-gpu"),
         (["run", "02_training", "-p", "profile", "kl3m-002-520m"], "init random"),
-        *((["run", name, "-p", "profile", "nope"], "no profile 'nope'") for name in runs.NOTEBOOK_STAGES),
+        *((["run", name, "-p", "profile", "nope"], "no profile 'nope'") for name in registry.NOTEBOOK_STAGES),
         (["run", "01_stacking", "-p", "source", "nowhere"], "The parameter source names no checkpoint"),
         (["run", "01_stacking", "-p", "source", "a/nowhere"], "The parameter source names no checkpoint"),
         (["run", "03_spectral_analysis", "-p", "stack", "./nowhere"], "The parameter stack names no checkpoint"),
         (["run", "04_generation_evaluation", "-p", "trained", "runs/nowhere"], "The parameter trained names no checkpoint"),
         (["run", "04_generation_evaluation", "-p", "others", "OWNER/NAME, no/where/x"], "no checkpoint no/where/x"),
-        *((["run", name, "-p", "run", "a/b"], "no name of a folder right below") for name in runs.NOTEBOOK_STAGES),
+        *((["run", name, "-p", "run", "a/b"], "no name of a folder right below") for name in registry.NOTEBOOK_STAGES),
         (["run", "05_growth_comparison", "-p", "scratch_run", ".."], "no name of a folder right below"),
         (["run", "00_source_model", "-p", "source", "files:nope/*"], "No file matches"),
         (["run", "02_training", "-p", "processes", "-1"], "processes is -1"),
@@ -168,7 +169,7 @@ def test_an_output_folder_that_is_there_gets_the_notebook_and_nothing_stands_bes
 @pytest.mark.parametrize("steps", [50, 100, 101])
 def test_a_job_that_ends_before_its_warmup_is_told_of_once(steps, monkeypatch, capsys):
     started = []
-    monkeypatch.setattr("kl3m_nb.runner.run_notebook", lambda *arguments: started.append(arguments) or 0)
+    monkeypatch.setattr("kl3m_nb.jupyter.runner.run_notebook", lambda *arguments: started.append(arguments) or 0)
     given = {"profile": "kl3m-007-500m", "init": "random", "max_steps": steps}
     command = ["run", "02_training", "--without-gpu", *(word for key in given for word in ("-p", key, str(given[key])))]
     assert cli.main(command) == 0 and len(started) == 1
@@ -234,7 +235,7 @@ def test_train_stack_and_runs_work_from_the_shell(tmp_path):
     assert "tiny-2-layers-step2" in call("export", "runs/a/checkpoints/step-000002", "models")
     assert (tmp_path / "models" / "tiny-2-layers-step2" / "model.safetensors").is_file()
     assert "tiny" in call("runs")
-    table = runs.load_runs(tmp_path / "runs")
+    table = registry.load_runs(tmp_path / "runs")
     assert table.loc[0, ["run", "layers", "step", "max_steps", "tokens"]].tolist() == ["a", 2, 2, 2, 512]
 
 
@@ -248,7 +249,7 @@ def test_runs_are_listed_in_whole_seconds(monkeypatch, capsys):
         "checkpoint": "",
     }
     begun = row | {"run": "b", "held_out_loss": float("nan"), "tokens": 0, "seconds": 0.0}
-    monkeypatch.setattr(runs, "load_runs", lambda: pd.DataFrame([row, begun]))
+    monkeypatch.setattr(registry, "load_runs", lambda: pd.DataFrame([row, begun]))
     assert cli.main(["runs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[-3:] == ["5.505", "491,520", "657"] and lines[2].split()[-3:] == ["–", "0", "0"]
@@ -290,4 +291,4 @@ def test_processes_that_would_not_share_the_work_are_refused(capsys, monkeypatch
     for name, value in {"WORLD_SIZE": "4", **launcher}.items():
         monkeypatch.setenv(name, value)
     assert cli.main(arguments) == cli.EXIT_REFUSED
-    assert words in capsys.readouterr().err and not runs.run_path("tiny", "train", "").exists()
+    assert words in capsys.readouterr().err and not registry.run_path("tiny", "train", "").exists()

@@ -7,7 +7,9 @@ import torch
 from families import BEST_KNOWN, TABLE, all_verdicts, judge, small_config, table
 from transformers import AutoModelForCausalLM
 
-from kl3m_nb import evaluation, generation, logits, models, token_view
+from kl3m_nb.evaluation import generation
+from kl3m_nb.jupyter import prompt_box
+from kl3m_nb.model import decoder, logits, scoring
 from kl3m_nb.profiles import get_profile
 
 
@@ -35,7 +37,7 @@ def test_every_family_of_transformers_does_what_the_table_says():
 def test_the_table_names_every_way():
     rows = written()
     assert (
-        {family for family, columns in rows.items() if columns[2] == "yes"} == {"llama", "mixtral"} == {*models.TRAINED_FAMILIES}
+        {family for family, columns in rows.items() if columns[2] == "yes"} == {"llama", "mixtral"} == {*decoder.TRAINED_FAMILIES}
     )
     own_pass = {family for family, columns in rows.items() if columns[0] == "yes, by its own forward pass"}
     assert own_pass >= {"gemma2", "cohere", "granite", "bert"} and len(rows) > 120
@@ -48,7 +50,7 @@ def test_what_is_shown_of_a_sample_is_the_models_too(family):
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.2)
     prompt, drawn = (5, 6, 7), (8, 9, 10, 11)
-    choices = token_view.token_choices(model, _Letters(), generation.Sample("", "", prompt, drawn, (), 0.0))
+    choices = prompt_box.token_choices(model, _Letters(), generation.Sample("", "", prompt, drawn, (), 0.0))
     with torch.no_grad():
         expected = model(torch.tensor([prompt + drawn])).logits[0].double().softmax(-1)
     for place, (token, choice) in enumerate(zip(drawn, choices, strict=True), start=len(prompt) - 1):
@@ -64,20 +66,20 @@ def test_a_model_that_sees_what_it_is_to_predict_is_refused():
     config = small_config("bert")
     config.is_decoder = False
     with pytest.raises(ValueError, match="sees the tokens"):
-        evaluation.held_out_loss(AutoModelForCausalLM.from_config(config), torch.randint(4, 90, (2, 9)))
+        scoring.held_out_loss(AutoModelForCausalLM.from_config(config), torch.randint(4, 90, (2, 9)))
 
 
 def test_no_more_logits_than_a_rows_exist_where_a_family_makes_its_own():
     model = AutoModelForCausalLM.from_config(small_config("cohere"))
     rows = []
     model.lm_head.register_forward_hook(lambda _, __, output: rows.append(output.shape[0]))
-    evaluation.held_out_loss(model, torch.randint(4, 90, (6, 9)))
+    scoring.held_out_loss(model, torch.randint(4, 90, (6, 9)))
     assert max(rows) == 1 and not logits.head_is_all(model)
 
 
 def test_training_refuses_another_family_by_its_name(tmp_path):
     model = AutoModelForCausalLM.from_config(small_config("gemma2"))
     with pytest.raises(ValueError, match="is a gemma2; only llama and mixtral models can be trained"):
-        models.check_fits(model.config.to_dict(), get_profile("tiny"), tmp_path)
+        decoder.check_fits(model.config.to_dict(), get_profile("tiny"), tmp_path)
     with pytest.raises(ValueError, match="Gemma2ForCausalLM cannot be trained"):
-        models.forward_body(model, torch.zeros(1, 4, dtype=torch.int64))
+        decoder.forward_body(model, torch.zeros(1, 4, dtype=torch.int64))

@@ -6,17 +6,17 @@ import copy
 
 import pytest
 import torch
-from conftest import small_profile
-from test_flash_attention import probabilities
-from test_muon import ReferenceMuon, conditioned
-from test_muon import relative_error as update_error
-from test_objective import CARD, STRONG, problem, reference_gradients, relative_error
 from torch import nn
 
-from kl3m_nb import flash_attention, models
-from kl3m_nb.muon import Muon
-from kl3m_nb.objective import chunked_objective
-from kl3m_nb.runtime import Runtime, prepare_model
+from kl3m_nb.model import decoder, flash_attention
+from kl3m_nb.model.runtime import Runtime, prepare_model
+from kl3m_nb.optim.muon import Muon
+from kl3m_nb.optim.objective import chunked_objective
+from tests.conftest import small_profile
+from tests.model.test_flash_attention import probabilities
+from tests.optim.test_muon import ReferenceMuon, conditioned
+from tests.optim.test_muon import relative_error as update_error
+from tests.optim.test_objective import CARD, STRONG, problem, reference_gradients, relative_error
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -63,7 +63,7 @@ def test_a_compiled_block_with_gradient_checkpointing(experts):
         layers=1, hidden=128, mlp=256, heads=2, kv_heads=1, head_size=64, context=128, seq_len=128, experts=experts,
         active_experts=min(2, experts), sliding_window=32 if experts else 0,
     )  # fmt: skip
-    model = models.build_model(profile)
+    model = decoder.build_model(profile)
     reference = copy.deepcopy(model).double()
     reference.config._experts_implementation = "eager"  # grouped products know no float64
     chosen = Runtime(torch.device(DEVICE), "bfloat16", "sdpa", compile_blocks=True, recompute=True, tf32=True)
@@ -71,9 +71,9 @@ def test_a_compiled_block_with_gradient_checkpointing(experts):
     tokens = torch.randint(512, (2, 128), generator=torch.Generator().manual_seed(0))
     direction = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(1))
     with chosen.autocast():
-        hidden = models.forward_body(model, tokens.to(DEVICE), recompute=True).hidden
+        hidden = decoder.forward_body(model, tokens.to(DEVICE), recompute=True).hidden
     (hidden.float() * direction.to(DEVICE)).sum().backward()
-    expected = models.forward_body(reference, tokens).hidden
+    expected = decoder.forward_body(reference, tokens).hidden
     (expected * direction).sum().backward()
     assert relative_error(hidden.cpu(), expected) < 2e-2
     for (name, parameter), exact in zip(model.named_parameters(), reference.parameters(), strict=True):

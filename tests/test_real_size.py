@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 from transformers import pipeline
 
-from kl3m_nb import checkpoints, generation, models, stacking
-from kl3m_nb.card_usage import usage_of
-from kl3m_nb.metrics import read_metrics
-from kl3m_nb.profiles import get_profile, source_profile
-from kl3m_nb.tokenizer import load_tokenizer
+from kl3m_nb.data.tokenizer import load_tokenizer
+from kl3m_nb.evaluation import generation
+from kl3m_nb.growth import stacking
+from kl3m_nb.model import decoder, roles
+from kl3m_nb.profiles import get_profile, source_profile, usage_of
+from kl3m_nb.runs import checkpoints
+from kl3m_nb.runs.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +42,7 @@ def folder(tmp_path_factory):
 
 
 def _random_source(profile, folder: Path) -> Path:
-    models.build_model(profile).save_pretrained(folder)
+    decoder.build_model(profile).save_pretrained(folder)
     load_tokenizer("corpus", DOCUMENTS, 4096).save_pretrained(folder)
     return folder
 
@@ -80,7 +82,7 @@ def _moved(before: Path, after: Path, names: tuple[str, ...]) -> None:
 
 def _writes(checkpoint: Path) -> None:
     writer = pipeline("text-generation", model=str(checkpoint), device="cpu")
-    assert writer.model.num_parameters() == models.parameter_counts(writer.model)["total"]
+    assert writer.model.num_parameters() == roles.parameter_counts(writer.model)["total"]
     prompt = writer.tokenizer("Governing Law.")["input_ids"]
     written = writer("Governing Law.", min_new_tokens=4, max_new_tokens=4, return_tensors=True)[0]["generated_token_ids"]
     assert written[: len(prompt)] == prompt and len(written) == len(prompt) + 4

@@ -20,6 +20,9 @@ import time
 import traceback
 from pathlib import Path
 
+from kl3m_nb.common import distributed as common_distributed
+from kl3m_nb.optim import loss
+
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 60  # within which a job has ended, also one that lost a rank
 
@@ -81,8 +84,8 @@ def kill_at_random(kills: int, seed: int, run_dir: str, profile: dict) -> dict:
 
     Half of the processes are killed soon after they begin, half soon after they have saved a checkpoint. Gives the steps reached.
     """
-    from kl3m_nb.checkpoints import latest_checkpoint
-    from kl3m_nb.metrics import read_metrics
+    from kl3m_nb.runs.checkpoints import latest_checkpoint
+    from kl3m_nb.runs.metrics import read_metrics
 
     rng, reached = random.Random(seed), []
     for number in range(kills):
@@ -108,12 +111,12 @@ def join_again(attempts: int, run_dir: str) -> list[list[int]]:
 
 
 def join(run_dir: str, late: int) -> None:
-    from kl3m_nb import distributed
+    from kl3m_nb.common.distributed import process_group, sum_over_ranks
 
     if int(os.environ["RANK"]) == late:
         time.sleep(0.15)
-    with distributed.process_group():
-        assert distributed.sum_over_ranks([1]) == [2]
+    with process_group():
+        assert sum_over_ranks([1]) == [2]
 
 
 def train(
@@ -123,20 +126,19 @@ def train(
 
     `places`: the folder of each rank, which is /proc/self/cwd there. `last_rank`: settings of the last rank alone.
     """
-    from conftest import small_profile
-
-    from kl3m_nb import distributed, resuming, training, training_loss
+    from kl3m_nb.training import loop, resume
+    from tests.conftest import small_profile
 
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if fault and rank == fault["rank"]:
-        _plant(fault["call"], fault["kind"], training_loss)
+        _plant(fault["call"], fault["kind"], loss)
     if count_reductions:
-        _count_reductions(Path(run_dir), distributed)
+        _count_reductions(Path(run_dir), common_distributed)
     if places:
         os.chdir(places[rank])
-        resuming.SEEN_SECONDS = 0  # nothing here shows late
+        resume.SEEN_SECONDS = 0  # nothing here shows late
     changes = options.get("last_rank", {}) if rank == ranks - 1 else {}
-    training.train(small_profile(**{**profile, **changes}), options.get("seen_run_dir", run_dir), options.get("init"))
+    loop.train(small_profile(**{**profile, **changes}), options.get("seen_run_dir", run_dir), options.get("init"))
 
 
 def command(run_dir: str, words: list[str], places: list[str]) -> int:
@@ -148,7 +150,7 @@ def command(run_dir: str, words: list[str], places: list[str]) -> int:
 
 
 def _plant(call: int, kind: str, training_loss) -> None:
-    from kl3m_nb.packing import PackedStream
+    from kl3m_nb.data.windows import PackedStream
 
     original, calls = training_loss.activation_penalty, []
 
@@ -222,12 +224,11 @@ def _agent_store():
 
 def serve() -> None:
     """Trains once, so that all that every job needs is imported and read, then takes jobs until standard input ends."""
-    from conftest import small_profile
-
-    from kl3m_nb import training
+    from kl3m_nb.training import loop
+    from tests.conftest import small_profile
 
     with tempfile.TemporaryDirectory() as folder:
-        training.train(small_profile(max_steps=2), Path(folder) / "run")
+        loop.train(small_profile(max_steps=2), Path(folder) / "run")
     for line in sys.stdin:
         job, arguments = json.loads(line)
         print(json.dumps(globals()[job](**arguments)), flush=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from kl3m_nb import checkpoints
-from kl3m_nb.metrics import read_metrics
+from kl3m_nb.runs import checkpoints
+from kl3m_nb.runs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"seq_len": 64, "micro_batch": 2}

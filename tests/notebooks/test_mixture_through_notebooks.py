@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from conftest import execute_notebook
 
-from kl3m_nb import figures, live, plots
-from kl3m_nb.metrics import read_metrics
+from kl3m_nb.figures import style, training
+from kl3m_nb.jupyter import live
+from kl3m_nb.runs.metrics import read_metrics
+from tests.conftest import execute_notebook
 
 SMALL = {"profile": "tiny-moe", "seq_len": 64}
 STEPS = {"max_steps": 4, "micro_batch": 2}
@@ -17,7 +18,7 @@ def quiet(tmp_path, monkeypatch):
     """An empty `runs/`, no live view, and figures that are drawn and not saved."""
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
     monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
-    for module in (plots, figures):
+    for module in (training, style):
         monkeypatch.setattr(module, "save_figure", lambda figure, folder, *_: folder.mkdir(parents=True, exist_ok=True))
 
 

@@ -11,12 +11,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import execute_notebook, small_profile
 
-from kl3m_nb import cli, figures, live, plots, runner, runs, stacking, training
-from kl3m_nb.metrics import read_metrics
+from kl3m_nb import cli
+from kl3m_nb.figures import style, training
+from kl3m_nb.growth import stacking
+from kl3m_nb.jupyter import live, runner
 from kl3m_nb.profiles import source_profile
-from kl3m_nb.run_folder import write_run_file
+from kl3m_nb.runs import registry
+from kl3m_nb.runs.folder import write_run_file
+from kl3m_nb.runs.metrics import read_metrics
+from kl3m_nb.training import loop
+from tests.conftest import execute_notebook, small_profile
 
 GROWN = {"layers": 8, "growth_factor": 4, "eval_every": 1, "tokenizer": "corpus-001"}
 WINDOWS = {"seq_len": 32, "held_out_windows": 8}
@@ -27,7 +32,7 @@ def short(tmp_path_factory):
     """A source of two steps, with the tokenizer of the first generation."""
     run_dir = tmp_path_factory.mktemp("named") / "short"
     settings = source_profile(small_profile(**GROWN, source_steps=2))
-    return training.train(settings, run_dir).checkpoint
+    return loop.train(settings, run_dir).checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -35,20 +40,20 @@ def quiet(tmp_path, monkeypatch):
     """An empty `runs/`, no live view, and figures that are drawn and not saved."""
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
-    for module in (plots, figures):
+    for module in (training, style):
         monkeypatch.setattr(module, "save_figure", lambda *_: None)
 
 
 def _stack(source: Path, order: str = "cyclic", noise: float = 0.0) -> Path:
     """What notebook 01 makes."""
-    stack = runs.run_path("tiny", "stack") / "checkpoint"
+    stack = registry.run_path("tiny", "stack") / "checkpoint"
     stacking.stack_checkpoint(source, stack, 4, order, noise)
     return stack
 
 
 def _train(stack: Path, steps: int) -> None:
     """What notebook 02 does."""
-    training.train(small_profile(**GROWN, max_steps=steps), runs.run_path("tiny", "grown"), stack)
+    loop.train(small_profile(**GROWN, max_steps=steps), registry.run_path("tiny", "grown"), stack)
 
 
 def test_a_named_source_is_judged_on_its_own_text_with_its_own_tokenizer(short):
@@ -57,7 +62,7 @@ def test_a_named_source_is_judged_on_its_own_text_with_its_own_tokenizer(short):
     assert told["losses"]["source"] == pytest.approx(logged, rel=1e-5) and told["unknowing"] == math.log(512)
     with pytest.raises(ValueError, match=f"trained with another tokenizer than this run names; use tokenizer = {short}"):
         execute_notebook("01_stacking", {"source": str(short), "tokenizer": "corpus", "run": "other"})
-    assert not (runs.run_path("tiny", "stack", "other") / "checkpoint").exists()
+    assert not (registry.run_path("tiny", "stack", "other") / "checkpoint").exists()
 
 
 @pytest.mark.parametrize(("order", "noise"), [("cyclic", 0.2), ("zero_initialised", 0.0)])
@@ -72,8 +77,8 @@ def test_a_stack_with_noise_or_of_another_order_can_be_looked_into(short, order,
 
 
 def test_growing_that_does_not_win_is_a_result_with_the_cost_of_what_was_stacked(short, capsys):
-    training.train(source_profile(small_profile(source_steps=1)), runs.run_path("tiny", "source"))  # and this was not
-    source = shutil.copytree(short.parent.parent, runs.run_path("tiny", "source", "short")) / "checkpoints" / short.name
+    loop.train(source_profile(small_profile(source_steps=1)), registry.run_path("tiny", "source"))  # and this was not
+    source = shutil.copytree(short.parent.parent, registry.run_path("tiny", "source", "short")) / "checkpoints" / short.name
     _train(_stack(source), steps=1)
     told = execute_notebook("05_growth_comparison", {"scratch_steps": 6})
     saved = pd.read_csv(told["run_dir"] / "losses.csv").set_index("run")
@@ -88,15 +93,15 @@ def test_a_long_comparison_asks_before_it_trains_and_names_the_run_that_is_missi
     monkeypatch.setattr(runner, "run_notebook", lambda *arguments: started.append(arguments) or 0)
     command = ["run", "05_growth_comparison", "-p", "scratch_run", "long", "-p", "scratch_steps", "1000000000"]
     assert cli.main(command) == 2 and "demo-grown is no run folder" in capsys.readouterr().err
-    source = shutil.copytree(short.parent.parent, runs.run_path("tiny", "source")) / "checkpoints" / short.name
-    grown = runs.run_path("tiny", "grown")
+    source = shutil.copytree(short.parent.parent, registry.run_path("tiny", "source")) / "checkpoints" / short.name
+    grown = registry.run_path("tiny", "grown")
     grown.mkdir()
     write_run_file(grown, small_profile(**GROWN), _stack(source), "")
     assert cli.main(command) == 2 and "lower scratch_steps, or add --without-gpu" in capsys.readouterr().err
-    assert not started and not runs.run_path("tiny", "scratch", "long").exists()
+    assert not started and not registry.run_path("tiny", "scratch", "long").exists()
     for words in (["--without-gpu"], ["-p", "train_scratch", "false"], ["-p", "scratch_steps", "3"]):
         assert cli.main([*command, *words]) == 0
     assert len(started) == 3
-    shutil.rmtree(runs.run_path("tiny", "source"))
+    shutil.rmtree(registry.run_path("tiny", "source"))
     assert cli.main([*command, "--without-gpu"]) == 2
     assert f"{grown} was grown from" in capsys.readouterr().err and len(started) == 3

@@ -14,28 +14,29 @@ import nbformat
 import pytest
 import yaml
 
-from kl3m_nb import runs
-from kl3m_nb.parameters import read_parameters
+from kl3m_nb.jupyter.parameters import read_parameters
+from kl3m_nb.runs import registry
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = sorted((ROOT / "kl3m_nb").glob("*.py"))
-FLOORS = {
-    1: "display distributed random_state paths profile_checks profiles progress flops parameters stopping memory card_usage "
-    "values intervals",
-    2: "sources data_files json_lines parquet_rows readers shingles corpus instructions custom_tokens tokenizer "
-    "document_stream packing cotraining "
-    "segmentation streams models roles runtime stacking muon clamping model_clamp gram objective schedule evaluation experts "
-    "loss_law fused_projections flash_attention finite training_loss model_folder clamp_conditions "
-    "stackable stored_tensors grown_config",
-    3: "checkpoints metrics run_folder resuming saving training cards stack_facts publishing",
-    4: "spectra matrices generation growth estimate pulls spectral_cache spectral_summary copies history block_function "
-    "known_spectra prediction comparison writing legal_form extraction memorisation toxicity harness",
-    5: "figures plots data_plots spectral_plots launch live runs report report_page run_report html run_status runner demo "
-    "cli __main__ matrix_plots spectral_explorer spectral_report spectral_subject progress_bar evaluation_plots token_view "
-    "prompt_box growth_runs parameter_checks",
+MODULES = sorted((ROOT / "kl3m_nb").rglob("*.py"))
+# What each room may import besides `profiles` and `common`; a room that is not named may import every room below it.
+ROOMS = {
+    "profiles": (),
+    "common": (),
+    "data": (),
+    "model": ("data",),
+    "optim": ("data", "model"),
+    "evaluation": ("data", "model"),
+    "runs": ("data", "model", "optim"),
+    "training": ("data", "model", "optim", "runs"),
+    "growth": ("data", "model", "optim", "runs"),
+    "spectra": ("model", "optim", "runs"),
+    "figures": ("model", "optim", "growth", "spectra", "evaluation"),
+    "jupyter": ("data", "model", "optim", "evaluation", "runs", "training", "growth", "spectra", "figures"),
+    "cli": ("data", "model", "optim", "evaluation", "runs", "training", "growth", "spectra", "figures", "jupyter"),
+    "__main__": ("cli",),
 }
-FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 
 
 def _cells(path: Path) -> list:
@@ -43,7 +44,7 @@ def _cells(path: Path) -> list:
 
 
 def test_the_notebooks_are_the_six_in_order():
-    assert [path.stem for path in NOTEBOOKS] == list(runs.NOTEBOOK_STAGES)
+    assert [path.stem for path in NOTEBOOKS] == list(registry.NOTEBOOK_STAGES)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -67,7 +68,7 @@ class TestNotebook:
         assert re.match(rf"# {path.stem[:2]} · ", cells[0].source)
         assert all(word in cells[1].source for word in ("**Needs**", "**Takes**", "**Writes**"))
         assert "parameters" in cells[2].metadata.tags
-        assert "runtime.versions()" in cells[3].source
+        assert "versions()" in cells[3].source
         headings = [cell.source.splitlines()[0] for cell in cells if cell.cell_type == "markdown"]
         assert headings[-2] == "## What you should see"
         assert "assert " in cells[-2].source
@@ -77,7 +78,7 @@ class TestNotebook:
         cells = _cells(path)
         for number, cell in enumerate(cells):
             if cell.cell_type == "code":
-                most = 14 if number in (2, 3) else 10  # parameters and imports are lists
+                most = 16 if number in (2, 3) else 10  # parameters and imports are lists
                 assert len(cell.source.splitlines()) <= most, cell.source
                 assert max(map(len, cell.source.splitlines())) <= 100, cell.source
         words = {kind: sum(len(c.source.split()) for c in cells if c.cell_type == kind) for kind in ("markdown", "code")}
@@ -104,25 +105,29 @@ def test_the_lab_serves_every_folder_that_the_notebooks_link_to():
             assert (path.parent / target).resolve().is_relative_to(served), target
 
 
-def test_every_module_stands_on_a_floor_and_has_a_docstring():
-    assert {path.stem for path in MODULES} == FLOOR_OF.keys() | {"__init__"}
+def test_every_module_has_a_docstring_and_a_room():
     for path in MODULES:
-        assert ast.get_docstring(ast.parse(path.read_text())), path.name
-        assert len(path.read_text().splitlines()) <= 400, path.name
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+        assert _room(path) in {*ROOMS, "__init__"}, path
 
 
-def test_no_module_imports_upwards_or_in_a_circle():
-    graph = {
-        path.stem: {name.split(".")[1] for name in _imported(ast.parse(path.read_text())) if name.startswith("kl3m_nb.")}
-        for path in MODULES
-        if path.stem != "__init__"
-    }
-    for module, imported in graph.items():
-        for other in imported:
-            lower_enough = FLOOR_OF[other] <= FLOOR_OF[module]
-            if FLOOR_OF[module] == 4 and FLOOR_OF[other] == 3:
-                lower_enough = other in ("checkpoints", "metrics")
-            assert lower_enough, f"{module} (floor {FLOOR_OF[module]}) imports {other} (floor {FLOOR_OF[other]})"
+def test_a_room_imports_only_the_rooms_below_it_and_no_private_name():
+    for path in MODULES:
+        room = _room(path)
+        for module, name in _imported_names(ast.parse(path.read_text())):
+            other = [*module.split("."), name][1]
+            if other == room or name == "__version__":
+                continue
+            assert other in ("profiles", "common", *ROOMS.get(room, ())), f"{path.name} of {room} imports {module}.{name}"
+            assert not name.startswith("_"), f"{path.name} imports the private {module}.{name}"
+
+
+def test_no_module_imports_in_a_circle():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES}
+    graph = {}
+    for name, path in names.items():
+        imported = _imported_names(ast.parse(path.read_text()))
+        graph[name] = {dotted for module, what in imported for dotted in (f"{module}.{what}", module) if dotted in names} - {name}
     done: set[str] = set()
     while len(done) < len(graph):
         ready = {module for module in graph.keys() - done if graph[module] <= done}
@@ -186,3 +191,18 @@ def _imported(tree: ast.AST) -> set[str]:
             whole = node.module == "kl3m_nb"
             names |= {f"kl3m_nb.{alias.name}" for alias in node.names} if whole else {node.module}
     return names
+
+
+def _room(path: Path) -> str:
+    """The room of a module: its folder, or its own name at the top of the package."""
+    return path.relative_to(ROOT / "kl3m_nb").with_suffix("").parts[0]
+
+
+def _imported_names(tree: ast.AST) -> set[tuple[str, str]]:
+    """(module, name) of every `from kl3m_nb… import name` of a tree, at any depth."""
+    return {
+        (node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kl3m_nb"
+        for alias in node.names
+    }
