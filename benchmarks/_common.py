@@ -1,4 +1,6 @@
-"""What benchmarks share: the machine and the versions they ran on, a clock, one way to show and to keep a table."""
+"""What benchmarks share: the machine and the versions they ran on, a clock, one way to show and to
+keep a table.
+"""
 
 from __future__ import annotations
 
@@ -41,19 +43,27 @@ def now() -> float:
 
 
 def write_table(name: str, rows: Sequence[dict]) -> Path:
-    """Print `rows` (all with the same keys) as a table and write them to `benchmarks/results/<name>.csv`.
+    """Print `rows` (all with the same keys) as a table and write them to
+    `benchmarks/results/<name>.csv`.
 
-    Every line of the file also carries the date, hardware and versions of `environment`. Floats keep four digits.
+    Every line of the file also carries the date, hardware and versions of `environment`. Floats
+    keep four digits.
     """
     if not rows:
         raise ValueError(f"The table {name!r} has no rows; pass at least one.")
     if any(row.keys() != rows[0].keys() for row in rows):
-        raise ValueError(f"The rows of table {name!r} have different columns; give every row the same keys.")
+        raise ValueError(
+            f"The rows of table {name!r} have different columns; give every row the same keys."
+        )
     surroundings = environment()
     lines = [{key: _cell(value) for key, value in row.items()} for row in rows]
     widths = {key: max(len(key), *(len(line[key]) for line in lines)) for key in lines[0]}
     print(", ".join(f"{key} {value}" for key, value in surroundings.items()))
-    for line in [{key: key for key in widths}, {key: "-" * width for key, width in widths.items()}, *lines]:
+    for line in [
+        {key: key for key in widths},
+        {key: "-" * width for key, width in widths.items()},
+        *lines,
+    ]:
         print("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip())
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"

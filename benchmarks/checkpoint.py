@@ -1,8 +1,10 @@
-"""How long does training wait for a checkpoint of the 500M model, written in the background, and how long for one that is not?
+"""How long does training wait for a checkpoint of the 500M model, written in the background, and
+how long for one that is not?
 
-The state of kl3m-007-500m is real in size: weights, Muon's momentum, AdamW's moments. Measured here: the copy to host memory,
-which training waits for, and the writing, which goes on meanwhile. The share of the time is against the interval between
-checkpoints of the profile at the speed named by `--tokens-per-second`. Writes benchmarks/results/checkpoint.csv.
+The state of kl3m-007-500m is real in size: weights, Muon's momentum, AdamW's moments. Measured
+here: the copy to host memory, which training waits for, and the writing, which goes on meanwhile.
+The share of the time is against the interval between checkpoints of the profile at the speed named
+by `--tokens-per-second`. Writes benchmarks/results/checkpoint.csv.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from kl3m_nb.runs import checkpoints
 
 
 def measure(profile: profiles.Profile, folder: Path, tokens_per_second: float) -> dict:
-    """Seconds of the copy and of the writing, and what they are of the time between two checkpoints."""
+    """Seconds of the copy and of the writing, and what they are of the time between two
+    checkpoints.
+    """
     model = decoder.build_model(profile)
     muon, aux = rules.build_optimizers(model, rules.role_table(model, profile), profile)
     for parameter in model.parameters():
@@ -40,7 +44,9 @@ def measure(profile: profiles.Profile, folder: Path, tokens_per_second: float) -
     copied = time.perf_counter()
     tokenizer = load_tokenizer("corpus", "package:licensedcode-data", 4096)
     writing = time.perf_counter()
-    checkpoints.write_checkpoint(folder, snapshot, model, tokenizer, card="", identity="benchmark", keep=1)
+    checkpoints.write_checkpoint(
+        folder, snapshot, model, tokenizer, card="", identity="benchmark", keep=1
+    )
     written = time.perf_counter()
     interval = profile.runtime.checkpoint_every * profile.tokens_per_step / tokens_per_second
     return {
@@ -57,7 +63,21 @@ def measure(profile: profiles.Profile, folder: Path, tokens_per_second: float) -
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="kl3m-007-500m")
-    parser.add_argument("--tokens-per-second", type=float, default=75_000, help="of training (default: the aim on one H200)")
+    parser.add_argument(
+        "--tokens-per-second",
+        type=float,
+        default=75_000,
+        help="of training (default: the aim on one H200)",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        write_table("checkpoint", [measure(profiles.get_profile(options.profile), Path(directory), options.tokens_per_second)])
+        write_table(
+            "checkpoint",
+            [
+                measure(
+                    profiles.get_profile(options.profile),
+                    Path(directory),
+                    options.tokens_per_second,
+                )
+            ],
+        )

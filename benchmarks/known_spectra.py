@@ -1,10 +1,12 @@
-"""A source, its stack and a "trained" model whose spectra, conditions, ranks and divergence are known in closed form.
+"""A source, its stack and a "trained" model whose spectra, conditions, ranks and divergence are
+known in closed form.
 
-The analysis is checked against them, at the size of a test and at the size of the real model. A matrix is U·diag(s)·Vᵀ on the
-side of its shorter dimension n, with a geometric spectrum s. Training is imitated by two changes that can be undone on paper: in
-copy c the spectrum is raised to the power 1 + 0.01·c, and the left directions are turned in pairs, i of the first quarter towards
-i + n/4 of the second by 0.05·c radians, i of the third towards i + n/4 of the last by twice that, forward in odd copies and
-backward in even ones.
+The analysis is checked against them, at the size of a test and at the size of the real model. A
+matrix is U·diag(s)·Vᵀ on the side of its shorter dimension n, with a geometric spectrum s. Training
+is imitated by two changes that can be undone on paper: in copy c the spectrum is raised to the
+power 1 + 0.01·c, and the left directions are turned in pairs, i of the first quarter towards i +
+n/4 of the second by 0.05·c radians, i of the third towards i + n/4 of the last by twice that,
+forward in odd copies and backward in even ones.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ _BASES = 4  # pairs of orthonormal bases of each shape; blocks take them in turn
 class KnownStack:
     """The three checkpoint folders, and what an exact analysis has to find in them.
 
-    `spectra`: singular values of `trained` by (layer, role), float64, descending. `divergence` has the columns of
-    `copies.copy_divergence` without gaps and chance levels, for a top_k of up to a quarter of the shortest side; `rmse` is the
-    inheritance by (layer, role).
+    `spectra`: singular values of `trained` by (layer, role), float64, descending. `divergence` has
+    the columns of `copies.copy_divergence` without gaps and chance levels, for a top_k of up to a
+    quarter of the shortest side; `rmse` is the inheritance by (layer, role).
     """
 
     source: Path
@@ -52,11 +54,12 @@ class KnownStack:
 
 
 def write_known_stack(folder: str | Path, spec: ModelSpec, copies: int) -> KnownStack:
-    """Writes source, stack and trained model of `spec` (a dense Llama with tied embeddings) into `folder`.
+    """Writes source, stack and trained model of `spec` (a dense Llama with tied embeddings) into
+    `folder`.
 
-    `spec.layers` is the depth of the stack, `copies` how often each source block is in it. What an earlier call with the same
-    arguments wrote is left as it is. Weights are float32, so what is read differs from what was put in by their rounding: about
-    1e-8·σ₁ in a singular value.
+    `spec.layers` is the depth of the stack, `copies` how often each source block is in it. What an
+    earlier call with the same arguments wrote is left as it is. Weights are float32, so what is
+    read differs from what was put in by their rounding: about 1e-8·σ₁ in a singular value.
     """
     folder, source_layers = Path(folder), spec.layers // copies
     bases = _Bases(spec, source_layers)
@@ -71,30 +74,50 @@ def write_known_stack(folder: str | Path, spec: ModelSpec, copies: int) -> Known
     trained = folder / "trained"
     _write(trained, spec, spec.layers, trained_matrix, bases)
     keys = [(layer, role) for layer in range(spec.layers) for role in BLOCK_ROLES]
-    spectra = {(layer, role): bases.spectrum(layer % source_layers, role, layer // source_layers) for layer, role in keys}
-    rmse = {
-        (layer, role): POWER * (layer // source_layers) * _root_mean_square(np.log(bases.spectrum(layer % source_layers, role, 0)
-                                                                            / SIGMA_MAX))
+    spectra = {
+        (layer, role): bases.spectrum(layer % source_layers, role, layer // source_layers)
         for layer, role in keys
-    }  # fmt: skip
+    }
+    rmse = {
+        (layer, role): (
+            POWER
+            * (layer // source_layers)
+            * _root_mean_square(np.log(bases.spectrum(layer % source_layers, role, 0) / SIGMA_MAX))
+        )
+        for layer, role in keys
+    }
     head = {(HEAD_LAYER, "lm_head"): _geometric(HEAD_CONDITION, min(spec.vocabulary, spec.hidden))}
     rows = [
         _expected_row(bases, block, role, a, b)
-        for block in range(source_layers) for role in BLOCK_ROLES for a, b in combinations(range(copies), 2)
-    ]  # fmt: skip
-    return KnownStack(source, stack, trained, source_layers, spectra | head, pd.DataFrame(rows), rmse)
+        for block in range(source_layers)
+        for role in BLOCK_ROLES
+        for a, b in combinations(range(copies), 2)
+    ]
+    return KnownStack(
+        source, stack, trained, source_layers, spectra | head, pd.DataFrame(rows), rmse
+    )
 
 
 def _expected_row(bases: _Bases, block: int, role: str, a: int, b: int) -> dict:
     start, first, second = (bases.spectrum(block, role, copy) for copy in (0, a, b))
-    # Column i of two copies meets at the difference of their angles, and different columns never meet.
+    # Column i of two copies meets at the difference of their angles, and different columns never
+    # meet.
     half = np.repeat([1, LOWER], len(start) // 2)
-    inner = {pair: np.cos(half * (_angle(pair[0]) - _angle(pair[1]))) for pair in ((a, b), (a, 0), (b, 0))}
+    inner = {
+        pair: np.cos(half * (_angle(pair[0]) - _angle(pair[1])))
+        for pair in ((a, b), (a, 0), (b, 0))
+    }
     distance = np.sqrt(np.sum(first**2 + second**2 - 2 * first * second * inner[a, b]))
     lengths = [
-        np.sqrt(np.sum(moved**2 + start**2 - 2 * moved * start * inner[copy, 0])) for copy, moved in ((a, first), (b, second))
+        np.sqrt(np.sum(moved**2 + start**2 - 2 * moved * start * inner[copy, 0]))
+        for copy, moved in ((a, first), (b, second))
     ]
-    product = np.sum(first * second * inner[a, b] - first * start * inner[a, 0] - second * start * inner[b, 0] + start**2)
+    product = np.sum(
+        first * second * inner[a, b]
+        - first * start * inner[a, 0]
+        - second * start * inner[b, 0]
+        + start**2
+    )
     return {
         "role": role,
         "source_layer": block,
@@ -113,14 +136,20 @@ class _Bases:
     def __init__(self, spec: ModelSpec, source_layers: int):
         queries, keys = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
         self.shapes = {
-            "q_proj": (queries, spec.hidden), "k_proj": (keys, spec.hidden), "v_proj": (keys, spec.hidden),
-            "o_proj": (spec.hidden, queries), "gate_proj": (spec.mlp, spec.hidden), "up_proj": (spec.mlp, spec.hidden),
+            "q_proj": (queries, spec.hidden),
+            "k_proj": (keys, spec.hidden),
+            "v_proj": (keys, spec.hidden),
+            "o_proj": (spec.hidden, queries),
+            "gate_proj": (spec.mlp, spec.hidden),
+            "up_proj": (spec.mlp, spec.hidden),
             "down_proj": (spec.hidden, spec.mlp),
-        }  # fmt: skip
+        }
         self._source_layers = source_layers
         self._random = torch.Generator().manual_seed(0)
         self._pairs = {
-            sides: [tuple(self._orthonormal(side, sides[0]) for side in sides) for _ in range(_BASES)]
+            sides: [
+                tuple(self._orthonormal(side, sides[0]) for side in sides) for _ in range(_BASES)
+            ]
             for sides in {(min(shape), max(shape)) for shape in self.shapes.values()}
         }
         self._head_shape = (spec.vocabulary, spec.hidden)
@@ -134,20 +163,31 @@ class _Bases:
         return tall if self._head_shape == (long, short) else tall.T.contiguous()
 
     def _orthonormal(self, rows: int, cols: int) -> torch.Tensor:
-        return torch.linalg.qr(torch.randn(rows, cols, generator=self._random, dtype=torch.float64)).Q
+        return torch.linalg.qr(
+            torch.randn(rows, cols, generator=self._random, dtype=torch.float64)
+        ).Q
 
     def spectrum(self, block: int, role: str, copy: int) -> np.ndarray:
-        """float64, descending. Attention lies near a ceiling of 3000, the MLP at 4 to 5, as the family's cards report."""
-        place = (block + BLOCK_ROLES.index(role) / len(BLOCK_ROLES)) / self._source_layers  # no two are alike
+        """float64, descending. Attention lies near a ceiling of 3000, the MLP at 4 to 5, as the
+        family's cards report.
+        """
+        place = (
+            block + BLOCK_ROLES.index(role) / len(BLOCK_ROLES)
+        ) / self._source_layers  # no two are alike
         condition = 2200.0 + 720.0 * place if role in ATTENTION_ROLES else 4.0 + place
         return _geometric(condition ** (1 + POWER * copy), min(self.shapes[role]))
 
     def matrix(self, block: int, role: str, copy: int) -> torch.Tensor:
         """float32, contiguous."""
         rows, cols = self.shapes[role]
-        left, right = self._pairs[min(rows, cols), max(rows, cols)][(block + BLOCK_ROLES.index(role)) % _BASES]
+        left, right = self._pairs[min(rows, cols), max(rows, cols)][
+            (block + BLOCK_ROLES.index(role)) % _BASES
+        ]
         first, second, third, last = left.chunk(4, dim=1)
-        turned = torch.cat([*_turned(first, second, _angle(copy)), *_turned(third, last, LOWER * _angle(copy))], dim=1)
+        turned = torch.cat(
+            [*_turned(first, second, _angle(copy)), *_turned(third, last, LOWER * _angle(copy))],
+            dim=1,
+        )
         weight = (turned * torch.from_numpy(self.spectrum(block, role, copy))) @ right.T
         return (weight if rows <= cols else weight.T).float().contiguous()
 
@@ -156,8 +196,13 @@ def _angle(copy: int) -> float:
     return ANGLE * copy * (1 if copy % 2 else -1)
 
 
-def _turned(upper: torch.Tensor, lower: torch.Tensor, angle: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return np.cos(angle) * upper + np.sin(angle) * lower, np.cos(angle) * lower - np.sin(angle) * upper
+def _turned(
+    upper: torch.Tensor, lower: torch.Tensor, angle: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        np.cos(angle) * upper + np.sin(angle) * lower,
+        np.cos(angle) * lower - np.sin(angle) * upper,
+    )
 
 
 def _geometric(condition: float, count: int) -> np.ndarray:
@@ -168,8 +213,16 @@ def _root_mean_square(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
-def _write(folder: Path, spec: ModelSpec, layers: int, matrix: Callable[[int, str], torch.Tensor], bases: _Bases) -> None:
-    """A checkpoint folder in shards of at most 30 layers, so that no whole model is in memory. A whole one is left as it is."""
+def _write(
+    folder: Path,
+    spec: ModelSpec,
+    layers: int,
+    matrix: Callable[[int, str], torch.Tensor],
+    bases: _Bases,
+) -> None:
+    """A checkpoint folder in shards of at most 30 layers, so that no whole model is in memory. A
+    whole one is left as it is.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return
@@ -179,7 +232,14 @@ def _write(folder: Path, spec: ModelSpec, layers: int, matrix: Callable[[int, st
     config.save_pretrained(folder)
     places = {}
     for first in range(0, layers, 30):
-        tensors = {"model.embed_tokens.weight": bases.head(), "model.norm.weight": torch.ones(spec.hidden)} if first == 0 else {}
+        tensors = (
+            {
+                "model.embed_tokens.weight": bases.head(),
+                "model.norm.weight": torch.ones(spec.hidden),
+            }
+            if first == 0
+            else {}
+        )
         for layer in range(first, min(first + 30, layers)):
             for role in BLOCK_ROLES:
                 part = "self_attn" if role in ATTENTION_ROLES else "mlp"

@@ -1,12 +1,15 @@
-"""What do the head and the loss cost with backward: in chunks with closed-form gradients, in plain torch, as cross-entropy alone?
+"""What do the head and the loss cost with backward: in chunks with closed-form gradients, in plain
+torch, as cross-entropy alone?
 
     python benchmarks/objective.py [--threads 2] [--repeats 2] [--rounds 3]
 
-On a CPU in float32: 2,048 tokens, hidden 576, vocabulary 131,072. Where there is a GPU, also 20,480 tokens under bfloat16
-autocast. "plain torch" is the same loss as one would write it: logits, `F.cross_entropy` with label smoothing, `log_softmax` and
-an explicit entropy. "F.cross_entropy" has no regularisers, so it does less than the other two. "compiled" is ours as a run with
-`compile on` has it, which on a CPU needs a C++ compiler. Every case runs in a process of its own, cases take turns, and the best
-time after a warm-up counts; memory is the most above what the inputs took (gradients of both inputs included).
+On a CPU in float32: 2,048 tokens, hidden 576, vocabulary 131,072. Where there is a GPU, also 20,480
+tokens under bfloat16 autocast. "plain torch" is the same loss as one would write it: logits,
+`F.cross_entropy` with label smoothing, `log_softmax` and an explicit entropy. "F.cross_entropy" has
+no regularisers, so it does less than the other two. "compiled" is ours as a run with `compile on`
+has it, which on a CPU needs a C++ compiler. Every case runs in a process of its own, cases take
+turns, and the best time after a warm-up counts; memory is the most above what the inputs took
+(gradients of both inputs included).
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ def cross_entropy_alone(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
 
 def ours(chunk_tokens: int, compiled: bool = False) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     spec = ObjectiveSpec(chunk_tokens=chunk_tokens)
-    return lambda hidden, weight, labels: chunked_objective(hidden, weight, labels, spec, compiled=compiled).total
+    return lambda hidden, weight, labels: (
+        chunked_objective(hidden, weight, labels, spec, compiled=compiled).total
+    )
 
 
 CASES: dict[str, dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
@@ -73,7 +78,11 @@ def measure(device: str, case: str, repeats: int) -> dict[str, float]:
     torch.manual_seed(0)
     loss_of = CASES[device][case]
     # In place, so that no temporary of the set-up hides in the peak.
-    weight = torch.empty(MODEL.vocabulary, MODEL.hidden, device=device).normal_(0.0, 0.02).requires_grad_()
+    weight = (
+        torch.empty(MODEL.vocabulary, MODEL.hidden, device=device)
+        .normal_(0.0, 0.02)
+        .requires_grad_()
+    )
     hidden = torch.empty(TOKENS[device], MODEL.hidden, device=device).normal_().requires_grad_()
     labels = torch.randint(MODEL.vocabulary, (TOKENS[device],), device=device)
     used_before = peak_bytes(device)
@@ -97,17 +106,36 @@ def peak_bytes(device: str) -> int:
 
 
 def in_a_process(device: str, case: str, threads: int, repeats: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--threads", str(threads), "--repeats", str(repeats), "--measure", device, case]
+    command = [
+        sys.executable,
+        __file__,
+        "--threads",
+        str(threads),
+        "--repeats",
+        str(repeats),
+        "--measure",
+        device,
+        case,
+    ]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--devices", nargs="+", choices=CASES, default=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    parser.add_argument("--measure", nargs=2, metavar=("DEVICE", "CASE"), help="one case, printed as JSON")
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        choices=CASES,
+        default=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"],
+    )
+    parser.add_argument(
+        "--measure", nargs=2, metavar=("DEVICE", "CASE"), help="one case, printed as JSON"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.measure:
@@ -118,7 +146,9 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for case in CASES[device]:
                 result = in_a_process(device, case, arguments.threads, arguments.repeats)
-                results[case] = min(result, results.get(case, result), key=lambda measured: measured["seconds"])
+                results[case] = min(
+                    result, results.get(case, result), key=lambda measured: measured["seconds"]
+                )
         rows = [
             {
                 "case": case,

@@ -1,20 +1,24 @@
-"""How long does the analysis of the 120-layer, 500M checkpoint take, is it right, and how does WeightWatcher compare?
+"""How long does the analysis of the 120-layer, 500M checkpoint take, is it right, and how does
+WeightWatcher compare?
 
     python benchmarks/spectra.py [--folder FOLDER] [--peer-layers 20]
 
-The checkpoint is `known_spectra.write_known_stack` at the real size: copies of known condition (attention 2200 to 3300, MLP 4 to
-5), turned and reshaped by known amounts, so every reported number has one to be compared with. `--folder` keeps the 5 GB for the
-next call. Caches are removed before what is timed, except for the second look. Memory is what the process allocates beyond what
-it held before, sampled ten times a second; pages of the mapped file, which the system may drop at any time, are not in it.
+The checkpoint is `known_spectra.write_known_stack` at the real size: copies of known condition
+(attention 2200 to 3300, MLP 4 to 5), turned and reshaped by known amounts, so every reported number
+has one to be compared with. `--folder` keeps the 5 GB for the next call. Caches are removed before
+what is timed, except for the second look. Memory is what the process allocates beyond what it held
+before, sampled ten times a second; pages of the mapped file, which the system may drop at any time,
+are not in it.
 
-WeightWatcher (pip install weightwatcher, into an environment of its own) analyses the first `--peer-layers` of the same
-checkpoint with its defaults, which leave out an LM head of more than 50,000 rows, and its first six. All layers have the same
-shapes, so the difference is what a matrix costs, and the time for 120 layers follows without multiplying what it costs to begin;
-the table says so. It wants the model in memory and gets it before its time is taken. It is compared with our time for the same
-matrices, without the head, which includes reading the file.
+WeightWatcher (pip install weightwatcher, into an environment of its own) analyses the first
+`--peer-layers` of the same checkpoint with its defaults, which leave out an LM head of more than
+50,000 rows, and its first six. All layers have the same shapes, so the difference is what a matrix
+costs, and the time for 120 layers follows without multiplying what it costs to begin; the table
+says so. It wants the model in memory and gets it before its time is taken. It is compared with our
+time for the same matrices, without the head, which includes reading the file.
 
-Last the HTML report of the checkpoint is written as a run that clamps would have it, and its tables and sentences are compared
-with what was put in.
+Last the HTML report of the checkpoint is written as a run that clamps would have it, and its tables
+and sentences are compared with what was put in.
 """
 
 from __future__ import annotations
@@ -47,7 +51,13 @@ from kl3m_nb.spectra.subject import find_subject
 
 PROFILE = get_profile("kl3m-007-500m")
 FEW_PEER_LAYERS = 6
-PEER_COLUMNS = {"stable_rank": "stable_rank", "entropy": "entropy", "alpha": "alpha", "alpha_xmin": "xmin", "alpha_D": "D"}
+PEER_COLUMNS = {
+    "stable_rank": "stable_rank",
+    "entropy": "entropy",
+    "alpha": "alpha",
+    "alpha_xmin": "xmin",
+    "alpha_D": "D",
+}
 
 
 class Measurement:
@@ -71,22 +81,33 @@ class Measurement:
 
     def row(self, what: str, matrices: int) -> dict:
         return {
-            "what": what, "matrices": matrices, "seconds": self.seconds, "ms a matrix": 1000 * self.seconds / matrices,
+            "what": what,
+            "matrices": matrices,
+            "seconds": self.seconds,
+            "ms a matrix": 1000 * self.seconds / matrices,
             "extra memory MiB": self.mebibytes,
-        }  # fmt: skip
+        }
 
 
 def _allocated() -> float:
     """MiB of this process's own memory, without mapped files."""
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) / 1024
+    return (
+        next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+        / 1024
+    )
 
 
 def forget(folder: Path) -> None:
     shutil.rmtree(folder / SPECTRA_FOLDER, ignore_errors=True)
 
 
-def deviations(known: known_spectra.KnownStack, table: pd.DataFrame, divergence: pd.DataFrame, rmse: pd.DataFrame) -> list[dict]:
+def deviations(
+    known: known_spectra.KnownStack,
+    table: pd.DataFrame,
+    divergence: pd.DataFrame,
+    rmse: pd.DataFrame,
+) -> list[dict]:
     """The largest difference between what was put in and what was found, for each quantity."""
     put_in = {
         "condition": lambda s: s[0] / s[-1],
@@ -98,11 +119,19 @@ def deviations(known: known_spectra.KnownStack, table: pd.DataFrame, divergence:
         expected = [formula(known.spectra[row.layer, row.role]) for row in table.itertuples()]
         rows.append(_deviation(column, table[column], expected))
     key = ["role", "source_layer", "copy_a", "copy_b"]
-    both = divergence.merge(known.divergence, on=key, suffixes=("", "_put_in"), validate="one_to_one")
+    both = divergence.merge(
+        known.divergence, on=key, suffixes=("", "_put_in"), validate="one_to_one"
+    )
     for column in ("distance", "movement_cosine", "top_overlap", "bottom_overlap"):
         rows.append(_deviation(column, both[column], both[f"{column}_put_in"]))
     blocks = rmse[rmse["layer"] != HEAD_LAYER]
-    rows.append(_deviation("inheritance rmse", blocks["rmse"], [known.rmse[row.layer, row.role] for row in blocks.itertuples()]))
+    rows.append(
+        _deviation(
+            "inheritance rmse",
+            blocks["rmse"],
+            [known.rmse[row.layer, row.role] for row in blocks.itertuples()],
+        )
+    )
     return rows
 
 
@@ -112,9 +141,12 @@ def _deviation(what: str, found, expected) -> dict:
         raise ValueError(f"{what} is defined elsewhere than it was put in.")
     known = ~np.isnan(expected)
     return {
-        "quantity": what, "values": int(known.sum()), "smallest put in": expected[known].min(),
-        "largest put in": expected[known].max(), "largest difference": np.abs(found - expected)[known].max(),
-    }  # fmt: skip
+        "quantity": what,
+        "values": int(known.sum()),
+        "smallest put in": expected[known].min(),
+        "largest put in": expected[known].max(),
+        "largest difference": np.abs(found - expected)[known].max(),
+    }
 
 
 def peer(folder: Path, layers: int) -> tuple[Measurement, pd.DataFrame]:
@@ -124,29 +156,41 @@ def peer(folder: Path, layers: int) -> tuple[Measurement, pd.DataFrame]:
     logging.disable(logging.WARNING)
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers = layers
-    blocks = LlamaForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).model.layers
+    blocks = LlamaForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32
+    ).model.layers
     measured = Measurement(weightwatcher.WeightWatcher(model=blocks).analyze)
     return measured, measured.result
 
 
 def agreement(table: pd.DataFrame, theirs: pd.DataFrame) -> list[dict]:
-    """Largest relative difference of the shared metrics, matrix by matrix, in the order of the layers."""
+    """Largest relative difference of the shared metrics, matrix by matrix, in the order of the
+    layers.
+    """
     theirs = theirs.assign(sigma_max=np.sqrt(theirs["spectral_norm"]))
     names = theirs["longname"].str.extract(r"(?P<layer>\d+)\.\w+\.(?P<role>\w+_proj)")
     theirs = theirs.assign(layer=names["layer"].astype(int), role=names["role"])
-    both = table.merge(theirs, on=["layer", "role"], suffixes=("", "_theirs"), validate="one_to_one")
+    both = table.merge(
+        theirs, on=["layer", "role"], suffixes=("", "_theirs"), validate="one_to_one"
+    )
     rows = []
     for ours, name in ({"sigma_max": "sigma_max"} | PEER_COLUMNS).items():
         other = both[f"{name}_theirs"] if f"{name}_theirs" in both else both[name]
         difference = (both[ours] / other - 1).abs()
-        rows.append({"metric": ours, "matrices": len(both), "largest relative difference": difference.max()})
+        rows.append(
+            {"metric": ours, "matrices": len(both), "largest relative difference": difference.max()}
+        )
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, help="where the checkpoints are kept (default: a temporary folder)")
-    parser.add_argument("--peer-layers", type=int, default=20, help="layers that WeightWatcher analyses")
+    parser.add_argument(
+        "--folder", type=Path, help="where the checkpoints are kept (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--peer-layers", type=int, default=20, help="layers that WeightWatcher analyses"
+    )
     parser.add_argument("--only-write", action="store_true", help="write the checkpoints and stop")
     arguments = parser.parse_args()
     if not FEW_PEER_LAYERS < arguments.peer_layers <= PROFILE.model.layers:
@@ -162,15 +206,25 @@ def measure(known: known_spectra.KnownStack, peer_layers: int) -> None:
     rows = []
     for what, alpha in (("without alpha", False), ("with alpha", True)):
         forget(known.trained)
-        measured = Measurement(singular_values.model_spectra, known.trained, known.source_layers, fit_alpha=alpha)
+        measured = Measurement(
+            singular_values.model_spectra, known.trained, known.source_layers, fit_alpha=alpha
+        )
         rows.append(measured.row(f"spectra, {what}", len(measured.result)))
     table = measured.result
-    again = Measurement(singular_values.model_spectra, known.trained, known.source_layers, fit_alpha=True)
+    again = Measurement(
+        singular_values.model_spectra, known.trained, known.source_layers, fit_alpha=True
+    )
     rows.append(again.row("second look, with alpha", len(table)))
     blocks = find_matrices(known.trained)[:-1]
-    ours = Measurement(singular_values.on_every_core, lambda matrix: singular_values.spectrum_of(matrix.read()), blocks)
+    ours = Measurement(
+        singular_values.on_every_core,
+        lambda matrix: singular_values.spectrum_of(matrix.read()),
+        blocks,
+    )
     rows.append(ours.row("the blocks only, with alpha", len(blocks)))
-    divergence = Measurement(copies.copy_divergence, known.trained, known.source_layers, known.stack)
+    divergence = Measurement(
+        copies.copy_divergence, known.trained, known.source_layers, known.stack
+    )
     rows.append(divergence.row("divergence of the copies", len(blocks)))
     with tempfile.TemporaryDirectory() as folder:
         rows.append(report(known, Path(folder)).row("the HTML report, all of it", len(table)))
@@ -184,22 +238,37 @@ def measure(known: known_spectra.KnownStack, peer_layers: int) -> None:
 
 
 def report(known: known_spectra.KnownStack, folder: Path) -> Measurement:
-    """Writes the report into `folder`; raises ValueError where a table or sentence is not what was put in."""
+    """Writes the report into `folder`; raises ValueError where a table or sentence is not what was
+    put in.
+    """
     forget(known.trained)
-    subject = dataclasses.replace(find_subject(known.trained, str(known.stack)), profile=PROFILE, clamp=PROFILE.clamp)
+    subject = dataclasses.replace(
+        find_subject(known.trained, str(known.stack)), profile=PROFILE, clamp=PROFILE.clamp
+    )
     top_k = min(16, min(len(values) for values in known.spectra.values()) // 4)
     measured = Measurement(spectral_report.write_report, subject, folder, top_k=top_k)
-    tables = (pd.read_csv(folder / f"{name}.csv") for name in ("spectra", "divergence", "inheritance"))
+    tables = (
+        pd.read_csv(folder / f"{name}.csv") for name in ("spectra", "divergence", "inheritance")
+    )
     found = deviations(known, *tables)
     write_table("spectra_exactness", found)
-    if far := [row["quantity"] for row in found if row["largest difference"] > 1e-4 * row["largest put in"]]:
+    if far := [
+        row["quantity"] for row in found if row["largest difference"] > 1e-4 * row["largest put in"]
+    ]:
         raise ValueError(f"The report's {', '.join(far)} differ from what was put in.")
     conditions = {key: values[0] / values[-1] for key, values in known.spectra.items()}
     ceilings = subject.ceilings
-    at = {layer for (layer, role), value in conditions.items() if value >= history.AT_CEILING * ceilings[role]} - {HEAD_LAYER}
+    at = {
+        layer
+        for (layer, role), value in conditions.items()
+        if value >= history.AT_CEILING * ceilings[role]
+    } - {HEAD_LAYER}
     put_in = (
         f"sits at or above the ceiling in {len(at)} of {subject.layers} layers",
-        f"Two copies of a block lie {known.divergence['distance'].median():.1%} of their norm apart in the median",
+        (
+            f"Two copies of a block lie {known.divergence['distance'].median():.1%} of their norm"
+            " apart in the median"
+        ),
     )
     page = measured.result.read_text()
     if missing := [sentence for sentence in put_in if sentence not in page]:
@@ -207,7 +276,9 @@ def report(known: known_spectra.KnownStack, folder: Path) -> Measurement:
     return measured
 
 
-def compare(known: known_spectra.KnownStack, table: pd.DataFrame, ours: float, peer_layers: int) -> dict:
+def compare(
+    known: known_spectra.KnownStack, table: pd.DataFrame, ours: float, peer_layers: int
+) -> dict:
     """The row of WeightWatcher; `ours` is our time for the blocks in seconds."""
     few, _ = peer(known.trained, FEW_PEER_LAYERS)
     many, theirs = peer(known.trained, peer_layers)
@@ -216,8 +287,14 @@ def compare(known: known_spectra.KnownStack, table: pd.DataFrame, ours: float, p
     layers = PROFILE.model.layers
     seconds = many.seconds + (layers - peer_layers) * a_layer
     what = f"WeightWatcher, the blocks only, from {FEW_PEER_LAYERS} and {peer_layers} layers"
-    row = many.row(what, len(theirs)) | {"seconds": seconds, "ms a matrix": 1000 * seconds / (len(table) - 1)}
-    return row | {"extra memory MiB": "the model, loaded before", "WeightWatcher / ours": seconds / ours}
+    row = many.row(what, len(theirs)) | {
+        "seconds": seconds,
+        "ms a matrix": 1000 * seconds / (len(table) - 1),
+    }
+    return row | {
+        "extra memory MiB": "the model, loaded before",
+        "WeightWatcher / ours": seconds / ours,
+    }
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/stacking.py [--profile kl3m-007-500m] [--rounds 3] [--folder FOLDER]
 
-The source is the profile's, with random weights; it lies in FOLDER, on whose disk everything is measured. Stacking, with and
-without verification, takes turns with copying the stacked file (both end with fsync, and the page cache is warm for both). Each
-stacking runs in a process of its own, whose most resident memory above that of the imports is the extra memory.
+The source is the profile's, with random weights; it lies in FOLDER, on whose disk everything is
+measured. Stacking, with and without verification, takes turns with copying the stacked file (both
+end with fsync, and the page cache is warm for both). Each stacking runs in a process of its own,
+whose most resident memory above that of the imports is the extra memory.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def measure(source: Path, target: Path, factor: int, order: str, noise: float) -
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def in_a_process(*arguments: object) -> dict[str, float]:
@@ -60,11 +63,15 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--profile", choices=PROFILES, default="kl3m-007-500m")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="default: the system's temporary folder")
-    parser.add_argument("--measure", nargs=5, metavar=("SOURCE", "TARGET", "FACTOR", "ORDER", "NOISE"))
+    parser.add_argument(
+        "--measure", nargs=5, metavar=("SOURCE", "TARGET", "FACTOR", "ORDER", "NOISE")
+    )
     arguments = parser.parse_args()
     if arguments.measure:
         source, target, factor, order, noise = arguments.measure
@@ -79,8 +86,12 @@ def main() -> None:
         for order, noise in cases:
             best: dict[str, float] = {}
             for _ in range(arguments.rounds):
-                result = in_a_process(folder / "source", folder / "stack", profile.growth_factor, order, noise)
-                result["copy"] = copy_seconds(folder / "stack" / "model.safetensors", folder / "copy")
+                result = in_a_process(
+                    folder / "source", folder / "stack", profile.growth_factor, order, noise
+                )
+                result["copy"] = copy_seconds(
+                    folder / "stack" / "model.safetensors", folder / "copy"
+                )
                 best = {key: min(value, best.get(key, value)) for key, value in result.items()}
                 size = (folder / "copy").stat().st_size
                 shutil.rmtree(folder / "stack")

@@ -18,13 +18,17 @@ def _end_at_once(*_) -> None:
 if __name__ == "__main__":
     keep_printing()
     handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # the imports take seconds, and some libraries swallow a KeyboardInterrupt
+    if (
+        handler is signal.default_int_handler
+    ):  # the imports take seconds, and some libraries swallow a KeyboardInterrupt
         signal.signal(signal.SIGINT, _end_at_once)
     from kl3m_nb.cli import main
 
     signal.signal(signal.SIGINT, handler)
     code = main()
-    if code == EXIT_INTERRUPTED:  # everything is saved, and Python would wait for a thread whose read may never return
+    if (
+        code == EXIT_INTERRUPTED
+    ):  # everything is saved, and Python would wait for a thread whose read may never return
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

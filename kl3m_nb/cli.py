@@ -1,7 +1,9 @@
-"""The command line: `python -m kl3m_nb {demo, run, train, stack, estimate, spectra, report, export, runs}`.
+"""The command line: `python -m kl3m_nb {demo, run, train, stack, estimate, spectra, report, export,
+runs}`.
 
-Bad input ends with one sentence on standard error and exit code 2, before anything runs or is written. What works on notebooks
-and pages is imported by the commands that need it: it takes seconds, which every process under torchrun would wait.
+Bad input ends with one sentence on standard error and exit code 2, before anything runs or is
+written. What works on notebooks and pages is imported by the commands that need it: it takes
+seconds, which every process under torchrun would wait.
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ from kl3m_nb.model.estimate import GPUS, estimate
 from kl3m_nb.model.runtime import device_memory
 from kl3m_nb.profiles import warmup_remark
 from kl3m_nb.runs import export, registry
-from kl3m_nb.runs.checkpoints import CheckpointFailed, check_sound, checkpoint_step, latest_checkpoint
+from kl3m_nb.runs.checkpoints import (
+    CheckpointFailed,
+    check_sound,
+    checkpoint_step,
+    latest_checkpoint,
+)
 from kl3m_nb.runs.folder import MICRO_BATCHES, RUN_FILE, read_run_init, read_run_profile
 from kl3m_nb.runs.lineage import carried_counts
 from kl3m_nb.training.loop import TrainingStopped, train
@@ -59,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, ConnectionError) as error:
         print(f"kl3m_nb: {_sentence(error)}", file=sys.stderr)
         return EXIT_REFUSED
-    except (TrainingStopped, CheckpointFailed, OSError) as error:  # an OSError: a full disk, a folder that takes no file
+    except (
+        TrainingStopped,
+        CheckpointFailed,
+        OSError,
+    ) as error:  # an OSError: a full disk, a folder that takes no file
         print(f"kl3m_nb: {_sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -75,18 +86,21 @@ def _sentence(error: Exception) -> str:
 
 
 def _check_launcher(command: str) -> None:
-    """Refuses several processes that do not share out the work: each would do all of it, over the files of the others."""
+    """Refuses several processes that do not share out the work: each would do all of it, over the
+    files of the others.
+    """
     processes = os.environ.get("WORLD_SIZE") or "1"
     if processes == "1":
         return
     if distributed.is_under_torchrun() and command != "train":
         raise Refused(
-            f"torchrun has started {command} {processes} times; only train shares out its work, so start {command} by itself."
+            f"torchrun has started {command} {processes} times; only train shares out its work, so"
+            f" start {command} by itself."
         )
     if command == "train" and not distributed.is_under_torchrun():
         raise Refused(
-            f"WORLD_SIZE is {processes}, but torchrun has not started this process, which would train alone; "
-            "start torchrun once on each machine, or unset WORLD_SIZE."
+            f"WORLD_SIZE is {processes}, but torchrun has not started this process, which would"
+            " train alone; start torchrun once on each machine, or unset WORLD_SIZE."
         )
 
 
@@ -99,70 +113,189 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kl3m_nb", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
 
-    command = commands.add_parser("demo", help="run notebooks 00-05 at laptop size and write an HTML index")
-    command.add_argument("--fresh", action="store_true", help="remove the runs of an earlier demonstration first")
+    command = commands.add_parser(
+        "demo", help="run notebooks 00-05 at laptop size and write an HTML index"
+    )
+    command.add_argument(
+        "--fresh", action="store_true", help="remove the runs of an earlier demonstration first"
+    )
     command.set_defaults(command=_demo)
 
     command = commands.add_parser("run", help="run one notebook headless, with checked parameters")
-    command.add_argument("notebook", help="a path, or the name of one in notebooks/, such as 02_training")
-    command.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    command.add_argument("-f", "--file", type=Path, metavar="PARAMS.YAML", help="parameters from a YAML file; -p wins over it")
-    command.add_argument("-o", "--output", type=Path, help="the executed notebook, or a folder for it that is there "
-                         "(default: in the run's folder)")  # fmt: skip
-    command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")
+    command.add_argument(
+        "notebook", help="a path, or the name of one in notebooks/, such as 02_training"
+    )
+    command.add_argument(
+        "-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
+    )
+    command.add_argument(
+        "-f",
+        "--file",
+        type=Path,
+        metavar="PARAMS.YAML",
+        help="parameters from a YAML file; -p wins over it",
+    )
+    command.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help=(
+            "the executed notebook, or a folder for it that is there (default: in the run's folder)"
+        ),
+    )
+    command.add_argument(
+        "--without-gpu",
+        action="store_true",
+        help="start even a long job on a machine without a GPU",
+    )
     command.set_defaults(command=_run)
 
     command = commands.add_parser("train", help="train a profile without a notebook")
-    command.add_argument("profile", nargs="?", default="", help=f"one of {', '.join(profiles.PROFILES)}, or a run to go on with, "
-                         "as a path such as runs/x")  # fmt: skip
-    command.add_argument("--run", "--run-dir", default="", help="folder below runs/, or a path (default: named after the "
-                         "profile); behind torchrun write --run-dir, as Python 3.11 takes --run for torchrun's")  # fmt: skip
+    command.add_argument(
+        "profile",
+        nargs="?",
+        default="",
+        help=(
+            f"one of {', '.join(profiles.PROFILES)}, or a run to go on with, "
+            "as a path such as runs/x"
+        ),
+    )
+    command.add_argument(
+        "--run",
+        "--run-dir",
+        default="",
+        help=(
+            "folder below runs/, or a path (default: named after the "
+            "profile); behind torchrun write --run-dir, as Python 3.11 takes --run for torchrun's"
+        ),
+    )
     command.add_argument(
         "--init",
-        help="checkpoint folder, seen from here or from the project's root, or hub id to start from (default: random weights)",
+        help=(
+            "checkpoint folder, seen from here or from the project's root, or hub id to start from"
+            " (default: random weights)"
+        ),
     )
-    command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
-    command.add_argument("--without-gpu", action="store_true", help="start even a long job on a machine without a GPU")
+    command.add_argument(
+        "--set",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FIELD", "VALUE"),
+        help="a profile field",
+    )
+    command.add_argument(
+        "--without-gpu",
+        action="store_true",
+        help="start even a long job on a machine without a GPU",
+    )
     command.set_defaults(command=_train)
 
     command = commands.add_parser("stack", help="grow a checkpoint in depth")
     command.add_argument("source")
     command.add_argument("target")
     command.add_argument("--factor", type=int, default=4)
-    command.add_argument("--order", default="cyclic", help=f"one of {', '.join(ORDERS)} (default: cyclic)")
-    command.add_argument("--noise", type=float, default=0.0, metavar="SHARE", help="noise in the copied matrices, such as 0.2")
+    command.add_argument(
+        "--order", default="cyclic", help=f"one of {', '.join(ORDERS)} (default: cyclic)"
+    )
+    command.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="noise in the copied matrices, such as 0.2",
+    )
     command.add_argument("--seed", type=int, default=0, help="of noise and random blocks")
     command.set_defaults(command=_stack)
 
-    command = commands.add_parser("estimate", help="memory and time of a profile, before it is started")
+    command = commands.add_parser(
+        "estimate", help="memory and time of a profile, before it is started"
+    )
     command.add_argument("profile", help=f"one of {', '.join(profiles.PROFILES)}")
-    command.add_argument("--gpu", default="", help=f"one of {', '.join(GPUS)} (default: this machine)")
-    command.add_argument("--init", help="checkpoint folder that training starts from (default: a model as the profile says)")
-    command.add_argument("--micro-batch", type=int, help="windows that go through the model at once")
-    command.add_argument("--set", nargs=2, action="append", default=[], metavar=("FIELD", "VALUE"), help="a profile field")
+    command.add_argument(
+        "--gpu", default="", help=f"one of {', '.join(GPUS)} (default: this machine)"
+    )
+    command.add_argument(
+        "--init",
+        help="checkpoint folder that training starts from (default: a model as the profile says)",
+    )
+    command.add_argument(
+        "--micro-batch", type=int, help="windows that go through the model at once"
+    )
+    command.add_argument(
+        "--set",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FIELD", "VALUE"),
+        help="a profile field",
+    )
     command.set_defaults(command=_estimate)
 
-    command = commands.add_parser("spectra", help="analyse the matrices of a checkpoint and write an HTML report")
-    command.add_argument("checkpoint", help="a run folder, a checkpoint folder, a .safetensors file or a hub id OWNER/NAME")
-    command.add_argument("--against", default="", help="the stack at step 0 or the source (default: what the run names)")
-    command.add_argument("--source-layers", type=int, default=0, help="depth of the source (default: as the run or stack says)")
-    command.add_argument("--windows", type=int, default=0, help="held-out windows for CKA and swapped copies (default: 0)")
-    command.add_argument("--top-k", type=int, default=16, help="size of the subspaces that are compared (default: 16)")
-    command.add_argument("--no-alpha", action="store_true", help="do not fit power laws to the tails")
-    command.add_argument("-o", "--output", type=Path, help="folder of the report (default: runs/NAME-spectra)")
+    command = commands.add_parser(
+        "spectra", help="analyse the matrices of a checkpoint and write an HTML report"
+    )
+    command.add_argument(
+        "checkpoint",
+        help="a run folder, a checkpoint folder, a .safetensors file or a hub id OWNER/NAME",
+    )
+    command.add_argument(
+        "--against",
+        default="",
+        help="the stack at step 0 or the source (default: what the run names)",
+    )
+    command.add_argument(
+        "--source-layers",
+        type=int,
+        default=0,
+        help="depth of the source (default: as the run or stack says)",
+    )
+    command.add_argument(
+        "--windows",
+        type=int,
+        default=0,
+        help="held-out windows for CKA and swapped copies (default: 0)",
+    )
+    command.add_argument(
+        "--top-k",
+        type=int,
+        default=16,
+        help="size of the subspaces that are compared (default: 16)",
+    )
+    command.add_argument(
+        "--no-alpha", action="store_true", help="do not fit power laws to the tails"
+    )
+    command.add_argument(
+        "-o", "--output", type=Path, help="folder of the report (default: runs/NAME-spectra)"
+    )
     command.set_defaults(command=_spectra)
 
-    command = commands.add_parser("report", help="write a run's curves, clamps and settings as one HTML page")
-    command.add_argument("run", help="a run folder, or its name below runs/; it may still be training")
+    command = commands.add_parser(
+        "report", help="write a run's curves, clamps and settings as one HTML page"
+    )
+    command.add_argument(
+        "run", help="a run folder, or its name below runs/; it may still be training"
+    )
     command.set_defaults(command=_report)
 
-    command = commands.add_parser("export", help="copy a checkpoint as a model under a name of its own, without training state")
+    command = commands.add_parser(
+        "export",
+        help="copy a checkpoint as a model under a name of its own, without training state",
+    )
     command.add_argument("checkpoint")
     command.add_argument("folder", help="where the model's folder is made")
-    command.add_argument("--name", help="what folder, card and repository call the model, with the -stepN that it has (default: "
-                         "the family's name, as in the checkpoint's card)")  # fmt: skip
-    command.add_argument("--push-to-hub", metavar="OWNER", help="also upload it, as a private repository of OWNER that holds no "
-                         "model yet")  # fmt: skip
+    command.add_argument(
+        "--name",
+        help=(
+            "what folder, card and repository call the model, with the -stepN that it has (default:"
+            " the family's name, as in the checkpoint's card)"
+        ),
+    )
+    command.add_argument(
+        "--push-to-hub",
+        metavar="OWNER",
+        help="also upload it, as a private repository of OWNER that holds no model yet",
+    )
     command.set_defaults(command=_export)
 
     command = commands.add_parser("runs", help="a table of all runs")
@@ -184,11 +317,15 @@ def _run(options: argparse.Namespace) -> int:
     notebook = find_notebook(options.notebook)
     given = (values.read_mapping(options.file) if options.file else {}) | dict(options.parameter)
     checked = check_parameters(notebook, given)
-    asked = {parameter.name: parameter.default for parameter in read_parameters(notebook).values()} | checked
+    asked = {
+        parameter.name: parameter.default for parameter in read_parameters(notebook).values()
+    } | checked
     stage = registry.NOTEBOOK_STAGES.get(notebook.stem)
     folder = Path.cwd()
     if stage:
-        check_values(stage, asked)  # the kernel would take seconds, and leave a folder, before it says so
+        check_values(
+            stage, asked
+        )  # the kernel would take seconds, and leave a folder, before it says so
         folder = registry.run_path(asked["profile"], stage, asked.get("run", ""))
     if stage in ("source", "grown"):
         profile = notebook_profile(stage, asked)
@@ -197,10 +334,14 @@ def _run(options: argparse.Namespace) -> int:
         init = asked["init"] if stage == "grown" and asked["init"] != "random" else None
         _require_gpu_or_consent(folder, profile, options.without_gpu, init)
     if stage == "growth":
-        plan = compare.plan_comparison(registry.run_path(asked["profile"], "grown"), asked["scratch_steps"])
+        plan = compare.plan_comparison(
+            registry.run_path(asked["profile"], "grown"), asked["scratch_steps"]
+        )
         if asked["train_scratch"]:
             scratch = registry.run_path(asked["profile"], "scratch", asked["scratch_run"])
-            _require_gpu_or_consent(scratch, plan.scratch, options.without_gpu, lower="scratch_steps")
+            _require_gpu_or_consent(
+                scratch, plan.scratch, options.without_gpu, lower="scratch_steps"
+            )
     return run_notebook(notebook, options.output or folder / "notebooks" / notebook.name, checked)
 
 
@@ -211,11 +352,15 @@ def _set_fields(options: argparse.Namespace) -> profiles.Profile:
 def _changes(options: argparse.Namespace) -> dict:
     changes = {}
     for key, text in options.set:
-        kind = profiles.FIELD_TYPES.get(key, str).__name__  # of an unknown field the profile says what is wrong
+        kind = profiles.FIELD_TYPES.get(
+            key, str
+        ).__name__  # of an unknown field the profile says what is wrong
         try:
             changes[key] = values.cast(kind, text)
         except (ValueError, OverflowError) as error:
-            raise Refused(f"The profile field {key!r} is of type {kind}; {text!r} is not{error}.") from None
+            raise Refused(
+                f"The profile field {key!r} is of type {kind}; {text!r} is not{error}."
+            ) from None
     return changes
 
 
@@ -252,21 +397,30 @@ def _run_folder(name: str, profile: str = "") -> Path:
 
 
 def _what_to_train(options: argparse.Namespace) -> tuple[profiles.Profile, Path, str | None]:
-    """Profile, folder and start: of a new run, or of one that was begun before or prepared by a notebook."""
+    """Profile, folder and start: of a new run, or of one that was begun before or prepared by a
+    notebook.
+    """
     if options.profile and os.sep not in options.profile:
         profile, folder = _set_fields(options), _run_folder(options.run, options.profile)
         return profile, folder, _start(options.init, folder)
     name = options.profile or options.run
     if not name:
-        raise Refused("train was given neither a profile nor a run; name a profile, or the folder of a run to go on with.")
+        raise Refused(
+            "train was given neither a profile nor a run; name a profile, or the folder of a run to"
+            " go on with."
+        )
     if options.init or (options.profile and options.run):
-        raise Refused(f"train goes on with the run {name}, which keeps its folder and its start; leave out --init and --run.")
+        raise Refused(
+            f"train goes on with the run {name}, which keeps its folder and its start; leave out"
+            " --init and --run."
+        )
     folder, changes = _run_folder(name), _changes(options)
     for key in changes:
         if profiles.FIELD_SECTIONS.get(key, "runtime") != "runtime" and key not in MICRO_BATCHES:
             raise Refused(
-                f"train goes on with the run {name}, whose {key} stays as it is; --set takes runtime settings here, and "
-                "micro_batch and grad_accumulation while their product stays."
+                f"train goes on with the run {name}, whose {key} stays as it is; --set takes"
+                " runtime settings here, and micro_batch and grad_accumulation while their product"
+                " stays."
             )
     profile, init = read_run_profile(folder), read_run_init(folder)
     recorded = paths.resolve(init or "")  # below the root, whatever lies in the shell's folder
@@ -285,9 +439,12 @@ def _start(name: str | None, run_dir: Path) -> str | None:
     if os.path.exists(place) or paths.is_hub_id(name):
         return place
     if not (run_dir / RUN_FILE).exists():
-        places = dict.fromkeys((here, str(paths.resolve(name))))  # one where the shell stands in the project's root
+        places = dict.fromkeys(
+            (here, str(paths.resolve(name)))
+        )  # one where the shell stands in the project's root
         raise Refused(
-            f"There is no checkpoint folder {' or '.join(places)}; train one first, or name a folder or a hub id OWNER/NAME."
+            f"There is no checkpoint folder {' or '.join(places)}; train one first, or name a"
+            " folder or a hub id OWNER/NAME."
         )
     return here
 
@@ -296,7 +453,9 @@ def _start(name: str | None, run_dir: Path) -> str | None:
 def _train(options: argparse.Namespace) -> int:
     talks = distributed.torchrun_rank() == 0
     if not talks:
-        logging.getLogger("kl3m_nb").setLevel(logging.ERROR)  # all read the same rows, one says what it leaves out
+        logging.getLogger("kl3m_nb").setLevel(
+            logging.ERROR
+        )  # all read the same rows, one says what it leaves out
     began = printed = first_step = 0
 
     def prepare() -> tuple[profiles.Profile, Path, str | None]:
@@ -314,24 +473,35 @@ def _train(options: argparse.Namespace) -> int:
             print(f"step {row['step']:,}: not finite, so it changes nothing", flush=True)
         elif row["kind"] == "train" and row["seconds"] - printed >= 5:
             printed = row["seconds"]
-            step, max_steps, seconds = row["step"], profile.schedule.max_steps, time.monotonic() - began
+            step, max_steps, seconds = (
+                row["step"],
+                profile.schedule.max_steps,
+                time.monotonic() - began,
+            )
             print(
-                f"step {step:,}/{max_steps:,}: loss {row['cross_entropy']:.4f}, {row['tokens_per_second']:,.0f} tokens/s, "
-                f"{time_left(seconds, step - first_step, max_steps - step)} left", flush=True,
-            )  # fmt: skip
+                f"step {step:,}/{max_steps:,}: loss {row['cross_entropy']:.4f},"
+                f" {row['tokens_per_second']:,.0f} tokens/s,"
+                f" {time_left(seconds, step - first_step, max_steps - step)} left",
+                flush=True,
+            )
 
     with distributed.process_group():
         profile, folder, init = distributed.on_every_rank(prepare)
         result = train(profile, folder, init, callbacks=[report])
     if talks:
-        print(f"Finished at step {result.step:,}, held-out loss {result.held_out_loss:.4f}; the model is in {result.checkpoint}")
+        print(
+            f"Finished at step {result.step:,}, held-out loss {result.held_out_loss:.4f}; the model"
+            f" is in {result.checkpoint}"
+        )
     return 0
 
 
 def _stack(options: argparse.Namespace) -> int:
     source, target = Path.cwd() / paths.located(options.source), Path.cwd() / options.target
     check_sound(source)
-    summary = stack_checkpoint(source, target, options.factor, options.order, options.noise, options.seed)
+    summary = stack_checkpoint(
+        source, target, options.factor, options.order, options.noise, options.seed
+    )
     compared = verify_stack(source, target)
     for key, value in summary.table().items():
         print(f"{key:12} {value}")
@@ -344,9 +514,12 @@ def _estimate(options: argparse.Namespace) -> int:
         options.set.append(("micro_batch", str(options.micro_batch)))
     if options.init and not (config := paths.find(options.init) / "config.json").is_file():
         raise Refused(
-            f"There is no {config} to take the numbers of the model from; name a checkpoint folder, or leave out --init."
+            f"There is no {config} to take the numbers of the model from; name a checkpoint folder,"
+            " or leave out --init."
         )
-    table = estimate(decoder.profile_of_start(_set_fields(options), options.init), options.gpu).table()
+    table = estimate(
+        decoder.profile_of_start(_set_fields(options), options.init), options.gpu
+    ).table()
     for key, value in table.items():
         print(f"{key:{max(map(len, table))}}  {value}")
     return 0
@@ -368,8 +541,12 @@ def _spectra(options: argparse.Namespace) -> int:
     from kl3m_nb.spectra.subject import find_subject
 
     subject = find_subject(options.checkpoint, options.against, options.source_layers)
-    folder = options.output or registry.run_path("", "", f"{subject.name.replace(', ', '-').replace('/', '-')}-spectra")
-    page = spectral_report.write_report(subject, folder, not options.no_alpha, options.top_k, options.windows)
+    folder = options.output or registry.run_path(
+        "", "", f"{subject.name.replace(', ', '-').replace('/', '-')}-spectra"
+    )
+    page = spectral_report.write_report(
+        subject, folder, not options.no_alpha, options.top_k, options.windows
+    )
     print(f"The report: {page}")
     return 0
 
@@ -386,7 +563,11 @@ def _runs(options: argparse.Namespace) -> int:
     if table.empty:
         print(f"There is no run to show in {paths.runs_dir()}; `make demo` makes some.")
         return 0
-    shown = {"held_out_loss": "{:.3f}".format, "tokens": "{:,.0f}".format, "seconds": "{:,.0f}".format}
+    shown = {
+        "held_out_loss": "{:.3f}".format,
+        "tokens": "{:,.0f}".format,
+        "seconds": "{:,.0f}".format,
+    }
     print(table.drop(columns="checkpoint").to_string(index=False, formatters=shown, na_rep="–"))
     print(f"in {paths.runs_dir()}")
     return 0

@@ -1,7 +1,10 @@
-"""Every number of a run, with its bounds: the profiles of the family, their fields, and what a field accepts.
+"""Every number of a run, with its bounds: the profiles of the family, their fields, and what a
+field accepts.
 
-A profile is a tree of frozen dataclasses, one a subject. A field's name is unique over the whole tree, so an override names the
-field alone. Values are checked here and nowhere else; a profile that exists can be trusted."""
+A profile is a tree of frozen dataclasses, one a subject. A field's name is unique over the whole
+tree, so an override names the field alone. Values are checked here and nowhere else; a profile that
+exists can be trusted.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,9 @@ MLP_ROLES = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shape of a decoder. `experts = 0` is a dense Llama, `experts > 0` a Mixtral of that many experts per layer."""
+    """Shape of a decoder. `experts = 0` is a dense Llama, `experts > 0` a Mixtral of that many
+    experts per layer.
+    """
 
     layers: int
     hidden: int
@@ -45,26 +50,34 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """Weights of the training objective (kl3m-007 card, "Regularization"); all zero is plain cross-entropy.
+    """Weights of the training objective (kl3m-007 card, "Regularization"); all zero is plain
+    cross-entropy.
 
-    The card names an entropy target and not what has to meet it; both values of `entropy_target_over` are inferred. Over tokens
-    the term is (mean entropy - target)² + the variance of the entropy over tokens, over the batch it is the first part alone.
+    The card names an entropy target and not what has to meet it; both values of
+    `entropy_target_over` are inferred. Over tokens the term is (mean entropy - target)² + the
+    variance of the entropy over tokens, over the batch it is the first part alone.
     """
 
     label_smoothing: float = 0.001
     entropy_bonus: float = 0.001
     entropy_target_bits: float = 6.5
     entropy_target_weight: float = 0.001
-    entropy_target_over: str = "token"  # token: every token's entropy is to meet the target | batch: their mean is
-    activation_norm: float = 0.0006  # weight of mean(h²) of the residual stream before the final norm
+    entropy_target_over: str = (
+        "token"  # token: every token's entropy is to meet the target | batch: their mean is
+    )
+    activation_norm: float = (
+        0.0006  # weight of mean(h²) of the residual stream before the final norm
+    )
     chunk_tokens: int = 1024  # tokens whose logits exist at one time
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """Muon for the matrices of the blocks, AdamW ("aux") for the rest (kl3m-007 card, "Optimizer: Muon").
+    """Muon for the matrices of the blocks, AdamW ("aux") for the rest (kl3m-007 card, "Optimizer:
+    Muon").
 
-    The Muon LR is depth-scaled, `base_lr · √(16 / layers)`: 0.01 · √(16/120) = 0.00365 is the card's figure.
+    The Muon LR is depth-scaled, `base_lr · √(16 / layers)`: 0.01 · √(16/120) = 0.00365 is the
+    card's figure.
     """
 
     base_lr: float = 0.01
@@ -87,7 +100,9 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class ClampSpec:
-    """Ceilings on σ₁/σ_min by role and the cadence of the clamp (kl3m-007 card, "Spectral Clamping")."""
+    """Ceilings on σ₁/σ_min by role and the cadence of the clamp (kl3m-007 card, "Spectral
+    Clamping").
+    """
 
     clamp_every: int = 100  # optimizer steps; 0 switches the clamp off
     attention_max_condition: float = 3000.0
@@ -106,7 +121,9 @@ class ClampSpec:
 
 @dataclass(frozen=True)
 class ScheduleSpec:
-    """Linear warmup and cosine decay of both learning rates, and clipping of the global gradient norm (card)."""
+    """Linear warmup and cosine decay of both learning rates, and clipping of the global gradient
+    norm (card).
+    """
 
     max_steps: int = 100_000
     warmup_steps: int = 100
@@ -121,32 +138,43 @@ class ScheduleSpec:
 class DataSpec:
     """Where documents come from and how they become batches (kl3m-007 card, "Batch Configuration").
 
-    `source` is one line, options and several weighted sources included: `kl3m_nb.data.sources` says how. A run may be resumed with
-    another `micro_batch` and `grad_accumulation` of the same product.
+    `source` is one line, options and several weighted sources included: `kl3m_nb.data.sources` says
+    how. A run may be resumed with another `micro_batch` and `grad_accumulation` of the same
+    product.
     """
 
     source: str = "hub:alea-institute/kl3m-data-sample-006-medium"
-    tokenizer: str = "alea-institute/kl3m-004-128k-cased"  # hub id, folder, or "corpus"/"corpus-001": trained on the source
+    # hub id, folder, or "corpus"/"corpus-001": trained on the source
+    tokenizer: str = "alea-institute/kl3m-004-128k-cased"
     seq_len: int = 4096
     micro_batch: int = 5
-    grad_accumulation: int = 32  # micro-batches of an optimizer step, those of all processes together
+    grad_accumulation: int = (
+        32  # micro-batches of an optimizer step, those of all processes together
+    )
     shuffle_buffer: int = 32
     held_out_windows: int = 64
     seed: int = 7
-    packing: str = "dense"  # dense: windows across documents | segments: never two documents in one, padded at random
-    document_borders: str = "ignored"  # of dense windows: ignored | mask: attention stays inside, and positions begin anew
-    p_sft: float = 0.0  # share of segments that are instruction pairs (inferred; the card says "hybrid NTP and SFT")
+    # dense: windows across documents | segments: never two documents in one, padded at random
+    packing: str = "dense"
+    # of dense windows: ignored | mask: attention stays inside, and positions begin anew
+    document_borders: str = "ignored"
+    # share of segments that are instruction pairs (inferred; the card says "hybrid NTP and SFT")
+    p_sft: float = 0.0
     sft_loss: str = "response"  # response | all: which tokens of an instruction pair are trained on
 
 
 @dataclass(frozen=True)
 class RuntimeSpec:
-    """How a run is carried out. Nothing here changes what is learned, so a run may be resumed under other values."""
+    """How a run is carried out. Nothing here changes what is learned, so a run may be resumed under
+    other values.
+    """
 
     precision: str = "auto"  # auto | float32 | bfloat16 (autocast over float32 weights)
     attention: str = "auto"  # auto | sdpa | flash_attention_2 | flash_attention_4 | eager
     compile: str = "auto"  # auto | on | off: torch.compile of each block
-    gradient_checkpointing: str = "auto"  # auto: where memory asks for it | on: as the kl3m-007 card has it | off
+    gradient_checkpointing: str = (
+        "auto"  # auto: where memory asks for it | on: as the kl3m-007 card has it | off
+    )
     tf32: str = "auto"  # auto | on | off: float32 products of a GPU with shorter mantissas
     log_every: int = 1
     eval_every: int = 500
@@ -154,17 +182,23 @@ class RuntimeSpec:
     keep_checkpoints: int = 3  # the newest
     keep_every: int = 0  # and those whose step is a multiple of this; 0: no others
     prefetch_batches: int = 2  # made ahead in a thread; 0: made when they are asked for
-    parallel: str = "ddp"  # ddp | fsdp: how several processes hold the model, whole on each or in shards
+    parallel: str = (
+        "ddp"  # ddp | fsdp: how several processes hold the model, whole on each or in shards
+    )
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Everything a run needs to know, by name. `growth_factor` g says the model is g copies of a source of layers/g."""
+    """Everything a run needs to know, by name. `growth_factor` g says the model is g copies of a
+    source of layers/g.
+    """
 
     name: str
     model: ModelSpec
     growth_factor: int = 1
-    source_steps: int = 63_000  # optimizer steps of the source's own training (the card's source checkpoint)
+    source_steps: int = (
+        63_000  # optimizer steps of the source's own training (the card's source checkpoint)
+    )
     objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     clamp: ClampSpec = field(default_factory=ClampSpec)
@@ -184,7 +218,12 @@ class Profile:
 
     def table(self) -> dict[str, str]:
         """Every value in words, a line for each section."""
-        rows = {"profile": f"{self.name} · growth_factor {self.growth_factor} · source_steps {self.source_steps:,}"}
+        rows = {
+            "profile": (
+                f"{self.name} · growth_factor {self.growth_factor} · source_steps"
+                f" {self.source_steps:,}"
+            )
+        }
         for section in _SECTIONS:
             values = dataclasses.asdict(getattr(self, section))
             rows[section] = " · ".join(f"{key} {value}" for key, value in values.items())
@@ -201,10 +240,21 @@ class Profile:
 _SECTIONS = ("model", "objective", "optimizer", "clamp", "schedule", "data", "runtime")
 
 
-_KL3M_170M = ModelSpec(layers=30, hidden=576, mlp=1536, heads=9, kv_heads=3, head_size=64, vocabulary=131_072, context=4096)
+_KL3M_170M = ModelSpec(
+    layers=30,
+    hidden=576,
+    mlp=1536,
+    heads=9,
+    kv_heads=3,
+    head_size=64,
+    vocabulary=131_072,
+    context=4096,
+)
 
 
-_TINY = ModelSpec(layers=12, hidden=128, mlp=344, heads=4, kv_heads=2, head_size=32, vocabulary=4096, context=256)
+_TINY = ModelSpec(
+    layers=12, hidden=128, mlp=344, heads=4, kv_heads=2, head_size=32, vocabulary=4096, context=256
+)
 
 
 _TINY_MIXTURE = dataclasses.replace(
@@ -260,8 +310,8 @@ def _laptop_profile(name: str, model: ModelSpec) -> Profile:
     )
 
 
-# On an H200 the head and the loss of 20,480 tokens take 21 ms and 3.8 GB in chunks of 4,096, 24 ms and 2.2 GB in chunks of 2,048.
-# The card of kl3m-006 has 1,024.
+# On an H200 the head and the loss of 20,480 tokens take 21 ms and 3.8 GB in chunks of 4,096, 24 ms
+# and 2.2 GB in chunks of 2,048. The card of kl3m-006 has 1,024.
 _LARGE_CHUNKS = ObjectiveSpec(chunk_tokens=4096)
 
 
@@ -276,10 +326,18 @@ PROFILES: dict[str, Profile] = {
             objective=_LARGE_CHUNKS,
             clamp=ClampSpec(clamp_every=10, attention_max_condition=2000.0, sigma_floor=6e-4),
             optimizer=OptimizerSpec(
-                ns_steps=3, attention_outer_multiplier=0.7, attention_inner_multiplier=0.9, lm_head_multiplier=0.85
+                ns_steps=3,
+                attention_outer_multiplier=0.7,
+                attention_inner_multiplier=0.9,
+                lm_head_multiplier=0.85,
             ),
         ),
-        Profile("kl3m-007-500m", dataclasses.replace(_KL3M_170M, layers=120), objective=_LARGE_CHUNKS, growth_factor=4),
+        Profile(
+            "kl3m-007-500m",
+            dataclasses.replace(_KL3M_170M, layers=120),
+            objective=_LARGE_CHUNKS,
+            growth_factor=4,
+        ),
         Profile(
             "kl3m-002-520m",
             _KL3M_520M,
@@ -300,9 +358,11 @@ PROFILES: dict[str, Profile] = {
 
 
 def get_profile(name: str, /, **overrides) -> Profile:
-    """The profile called `name`, with any of its fields changed: `get_profile("tiny", layers=3, max_steps=500)`.
+    """The profile called `name`, with any of its fields changed: `get_profile("tiny", layers=3,
+    max_steps=500)`.
 
-    Raises ValueError for an unknown profile or field, a value of the wrong type, or numbers that contradict each other.
+    Raises ValueError for an unknown profile or field, a value of the wrong type, or numbers that
+    contradict each other.
     """
     if name not in PROFILES:
         raise ValueError(f"There is no profile {name!r}; choose one of {', '.join(PROFILES)}.")
@@ -310,15 +370,22 @@ def get_profile(name: str, /, **overrides) -> Profile:
 
 
 def profile_with(name: str, /, **overrides) -> Profile:
-    """`get_profile` for a notebook's parameters, where 0 and "" mean the profile's own value, and -1 that of `p_sft`."""
+    """`get_profile` for a notebook's parameters, where 0 and "" mean the profile's own value, and
+    -1 that of `p_sft`.
+    """
     own = {"p_sft": (-1,)}  # 0 is a value of its own: no instruction pairs
-    return get_profile(name, **{key: value for key, value in overrides.items() if value not in own.get(key, (0, ""))})
+    return get_profile(
+        name,
+        **{key: value for key, value in overrides.items() if value not in own.get(key, (0, ""))},
+    )
 
 
 def source_profile(profile: Profile, /, **overrides) -> Profile:
-    """The profile of the model that `profile` is grown from: `growth_factor` times shallower, trained for `source_steps`.
+    """The profile of the model that `profile` is grown from: `growth_factor` times shallower,
+    trained for `source_steps`.
 
-    It has a seed of its own: drawn in the same order, the grown model's first data would be what the source has just seen.
+    It has a seed of its own: drawn in the same order, the grown model's first data would be what
+    the source has just seen.
     """
     if profile.growth_factor == 1:  # a source itself
         return override_profile(profile, **overrides)
@@ -338,7 +405,9 @@ def override_profile(profile: Profile, /, **overrides) -> Profile:
     for key, value in overrides.items():
         section = FIELD_SECTIONS.get(key)
         if section is None:
-            hint = did_you_mean(key, FIELD_SECTIONS) or f"; it has {', '.join(sorted(FIELD_SECTIONS))}"
+            hint = (
+                did_you_mean(key, FIELD_SECTIONS) or f"; it has {', '.join(sorted(FIELD_SECTIONS))}"
+            )
             raise ValueError(f"A profile has no field {key!r}{hint}.")
         target = top if section == "profile" else sections[section]
         target[key] = _checked_type(key, value)
@@ -351,18 +420,27 @@ def override_profile(profile: Profile, /, **overrides) -> Profile:
 
 
 def profile_from_dict(values: object) -> Profile:
-    """Inverse of `Profile.to_dict`, for configurations read back from disk; a number that is missing is at its default.
+    """Inverse of `Profile.to_dict`, for configurations read back from disk; a number that is
+    missing is at its default.
 
-    Raises ValueError for fields that no profile has, sections that are missing and values of the wrong type.
+    Raises ValueError for fields that no profile has, sections that are missing and values of the
+    wrong type.
     """
     classes = typing.get_type_hints(Profile)
     top = _known_fields(Profile, values, "a profile")
     for section in _SECTIONS:
         fields = _known_fields(classes[section], top[section], f"a profile's {section}")
-        top[section] = classes[section](**{key: _checked_type(key, value) for key, value in fields.items()})
+        top[section] = classes[section](
+            **{key: _checked_type(key, value) for key, value in fields.items()}
+        )
     if not isinstance(top["name"], str):
         raise ValueError(f"the name of a profile is text; {top['name']!r} is not")
-    return Profile(**{key: _checked_type(key, value) if key in FIELD_TYPES else value for key, value in top.items()})
+    return Profile(
+        **{
+            key: _checked_type(key, value) if key in FIELD_TYPES else value
+            for key, value in top.items()
+        }
+    )
 
 
 def _known_fields(kind: type, values: object, what: str) -> dict:
@@ -431,23 +509,33 @@ REMOVED = {  # what an earlier version accepted: field and value, and why it is 
     (
         "document_borders",
         "positions",
-    ): "document_borders 'positions' let tokens see earlier documents at rotary distances of zero "
-    "and below, which no model is used with, and is gone; take 'mask', which hides them, or 'ignored'",
+    ): (
+        "document_borders 'positions' let tokens see earlier documents at rotary distances of zero"
+        " and below, which no model is used with, and is gone; take 'mask', which hides them, or"
+        " 'ignored'"
+    ),
 }
 
 
 _RANGES = {  # what is accepted, in words: the test, and the fields
     "at least 1 and finite": (
         lambda value: 1 <= value < math.inf,
-        "layers hidden mlp heads kv_heads head_size vocabulary context seq_len micro_batch grad_accumulation shuffle_buffer "
-        "held_out_windows max_steps chunk_tokens log_every eval_every checkpoint_every keep_checkpoints growth_factor "
-        "source_steps attention_max_condition mlp_max_condition lm_head_max_condition",
+        (
+            "layers hidden mlp heads kv_heads head_size vocabulary context seq_len micro_batch"
+            " grad_accumulation shuffle_buffer held_out_windows max_steps chunk_tokens log_every"
+            " eval_every checkpoint_every keep_checkpoints growth_factor source_steps"
+            " attention_max_condition mlp_max_condition lm_head_max_condition"
+        ),
     ),
     "at least 0 and finite": (
         lambda value: 0 <= value < math.inf,
-        "sliding_window experts active_experts router_aux_loss entropy_bonus entropy_target_bits entropy_target_weight "
-        "activation_norm base_lr weight_decay attention_outer_multiplier attention_inner_multiplier mlp_multiplier "
-        "lm_head_multiplier aux_lr aux_weight_decay clamp_every sigma_floor warmup_steps seed keep_every prefetch_batches",
+        (
+            "sliding_window experts active_experts router_aux_loss entropy_bonus"
+            " entropy_target_bits entropy_target_weight activation_norm base_lr weight_decay"
+            " attention_outer_multiplier attention_inner_multiplier mlp_multiplier"
+            " lm_head_multiplier aux_lr aux_weight_decay clamp_every sigma_floor warmup_steps seed"
+            " keep_every prefetch_batches"
+        ),
     ),
     "above 0 and finite": (
         lambda value: 0 < value < math.inf,
@@ -463,19 +551,25 @@ _RANGES = {  # what is accepted, in words: the test, and the fields
 
 
 def check_values(values: Mapping[str, object]) -> None:
-    """Raises ValueError for the first of a profile's `values`, all its fields by name, that cannot be meant."""
+    """Raises ValueError for the first of a profile's `values`, all its fields by name, that cannot
+    be meant.
+    """
     for key, choices in _CHOICES.items():
         if remark := REMOVED.get((key, values[key])):
             raise ValueError(f"The profile field {remark}.")
         if values[key] not in choices:
-            raise ValueError(f"The profile field {key!r} is {values[key]!r}; it accepts {', '.join(choices)}.")
+            raise ValueError(
+                f"The profile field {key!r} is {values[key]!r}; it accepts {', '.join(choices)}."
+            )
     for words, (accepts, keys) in _RANGES.items():
         for key in keys.split():
             if not accepts(values[key]):
                 raise ValueError(f"The profile field {key!r} is {values[key]}; it must be {words}.")
     for key, value in values.items():
         if isinstance(value, int) and value >= 2**63:
-            raise ValueError(f"The profile field {key!r} is {value}; a whole number must be below 2**63.")
+            raise ValueError(
+                f"The profile field {key!r} is {value}; a whole number must be below 2**63."
+            )
     _check_experts(values)
     _check_data(values)
     _check_shape(values)
@@ -485,63 +579,96 @@ def _check_experts(values: Mapping) -> None:
     experts, active = values["experts"], values["active_experts"]
     if experts:
         if not 1 <= active <= experts:
-            raise ValueError(f"active_experts is {active} of {experts} experts; choose from 1 to {experts}.")
+            raise ValueError(
+                f"active_experts is {active} of {experts} experts; choose from 1 to {experts}."
+            )
         for key in ("attention_bias", "mlp_bias"):
             if values[key]:
                 raise ValueError(
-                    f"{key} is true with {experts} experts, and a Mixtral has no biases; set experts to 0, or {key} to false."
+                    f"{key} is true with {experts} experts, and a Mixtral has no biases; set"
+                    f" experts to 0, or {key} to false."
                 )
         return
     for key in ("active_experts", "router_aux_loss", "sliding_window"):
         if values[key]:
-            raise ValueError(f"{key} is {values[key]} without experts, and a dense Llama has none; set experts, or {key} to 0.")
+            raise ValueError(
+                f"{key} is {values[key]} without experts, and a dense Llama has none; set experts,"
+                f" or {key} to 0."
+            )
 
 
 def _check_data(values: Mapping) -> None:
     if values["p_sft"] and values["packing"] == "dense":
-        raise ValueError(f"p_sft is {values['p_sft']} with packing 'dense'; instruction pairs need packing 'segments'.")
+        raise ValueError(
+            f"p_sft is {values['p_sft']} with packing 'dense'; instruction pairs need packing"
+            " 'segments'."
+        )
     if values["seq_len"] < 2 and values["packing"] == "segments":
-        raise ValueError("seq_len is 1 with packing 'segments', which has no room for a document; choose at least 2.")
+        raise ValueError(
+            "seq_len is 1 with packing 'segments', which has no room for a document; choose at"
+            " least 2."
+        )
     if values["sft_loss"] != "response" and not values["p_sft"]:
-        raise ValueError(f"sft_loss is {values['sft_loss']!r} with p_sft 0, which takes no instruction pairs; raise p_sft too.")
+        raise ValueError(
+            f"sft_loss is {values['sft_loss']!r} with p_sft 0, which takes no instruction pairs;"
+            " raise p_sft too."
+        )
     if values["document_borders"] != "ignored" and values["packing"] == "segments":
         raise ValueError(
-            f"document_borders is {values['document_borders']!r} with packing 'segments', which never hold two documents; "
-            "use packing 'dense' or document_borders 'ignored'."
+            f"document_borders is {values['document_borders']!r} with packing 'segments', which"
+            " never hold two documents; use packing 'dense' or document_borders 'ignored'."
         )
 
 
 def _check_shape(values: Mapping) -> None:
     if values["seq_len"] > values["context"]:
         raise ValueError(
-            f"seq_len {values['seq_len']} is longer than the context of {values['context']} tokens that the model can take; "
-            f"choose at most {values['context']}."
+            f"seq_len {values['seq_len']} is longer than the context of {values['context']} tokens"
+            f" that the model can take; choose at most {values['context']}."
         )
     if values["layers"] % values["growth_factor"]:
         raise ValueError(
-            f"{values['layers']} layers are not a multiple of growth_factor {values['growth_factor']}; "
-            "a cyclic stack needs layers = growth_factor × source layers."
+            f"{values['layers']} layers are not a multiple of growth_factor"
+            f" {values['growth_factor']}; a cyclic stack needs layers = growth_factor × source"
+            " layers."
         )
     if values["heads"] % values["kv_heads"]:
-        raise ValueError(f"{values['heads']} heads cannot share {values['kv_heads']} kv_heads evenly; choose a divisor.")
+        raise ValueError(
+            f"{values['heads']} heads cannot share {values['kv_heads']} kv_heads evenly; choose a"
+            " divisor."
+        )
     if values["head_size"] % 2:
-        raise ValueError(f"head_size is {values['head_size']}; rotary positions turn pairs of numbers, choose an even one.")
+        raise ValueError(
+            f"head_size is {values['head_size']}; rotary positions turn pairs of numbers, choose an"
+            " even one."
+        )
     for key in ("hidden", "mlp") if values["experts"] else ():
         if values[key] % 4:
-            raise ValueError(f"{key} is {values[key]}; torch multiplies the matrices of experts in multiples of 4, choose one.")
-    if not values["experts"] and values["hidden"] % values["heads"]:  # transformers asks it of a Llama, not of a Mixtral
-        raise ValueError(f"hidden {values['hidden']} is not a multiple of {values['heads']} heads; a dense Llama needs that.")
+            raise ValueError(
+                f"{key} is {values[key]}; torch multiplies the matrices of experts in multiples of"
+                " 4, choose one."
+            )
+    if (
+        not values["experts"] and values["hidden"] % values["heads"]
+    ):  # transformers asks it of a Llama, not of a Mixtral
+        raise ValueError(
+            f"hidden {values['hidden']} is not a multiple of {values['heads']} heads; a dense Llama"
+            " needs that."
+        )
 
 
 @dataclass(frozen=True)
 class CardUsage:
-    """The call of `pipeline("text-generation", …)` that a model card prints: its prompts and its arguments."""
+    """The call of `pipeline("text-generation", …)` that a model card prints: its prompts and its
+    arguments.
+    """
 
     prompts: tuple[str, ...]
     arguments: Mapping[str, object]
 
 
-# kl3m-002 card, "Getting Started": "Governing Law." needs the newline, without which the card's own sample does not begin a line.
+# kl3m-002 card, "Getting Started": "Governing Law." needs the newline, without which the card's own
+# sample does not begin a line.
 CARD_USAGE = {
     "kl3m-002-520m": CardUsage(
         ("Under this", "Governing Law.\n"),
@@ -555,22 +682,29 @@ CARD_USAGE = {
 
 
 def card_of(mixture: bool) -> str:
-    """The card whose advice holds for a model: kl3m-002 for the family's mixtures of experts, kl3m-007 for its Llamas."""
+    """The card whose advice holds for a model: kl3m-002 for the family's mixtures of experts,
+    kl3m-007 for its Llamas.
+    """
     return "kl3m-002-520m" if mixture else "kl3m-007-500m"
 
 
 def usage_of(card: str) -> CardUsage:
     """What the card named `card` prints. Raises ValueError for a card that prints no call."""
     if card not in CARD_USAGE:
-        raise ValueError(f"There is no usage of the card {card!r}; choose one of {', '.join(CARD_USAGE)}.")
+        raise ValueError(
+            f"There is no usage of the card {card!r}; choose one of {', '.join(CARD_USAGE)}."
+        )
     return CARD_USAGE[card]
 
 
 def warmup_remark(spec: ScheduleSpec) -> str:
-    """What is said of a run that ends before its warmup; empty for any other. A trial of a few steps may well be one."""
+    """What is said of a run that ends before its warmup; empty for any other. A trial of a few
+    steps may well be one.
+    """
     if spec.warmup_steps < spec.max_steps:
         return ""
     return (
-        f"warmup_steps {spec.warmup_steps} is not below max_steps {spec.max_steps}: the learning rate rises to the last step and "
-        "has no time at its peak; raise max_steps or lower warmup_steps."
+        f"warmup_steps {spec.warmup_steps} is not below max_steps {spec.max_steps}: the learning"
+        " rate rises to the last step and has no time at its peak; raise max_steps or lower"
+        " warmup_steps."
     )

@@ -1,4 +1,6 @@
-"""Matrices with given singular values, and the clamp of them by a full SVD in float64: what the clamp's tests share."""
+"""Matrices with given singular values, and the clamp of them by a full SVD in float64: what the
+clamp's tests share.
+"""
 
 import torch
 
@@ -13,7 +15,9 @@ def orthonormal(rows, cols, seed):
 def with_spectrum(sigma, rows, cols, dtype=torch.float64, seed=0):
     """A (rows, cols) matrix with the singular values `sigma` and random singular vectors."""
     sigma = torch.as_tensor(sigma, dtype=torch.float64)
-    return ((orthonormal(rows, len(sigma), seed) * sigma) @ orthonormal(cols, len(sigma), seed + 1).T).to(dtype)
+    return (
+        (orthonormal(rows, len(sigma), seed) * sigma) @ orthonormal(cols, len(sigma), seed + 1).T
+    ).to(dtype)
 
 
 def reference(weight, max_condition=CONDITION, sigma_floor=FLOOR):
@@ -28,4 +32,7 @@ def geometric(count, condition, largest=1.0):
 
 
 def relative_error(weight, expected):
-    return (torch.linalg.matrix_norm(weight.double() - expected, 2) / torch.linalg.matrix_norm(expected, 2)).item()
+    return (
+        torch.linalg.matrix_norm(weight.double() - expected, 2)
+        / torch.linalg.matrix_norm(expected, 2)
+    ).item()

@@ -1,4 +1,6 @@
-"""What only a GPU runs, each against float64 on the CPU: the objective, Muon, a compiled block, FlashAttention 4."""
+"""What only a GPU runs, each against float64 on the CPU: the objective, Muon, a compiled block,
+FlashAttention 4.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,24 @@ DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize(("spec", "compiled"), [(STRONG, False), (CARD, True)], ids=["strong", "card, compiled"])
+@pytest.mark.parametrize(
+    ("spec", "compiled"), [(STRONG, False), (CARD, True)], ids=["strong", "card, compiled"]
+)
 def test_the_objective_under_bfloat16_autocast_with_masked_labels(spec, compiled):
-    hidden, weight, labels = problem(tokens=1500, hidden=64, vocabulary=1000, dtype=torch.float32, spread=0.1)
-    hidden, weight = (tensor.detach().bfloat16().float() for tensor in (hidden, weight))  # what the products will see
-    expected, hidden_grad, weight_grad = reference_gradients(hidden, weight, labels, spec, num_valid=1200)
+    hidden, weight, labels = problem(
+        tokens=1500, hidden=64, vocabulary=1000, dtype=torch.float32, spread=0.1
+    )
+    hidden, weight = (
+        tensor.detach().bfloat16().float() for tensor in (hidden, weight)
+    )  # what the products will see
+    expected, hidden_grad, weight_grad = reference_gradients(
+        hidden, weight, labels, spec, num_valid=1200
+    )
     hidden, weight = (tensor.to(DEVICE).requires_grad_() for tensor in (hidden, weight))
     with torch.autocast(DEVICE, torch.bfloat16):
-        terms = chunked_objective(hidden, weight, labels.to(DEVICE), spec, num_valid=1200, compiled=compiled)
+        terms = chunked_objective(
+            hidden, weight, labels.to(DEVICE), spec, num_valid=1200, compiled=compiled
+        )
     (3 * terms.total).backward()
     for name, value in expected.items():
         assert getattr(terms, name).item() == pytest.approx(value.item(), rel=1e-3, abs=1e-5), name
@@ -41,9 +53,15 @@ def test_the_objective_under_bfloat16_autocast_with_masked_labels(spec, compiled
 def test_muon_steps():
     generator = torch.Generator().manual_seed(0)
     shapes = [(64, 64), (64, 64), (48, 160), (160, 48), (3, 64, 48)]
-    parameters = [nn.Parameter(conditioned(*shape, generator=generator).float().to(DEVICE)) for shape in shapes]
+    parameters = [
+        nn.Parameter(conditioned(*shape, generator=generator).float().to(DEVICE))
+        for shape in shapes
+    ]
     rates = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
-    references = [ReferenceMuon(p.cpu(), **rates, factor=max(1.0, p.size(-2) / p.size(-1)) ** 0.5) for p in parameters]
+    references = [
+        ReferenceMuon(p.cpu(), **rates, factor=max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
+        for p in parameters
+    ]
     before = [parameter.detach().cpu().clone() for parameter in parameters]
     optimizer = Muon(parameters, **rates)
     for _ in range(3):
@@ -54,19 +72,32 @@ def test_muon_steps():
         optimizer.step()
     for parameter, reference, start in zip(parameters, references, before, strict=True):
         moved = parameter.detach().cpu() - start
-        assert update_error(moved, reference.weight - start.double().numpy()) < 3e-2  # the iteration runs in bfloat16
+        assert (
+            update_error(moved, reference.weight - start.double().numpy()) < 3e-2
+        )  # the iteration runs in bfloat16
 
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_a_compiled_block_with_gradient_checkpointing(experts):
     profile = small_profile(
-        layers=1, hidden=128, mlp=256, heads=2, kv_heads=1, head_size=64, context=128, seq_len=128, experts=experts,
-        active_experts=min(2, experts), sliding_window=32 if experts else 0,
-    )  # fmt: skip
+        layers=1,
+        hidden=128,
+        mlp=256,
+        heads=2,
+        kv_heads=1,
+        head_size=64,
+        context=128,
+        seq_len=128,
+        experts=experts,
+        active_experts=min(2, experts),
+        sliding_window=32 if experts else 0,
+    )
     model = decoder.build_model(profile)
     reference = copy.deepcopy(model).double()
     reference.config._experts_implementation = "eager"  # grouped products know no float64
-    chosen = Runtime(torch.device(DEVICE), "bfloat16", "sdpa", compile_blocks=True, recompute=True, tf32=True)
+    chosen = Runtime(
+        torch.device(DEVICE), "bfloat16", "sdpa", compile_blocks=True, recompute=True, tf32=True
+    )
     prepare_model(model, chosen)
     tokens = torch.randint(512, (2, 128), generator=torch.Generator().manual_seed(0))
     direction = torch.randn(2, 128, 128, generator=torch.Generator().manual_seed(1))
@@ -76,7 +107,9 @@ def test_a_compiled_block_with_gradient_checkpointing(experts):
     expected = decoder.forward_body(reference, tokens).hidden
     (expected * direction).sum().backward()
     assert relative_error(hidden.cpu(), expected) < 2e-2
-    for (name, parameter), exact in zip(model.named_parameters(), reference.parameters(), strict=True):
+    for (name, parameter), exact in zip(
+        model.named_parameters(), reference.parameters(), strict=True
+    ):
         if exact.grad is not None:  # the head takes no part
             assert relative_error(parameter.grad.cpu(), exact.grad) < 5e-2, name
 
@@ -87,7 +120,9 @@ def test_flash_attention_4_with_grouped_heads_and_values_that_are_a_slice():
     generator = torch.Generator().manual_seed(0)
     joint = torch.randn(2, 384, 15, 64, generator=generator).bfloat16()
     expected_inputs = [states.double().requires_grad_() for states in joint.split([9, 3, 3], dim=2)]
-    inputs = [states.detach().requires_grad_() for states in joint.to(DEVICE).split([9, 3, 3], dim=2)]
+    inputs = [
+        states.detach().requires_grad_() for states in joint.to(DEVICE).split([9, 3, 3], dim=2)
+    ]
     direction = torch.randn(2, 384, 9, 64, generator=generator)
     output, _ = flash_attention.causal_attention(*inputs, 0.125)
     (output.float() * direction.to(DEVICE)).sum().backward()

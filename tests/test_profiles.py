@@ -7,14 +7,24 @@ import math
 import pytest
 
 from kl3m_nb import profiles
-from kl3m_nb.profiles import PROFILES, get_profile, override_profile, profile_from_dict, profile_with, source_profile
+from kl3m_nb.profiles import (
+    PROFILES,
+    get_profile,
+    override_profile,
+    profile_from_dict,
+    profile_with,
+    source_profile,
+)
 
 
 def test_the_cards_numbers():
     grown = get_profile("kl3m-007-500m")
     assert grown.muon_lr == pytest.approx(0.00365, abs=5e-6)
     assert grown.tokens_per_step == 655_360
-    assert (grown.clamp.max_condition("q_proj"), grown.clamp.max_condition("up_proj")) == (3000, 2000)
+    assert (grown.clamp.max_condition("q_proj"), grown.clamp.max_condition("up_proj")) == (
+        3000,
+        2000,
+    )
     assert source_profile(grown).model == get_profile("kl3m-006-170m").model
     assert grown.data.seq_len + 1 == 4097
     window = get_profile("kl3m-002-520m").model
@@ -47,7 +57,9 @@ def test_one_keyword_changes_one_field_wherever_it_stands():
         )
         if key in bound or isinstance(value, (str, bool)):
             continue
-        changed = override_profile(base, **{key: value / 2 if isinstance(value, float) else value + 1})
+        changed = override_profile(
+            base, **{key: value / 2 if isinstance(value, float) else value + 1}
+        )
         differing = [
             field.name
             for field in dataclasses.fields(profiles.Profile)
@@ -61,7 +73,10 @@ def test_zero_and_empty_leave_a_notebooks_parameter_at_the_profiles_value():
     assert profile_with("tiny", max_steps=5).schedule.max_steps == 5
     assert profile_with("kl3m-002-520m", packing="", p_sft=-1.0) == get_profile("kl3m-002-520m")
     dense = profile_with("kl3m-002-520m", packing="dense", p_sft=0.0).data
-    assert (dense.packing, dense.p_sft) == ("dense", 0.0), "no instruction pairs can be asked for, which dense windows need"
+    assert (dense.packing, dense.p_sft) == (
+        "dense",
+        0.0,
+    ), "no instruction pairs can be asked for, which dense windows need"
 
 
 def test_the_source_of_a_profile_is_shallower_and_nothing_else():

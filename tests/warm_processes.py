@@ -1,7 +1,8 @@
-"""A warm interpreter that forks processes for the tests: torch imported anew in each would take most of their time.
+"""A warm interpreter that forks processes for the tests: torch imported anew in each would take
+most of their time.
 
-`WarmProcesses` starts this file as a script and sends it one job a line. The server computes with a single thread, so that what
-it forks finds none of a matrix library's half dead.
+`WarmProcesses` starts this file as a script and sends it one job a line. The server computes with a
+single thread, so that what it forks finds none of a matrix library's half dead.
 """
 
 from __future__ import annotations
@@ -31,9 +32,18 @@ class WarmProcesses:
     """Runs jobs of this file in forked processes."""
 
     def __init__(self):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
 
     def call(self, job: str, **arguments):
@@ -41,8 +51,12 @@ class WarmProcesses:
         print(json.dumps([job, arguments]), file=self._server.stdin, flush=True)
         return json.loads(self._server.stdout.readline())
 
-    def train(self, ranks: int, run_dir: Path, profile: dict, fault: dict | None = None, **options) -> list[int]:
-        """Exit codes of `ranks` processes that train `small_profile(**profile)` in `run_dir`; negative for a signal."""
+    def train(
+        self, ranks: int, run_dir: Path, profile: dict, fault: dict | None = None, **options
+    ) -> list[int]:
+        """Exit codes of `ranks` processes that train `small_profile(**profile)` in `run_dir`;
+        negative for a signal.
+        """
         arguments = dict(run_dir=str(run_dir), profile=profile, fault=fault, **options)
         return self.call("run_ranks", ranks=ranks, work="train", arguments=arguments)
 
@@ -52,17 +66,24 @@ class WarmProcesses:
 
 
 def run_ranks(ranks: int, work: str, arguments: dict, agent=None, attempt: int = 0) -> list[int]:
-    """Forks `ranks` processes with the environment that torchrun gives, and waits for them; what they print goes to RUN.log.
+    """Forks `ranks` processes with the environment that torchrun gives, and waits for them; what
+    they print goes to RUN.log.
 
     `agent` is the store that torchrun keeps over its attempts.
     """
     agent = agent or _agent_store()
     common = {
-        "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": agent.port, "TORCHELASTIC_RUN_ID": "test",
-        "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": attempt,
-    }  # fmt: skip
+        "WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": agent.port,
+        "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+        "TORCHELASTIC_RESTART_COUNT": attempt,
+    }
     log = Path(arguments["run_dir"]).with_suffix(".log")
-    environments = [{**common, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {} for rank in range(ranks)]
+    environments = [
+        {**common, "RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {} for rank in range(ranks)
+    ]
     children = [_fork(work, arguments, environment, log) for environment in environments]
     deadline = time.monotonic() + SECONDS
     codes: dict[int, int] = {}
@@ -80,9 +101,11 @@ def run_ranks(ranks: int, work: str, arguments: dict, agent=None, attempt: int =
 
 
 def kill_at_random(kills: int, seed: int, run_dir: str, profile: dict) -> dict:
-    """Trains in one process after another, killed at random moments `kills` times and then left alone.
+    """Trains in one process after another, killed at random moments `kills` times and then left
+    alone.
 
-    Half of the processes are killed soon after they begin, half soon after they have saved a checkpoint. Gives the steps reached.
+    Half of the processes are killed soon after they begin, half soon after they have saved a
+    checkpoint. Gives the steps reached.
     """
     from kl3m_nb.runs.checkpoints import latest_checkpoint
     from kl3m_nb.runs.metrics import read_metrics
@@ -90,7 +113,9 @@ def kill_at_random(kills: int, seed: int, run_dir: str, profile: dict) -> dict:
     rng, reached = random.Random(seed), []
     for number in range(kills):
         before = latest_checkpoint(run_dir)
-        child = _fork("train", dict(run_dir=run_dir, profile=profile), {}, Path(run_dir).with_suffix(".log"))
+        child = _fork(
+            "train", dict(run_dir=run_dir, profile=profile), {}, Path(run_dir).with_suffix(".log")
+        )
         deadline = time.monotonic() + SECONDS
         while number % 2 and latest_checkpoint(run_dir) == before and time.monotonic() < deadline:
             time.sleep(0.002)
@@ -101,13 +126,21 @@ def kill_at_random(kills: int, seed: int, run_dir: str, profile: dict) -> dict:
             return {"reached": reached, "code": os.waitstatus_to_exitcode(status)}
         rows = read_metrics(run_dir, "train")
         reached.append(int(rows.step.max()) if len(rows) else 0)
-    return {"reached": reached, "code": run_ranks(1, "train", dict(run_dir=run_dir, profile=profile))[0]}
+    return {
+        "reached": reached,
+        "code": run_ranks(1, "train", dict(run_dir=run_dir, profile=profile))[0],
+    }
 
 
 def join_again(attempts: int, run_dir: str) -> list[list[int]]:
-    """Exit codes of two ranks that join, attempt after attempt as torchrun restarts them; in turn one of them comes late."""
+    """Exit codes of two ranks that join, attempt after attempt as torchrun restarts them; in turn
+    one of them comes late.
+    """
     agent = _agent_store()
-    return [run_ranks(2, "join", dict(run_dir=run_dir, late=number % 2), agent, number) for number in range(attempts)]
+    return [
+        run_ranks(2, "join", dict(run_dir=run_dir, late=number % 2), agent, number)
+        for number in range(attempts)
+    ]
 
 
 def join(run_dir: str, late: int) -> None:
@@ -120,11 +153,18 @@ def join(run_dir: str, late: int) -> None:
 
 
 def train(
-    run_dir: str, profile: dict, fault: dict | None = None, count_reductions: bool = False, places: list[str] = (), **options
+    run_dir: str,
+    profile: dict,
+    fault: dict | None = None,
+    count_reductions: bool = False,
+    places: list[str] = (),
+    **options,
 ) -> None:
-    """Trains; `fault` has the `rank`, the micro-batch `call` of that rank and the `kind`: kill, stop, stall, nan or error.
+    """Trains; `fault` has the `rank`, the micro-batch `call` of that rank and the `kind`: kill,
+    stop, stall, nan or error.
 
-    `places`: the folder of each rank, which is /proc/self/cwd there. `last_rank`: settings of the last rank alone.
+    `places`: the folder of each rank, which is /proc/self/cwd there. `last_rank`: settings of the
+    last rank alone.
     """
     from kl3m_nb.training import loop, resume
     from tests.conftest import small_profile
@@ -138,7 +178,11 @@ def train(
         os.chdir(places[rank])
         resume.SEEN_SECONDS = 0  # nothing here shows late
     changes = options.get("last_rank", {}) if rank == ranks - 1 else {}
-    loop.train(small_profile(**{**profile, **changes}), options.get("seen_run_dir", run_dir), options.get("init"))
+    loop.train(
+        small_profile(**{**profile, **changes}),
+        options.get("seen_run_dir", run_dir),
+        options.get("init"),
+    )
 
 
 def command(run_dir: str, words: list[str], places: list[str]) -> int:
@@ -163,7 +207,9 @@ def _plant(call: int, kind: str, training_loss) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
-        if kind == "stall":  # the data do not come any more, and the rank is asked to stop while it waits for them
+        if (
+            kind == "stall"
+        ):  # the data do not come any more, and the rank is asked to stop while it waits for them
             PackedStream.take = lambda *_: time.sleep(2 * SECONDS)
             threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
         if kind == "error":
@@ -223,7 +269,9 @@ def _agent_store():
 
 
 def serve() -> None:
-    """Trains once, so that all that every job needs is imported and read, then takes jobs until standard input ends."""
+    """Trains once, so that all that every job needs is imported and read, then takes jobs until
+    standard input ends.
+    """
     from kl3m_nb.training import loop
     from tests.conftest import small_profile
 

@@ -1,4 +1,6 @@
-"""The ground: paths, files, text, intervals, linear algebra, processes and stop requests. It knows no model and no run."""
+"""The ground: paths, files, text, intervals, linear algebra, processes and stop requests. It knows
+no model and no run.
+"""
 
 import lazy_loader
 

@@ -1,7 +1,9 @@
-"""Several processes, one run: ranks, sums over them, work shared out among them, and the model as DDP or FSDP2 holds it.
+"""Several processes, one run: ranks, sums over them, work shared out among them, and the model as
+DDP or FSDP2 holds it.
 
-Everything is torch.distributed under torchrun; without torchrun there is one rank and every function here is the identity.
-Small things (counts, flags, certificates) travel as CPU tensors over gloo, gradients and weights on a GPU over NCCL.
+Everything is torch.distributed under torchrun; without torchrun there is one rank and every
+function here is the identity. Small things (counts, flags, certificates) travel as CPU tensors over
+gloo, gradients and weights on a GPU over NCCL.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-# A rank that dies is noticed at once: gloo and torchrun see its connections close. This bounds the wait for one that hangs, and
-# must outlast what rank 0 does alone, such as writing the last checkpoint.
+# A rank that dies is noticed at once: gloo and torchrun see its connections close. This bounds the
+# wait for one that hangs, and must outlast what rank 0 does alone, such as writing the last
+# checkpoint.
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -52,7 +55,8 @@ def world() -> World:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[World]:
-    """Joins the ranks that torchrun has started; does nothing elsewhere, or when they are joined already.
+    """Joins the ranks that torchrun has started; does nothing elsewhere, or when they are joined
+    already.
 
     What DDP or FSDP2 holds has to be out of scope at the end of the with block.
     """
@@ -64,28 +68,41 @@ def process_group() -> Iterator[World]:
         torch.cuda.set_device(_own_gpu())
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store, rank, size = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
-    dist.init_process_group(backend, store=_of_this_attempt(store), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        backend,
+        store=_of_this_attempt(store),
+        rank=rank,
+        world_size=size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
     yield world()  # after an error nothing more is asked of the peers, which may be dead
-    gc.collect()  # a DDP reducer that outlives the group frees it while it holds the GIL, and gloo's threads then wait for ever
+    # a DDP reducer that outlives the group frees it while it holds the GIL, and gloo's threads then
+    # wait for ever
+    gc.collect()
     dist.destroy_process_group()
 
 
 def _own_gpu() -> int:
-    """The number of this process's GPU. Raises ValueError when torchrun has started more processes here than there are GPUs."""
+    """The number of this process's GPU. Raises ValueError when torchrun has started more processes
+    here than there are GPUs.
+    """
     local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local_rank >= gpus:
         raise ValueError(
-            f"torchrun has started {os.environ['LOCAL_WORLD_SIZE']} processes on {socket.gethostname()}, where {gpus} GPUs are "
-            f"seen; start it with --nproc-per-node {gpus}."
+            f"torchrun has started {os.environ['LOCAL_WORLD_SIZE']} processes on"
+            f" {socket.gethostname()}, where {gpus} GPUs are seen; start it with --nproc-per-node"
+            f" {gpus}."
         )
     return local_rank
 
 
 def _of_this_attempt(store: dist.Store) -> dist.Store:
-    """`store` without what the ranks before a restart have left in it: one that met the address of a dead rank would wait for it.
+    """`store` without what the ranks before a restart have left in it: one that met the address of
+    a dead rank would wait for it.
 
-    Torchrun keeps its store over restarts (pytorch issue 135712). With agents on several machines, which count their restarts
-    each for itself, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes it use a new one.
+    Torchrun keeps its store over restarts (pytorch issue 135712). With agents on several machines,
+    which count their restarts each for itself, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes it use a
+    new one.
     """
     if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
         return store
@@ -103,7 +120,9 @@ def torchrun_rank() -> int:
 
 
 def reports_errors(function: Callable[..., T]) -> Callable[..., T]:
-    """`function`, whose error torchrun will name as the reason when this process is the first to fail."""
+    """`function`, whose error torchrun will name as the reason when this process is the first to
+    fail.
+    """
     return record(function) if is_under_torchrun() else function
 
 
@@ -117,7 +136,9 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def gather_numbers(values: Sequence[float]) -> list[list[float]]:
-    """Every rank's `values`, as many on each, in the order of the ranks and in float64; much faster than `gather`."""
+    """Every rank's `values`, as many on each, in the order of the ranks and in float64; much faster
+    than `gather`.
+    """
     if world().size == 1:
         return [list(values)]
     mine = torch.tensor(values, dtype=torch.float64)
@@ -136,19 +157,24 @@ def gather(value: T) -> list[T]:
 
 
 def check_alike(settings: Mapping[str, object]) -> None:
-    """Raises ValueError, on all ranks, for the first of `settings`, by name, that is not the same on every rank."""
+    """Raises ValueError, on all ranks, for the first of `settings`, by name, that is not the same
+    on every rank.
+    """
     first, *others = gather(dict(settings))
     for rank, theirs in enumerate(others, start=1):
         for name in {**first, **theirs}:
             if first.get(name) != theirs.get(name):
                 raise ValueError(
-                    f"{name} is {first.get(name)!r} in process 0 and {theirs.get(name)!r} in process {rank}; "
-                    "start all processes with the same command, on machines that are alike."
+                    f"{name} is {first.get(name)!r} in process 0 and {theirs.get(name)!r} in"
+                    f" process {rank}; start all processes with the same command, on machines that"
+                    " are alike."
                 )
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, where alone it runs. ValueErrors, OSErrors and RuntimeErrors are raised on every rank."""
+    """What `work` returns on rank 0, where alone it runs. ValueErrors, OSErrors and RuntimeErrors
+    are raised on every rank.
+    """
     if world().size == 1:
         return work()
     outcome: list = [None, None]
@@ -164,7 +190,9 @@ def on_first_rank(work: Callable[[], T]) -> T:
 
 
 def on_every_rank(work: Callable[[], T]) -> T:
-    """What `work` returns on this rank. When it raises a ValueError or OSError on one, every rank raises that or a ValueError."""
+    """What `work` returns on this rank. When it raises a ValueError or OSError on one, every rank
+    raises that or a ValueError.
+    """
     if world().size == 1:
         return work()
     result, failure = None, None
@@ -182,14 +210,18 @@ def on_every_rank(work: Callable[[], T]) -> T:
 
 
 def shared_out(function: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype) -> Tensor:
-    """`function(batch)` where each rank computes a part. `batch` [n, ...], e.g. [240, 576, 576], is the same on every rank.
+    """`function(batch)` where each rank computes a part. `batch` [n, ...], e.g. [240, 576, 576], is
+    the same on every rank.
 
-    `function` treats the first dimension entry by entry, keeps the shape and returns tensors of `dtype`.
+    `function` treats the first dimension entry by entry, keeps the shape and returns tensors of
+    `dtype`.
     """
     ranks = world()
     if ranks.size == 1:
         return function(batch)
-    part = -(-len(batch) // ranks.size)  # every rank sends as much: the last ones fill up with zeros
+    part = -(
+        -len(batch) // ranks.size
+    )  # every rank sends as much: the last ones fill up with zeros
     mine = batch[ranks.rank * part : (ranks.rank + 1) * part]
     padded = torch.zeros(part, *batch.shape[1:], dtype=dtype, device=batch.device)
     if len(mine):
@@ -200,7 +232,9 @@ def shared_out(function: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch
 
 
 def balanced_owners(costs: Sequence[float]) -> list[int]:
-    """A rank for each of `costs`, so that the sums of the ranks are about equal: the dearest first, to whoever has least."""
+    """A rank for each of `costs`, so that the sums of the ranks are about equal: the dearest first,
+    to whoever has least.
+    """
     loads = [0.0] * world().size
     owners = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
@@ -216,12 +250,16 @@ def broadcast_(tensor: Tensor, source: int) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of `tensor`: its shard, sharing memory, under FSDP2; else `tensor` itself."""
+    """What this rank holds of `tensor`: its shard, sharing memory, under FSDP2; else `tensor`
+    itself.
+    """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of `tensor`, gathered from every rank under FSDP2 (all must call); else `tensor` itself."""
+    """All of `tensor`, gathered from every rank under FSDP2 (all must call); else
+    `tensor` itself.
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -230,7 +268,12 @@ def whole_of(shard: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return shard
     return DTensor.from_local(
-        shard, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
+        shard,
+        like.device_mesh,
+        like.placements,
+        shape=like.shape,
+        stride=like.stride(),
+        run_check=False,
     ).full_tensor()
 
 
@@ -240,7 +283,9 @@ def shard_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Loads a `state_dict` of whole tensors, which all ranks hold; each keeps its shards of them. `state` is used up."""
+    """Loads a `state_dict` of whole tensors, which all ranks hold; each keeps its shards of them.
+    `state` is used up.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         for name, value in values.items():
@@ -253,11 +298,15 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor`, which all ranks hold, as a tensor sharded like `like`; nothing is sent."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(
+        tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
+    )
 
 
 class _Forward(nn.Module):
-    """A function of the model, run as this module's forward, which is where DDP and FSDP2 do their part."""
+    """A function of the model, run as this module's forward, which is where DDP and FSDP2 do their
+    part.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -268,7 +317,8 @@ class _Forward(nn.Module):
 
 
 class ParallelModel:
-    """`model` held by all ranks: whole on each (`ddp`) or in shards (`fsdp`, FSDP2 by blocks). One rank alone holds it as it is.
+    """`model` held by all ranks: whole on each (`ddp`) or in shards (`fsdp`, FSDP2 by blocks). One
+    rank alone holds it as it is.
 
     FSDP2 replaces the parameters, so optimizers are built afterwards.
     """
@@ -282,8 +332,12 @@ class ParallelModel:
         elif world().size > 1:
             on_gpu = next(model.parameters()).is_cuda
             devices = [torch.cuda.current_device()] if on_gpu else None
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of 2.13: its new name is not in 2.11
-                self._root = DistributedDataParallel(self._root, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings(
+                action="ignore", category=FutureWarning
+            ):  # of 2.13: its new name is not in 2.11
+                self._root = DistributedDataParallel(
+                    self._root, devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
 
     def __call__(self, work: Callable[..., T], *arguments) -> T:
         """`work(*arguments)`, which may use the whole model."""
@@ -299,7 +353,9 @@ class ParallelModel:
 
     @contextlib.contextmanager
     def averaging_gradients(self, now: bool) -> Iterator[None]:
-        """Forward and backward inside average the gradients over the ranks when `now`, or only add to this rank's own."""
+        """Forward and backward inside average the gradients over the ranks when `now`, or only add
+        to this rank's own.
+        """
         if self._is_sharded:
             self._root.set_requires_gradient_sync(now)
             yield
@@ -311,7 +367,9 @@ class ParallelModel:
 
 
 def whole_norm(norm: float, parameters: Sequence[nn.Parameter]) -> float:
-    """2-norm over the gradients of all ranks, from this rank's `norm` over what it holds of them: each shard counts once."""
+    """2-norm over the gradients of all ranks, from this rank's `norm` over what it holds of them:
+    each shard counts once.
+    """
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return sum_over_ranks([norm * norm])[0] ** 0.5
     return norm

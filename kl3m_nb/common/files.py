@@ -1,4 +1,6 @@
-"""Files written whole or not at all, files that somebody else may have put there, and the JSON records read back."""
+"""Files written whole or not at all, files that somebody else may have put there, and the JSON
+records read back.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ MAXIMUM_JSON_BYTES = 2**26  # of a record; the index of the largest mixtures tak
 def open_plain(path: Path, flags: int) -> int:
     """A descriptor of the regular file `path`, opened or made with the `os.open` flags `flags`.
 
-    Raises ValueError for a link, a pipe or a device, which a run folder from elsewhere may hold in place of a file of its own:
-    what a link points to would be cut or written to. Raises OSError like `os.open`.
+    Raises ValueError for a link, a pipe or a device, which a run folder from elsewhere may hold in
+    place of a file of its own: what a link points to would be cut or written to. Raises OSError
+    like `os.open`.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -37,7 +40,9 @@ def open_plain(path: Path, flags: int) -> int:
 
 
 def unlinked(path: Path) -> Path:
-    """`path`, to be written anew: a link in its place is removed first, so that what it points to stays as it is."""
+    """`path`, to be written anew: a link in its place is removed first, so that what it points to
+    stays as it is.
+    """
     if path.is_symlink():
         path.unlink()
     return path
@@ -48,7 +53,9 @@ def read_plain(path: Path, maximum_bytes: int) -> bytes:
 
     Raises ValueError for a pipe, a device or a longer file, OSError like `open`.
     """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)) as file:
+    with open(
+        path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    ) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("it is no regular file")
         content = file.read(maximum_bytes + 1)
@@ -59,7 +66,10 @@ def read_plain(path: Path, maximum_bytes: int) -> bytes:
 
 def _refusal(path: Path) -> str:
     what = "a link" if path.is_symlink() else "a pipe or a device"
-    return f"{path} is {what}, and only a file of its own is written to; put the file itself there, or remove it."
+    return (
+        f"{path} is {what}, and only a file of its own is written to; put the file itself there, or"
+        " remove it."
+    )
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -69,9 +79,11 @@ _OF_DISKS = (*_FULL, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOLCK)
 
 
 def replace_text(path: Path, text: str, durable: bool = False) -> None:
-    """Write `text` to `path` so that a reader sees the old text or the new, never half of one. Raises OSError.
+    """Write `text` to `path` so that a reader sees the old text or the new, never half of one.
+    Raises OSError.
 
-    `durable` waits for the disk first: after a power cut too it is then one of the two, and not an empty file.
+    `durable` waits for the disk first: after a power cut too it is then one of the two, and not an
+    empty file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with naming(path):
@@ -89,7 +101,9 @@ def replace_text(path: Path, text: str, durable: bool = False) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Lets an error of the disk that comes up in the block name `path`, where it names no file: the system does not know any."""
+    """Lets an error of the disk that comes up in the block name `path`, where it names no file: the
+    system does not know any.
+    """
     try:
         yield
     except OSError as error:
@@ -99,7 +113,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def why(error: OSError) -> str:
-    """What went wrong, in one sentence that begins with the file, where it is known, and has no number of the system's."""
+    """What went wrong, in one sentence that begins with the file, where it is known, and has no
+    number of the system's.
+    """
     if error.errno is None:  # one of ours, or of a library: it says what it knows
         return str(error)
     remedy = "; make room there, or choose another disk" if error.errno in _FULL else ""
@@ -111,7 +127,9 @@ _UNFINISHED = re.compile(r"\.writing-.*-[0-9a-f]{12}")
 
 
 def json_object(path: Path) -> dict:
-    """The object in a JSON file. Raises ValueError with the reason alone when it holds none, OSError when it cannot be read."""
+    """The object in a JSON file. Raises ValueError with the reason alone when it holds none,
+    OSError when it cannot be read.
+    """
     content = read_plain(path, MAXIMUM_JSON_BYTES)
     try:
         found = json.loads(content)
@@ -140,11 +158,13 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A new folder to write into, which becomes `folder` when the block ends and is removed when the block fails.
+    """A new folder to write into, which becomes `folder` when the block ends and is removed when
+    the block fails.
 
-    What a process that was killed has left beside it is removed first: whoever writes holds a lock on its folder, which ends with
-    the process. The folder has the mode of any new one, where mkdtemp's could be read by its owner alone. Raises OSError when
-    `folder` is there already and holds something.
+    What a process that was killed has left beside it is removed first: whoever writes holds a lock
+    on its folder, which ends with the process. The folder has the mode of any new one, where
+    mkdtemp's could be read by its owner alone. Raises OSError when `folder` is there already and
+    holds something.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for path in folder.parent.glob(".writing-*"):
@@ -165,7 +185,9 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the lock of `folder`; None when a process has it, or the file system has no locks."""
+    """A descriptor that holds the lock of `folder`; None when a process has it, or the file system
+    has no locks.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:

@@ -1,7 +1,9 @@
-"""Standard output and standard error to which writing never fails: no step of a run is worth a line that cannot be printed.
+"""Standard output and standard error to which writing never fails: no step of a run is worth a line
+that cannot be printed.
 
-A log may lie on a disk that is full for a moment, or the reader of a pipe (`| head`) may have ended. Whatever prints (our own
-lines, Python's warnings, loggers, a library's progress bars) goes through these two streams.
+A log may lie on a disk that is full for a moment, or the reader of a pipe (`| head`) may have
+ended. Whatever prints (our own lines, Python's warnings, loggers, a library's progress bars) goes
+through these two streams.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import TextIO
 
 
 class _Unfailing(io.RawIOBase):
-    """An open file of the system. What it does not take is dropped and counted, and the count stands before the next line."""
+    """An open file of the system. What it does not take is dropped and counted, and the count
+    stands before the next line.
+    """
 
     def __init__(self, descriptor: int):
         self._descriptor = descriptor
@@ -35,7 +39,10 @@ class _Unfailing(io.RawIOBase):
         content = bytes(data)
         try:
             if self._lost_lines:
-                said = f"kl3m_nb: {self._lost_lines} lines could not be printed here ({self._reason})\n"
+                said = (
+                    f"kl3m_nb: {self._lost_lines} lines could not be printed here"
+                    f" ({self._reason})\n"
+                )
                 self._write(b"\n" * self._in_line + said.encode())
                 self._lost_lines = 0
             content = self._write(content)
@@ -53,9 +60,11 @@ class _Unfailing(io.RawIOBase):
 
 
 def keep_printing() -> None:
-    """Puts such streams in the place of this process's standard output and error, which stay what they are otherwise.
+    """Puts such streams in the place of this process's standard output and error, which stay what
+    they are otherwise.
 
-    A stream that was closed before the process began prints to nowhere. A sign that its encoding lacks is printed as its number.
+    A stream that was closed before the process began prints to nowhere. A sign that its encoding
+    lacks is printed as its number.
     """
     sys.stdout, sys.stderr = _unfailing(sys.stdout), _unfailing(sys.stderr)
 

@@ -1,4 +1,6 @@
-"""How objects, findings and durations are shown: plain tables, sentences and times that read well in light and dark pages."""
+"""How objects, findings and durations are shown: plain tables, sentences and times that read well
+in light and dark pages.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,16 @@ def table_html(rows: Mapping[str, object]) -> str:
     """`rows` as an HTML table, names in bold on the left, everything escaped."""
     cell = "style='text-align:left;vertical-align:top'"
     body = "".join(
-        f"<tr><th {cell}>{html.escape(name)}</th><td {cell}>{html.escape(str(value))}</td></tr>" for name, value in rows.items()
+        f"<tr><th {cell}>{html.escape(name)}</th><td {cell}>{html.escape(str(value))}</td></tr>"
+        for name, value in rows.items()
     )
     return f"<table style='max-width:70em'>{body}</table>"
 
 
 class Sentences:
-    """Sentences, each on a line of its own. JupyterLab breaks what is printed in the middle of a word, and this between words."""
+    """Sentences, each on a line of its own. JupyterLab breaks what is printed in the middle of a
+    word, and this between words.
+    """
 
     def __init__(self, sentences: Iterable[str]):
         self._sentences = list(sentences)
@@ -26,19 +31,26 @@ class Sentences:
         return "\n".join(self._sentences)
 
     def _repr_html_(self) -> str:
-        return "".join(f"<div style='max-width:70em'>{html.escape(sentence)}</div>" for sentence in self._sentences)
+        return "".join(
+            f"<div style='max-width:70em'>{html.escape(sentence)}</div>"
+            for sentence in self._sentences
+        )
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """ " (did you mean a or b?)" with what of `known` is spelled like `name`; empty when nothing is."""
+    """ " (did you mean a or b?)" with what of `known` is spelled like `name`; empty
+    when nothing is.
+    """
     close = difflib.get_close_matches(str(name), list(known), n=3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def time_left(seconds: float, done: int, remaining: int) -> str:
-    """What `remaining` things will take, as people read it, at the pace of those `done` (1 or more) in `seconds`.
+    """What `remaining` things will take, as people read it, at the pace of those `done` (1 or more)
+    in `seconds`.
 
-    From the whole time of a run, evaluations, clamps and checkpoints are counted in, and one slow step is not taken for all.
+    From the whole time of a run, evaluations, clamps and checkpoints are counted in, and one slow
+    step is not taken for all.
     """
     return clock(seconds / done * remaining)
 

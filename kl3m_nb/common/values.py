@@ -1,7 +1,7 @@
 """Values as people write them, in a shell or in a YAML file: both are read in the same way.
 
-YAML 1.1 reads 0500 as 320, 1:30 as 90, `on` as true and 1e-4 as text. So a file's values are taken as they are written, and the
-type that is wanted decides what they mean.
+YAML 1.1 reads 0500 as 320, 1:30 as 90, `on` as true and 1e-4 as text. So a file's values are taken
+as they are written, and the type that is wanted decides what they mean.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ KINDS = ("int", "float", "str", "bool", "list")
 def cast(kind: str, value: object) -> int | float | str | bool | list[str]:
     """`value` as a `kind` of `KINDS`; a list holds texts.
 
-    Raises ValueError where that would change what was meant; its message is empty, or a hint in brackets for the end of a
-    sentence.
+    Raises ValueError where that would change what was meant; its message is empty, or a hint in
+    brackets for the end of a sentence.
     """
     if type(value).__name__ == kind == "str" or (kind == "bool" and isinstance(value, bool)):
         return value
@@ -36,7 +36,11 @@ def cast(kind: str, value: object) -> int | float | str | bool | list[str]:
         return listed(value)
     if kind == "bool" and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if kind in ("int", "float") and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if (
+        kind in ("int", "float")
+        and isinstance(value, (int, float, str))
+        and not isinstance(value, bool)
+    ):
         return _number(kind, value)
     raise ValueError
 
@@ -58,10 +62,11 @@ def _number(kind: str, value: float | str) -> int | float:
 
 
 def listed(value: str | list) -> list[str]:
-    """The texts of a list, or those in one text: between commas or blanks, in quotes where they hold one themselves.
+    """The texts of a list, or those in one text: between commas or blanks, in quotes where they
+    hold one themselves.
 
-    A text that is the path of something, such as one with blanks in it, is taken as it stands. Raises ValueError as `cast` for
-    anything else, and for a quote that is not closed.
+    A text that is the path of something, such as one with blanks in it, is taken as it stands.
+    Raises ValueError as `cast` for anything else, and for a quote that is not closed.
     """
     if not isinstance(value, str):
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
@@ -79,12 +84,16 @@ def listed(value: str | list) -> list[str]:
 
 
 def read_mapping(path: Path) -> dict[str, object]:
-    """The `name: value` lines of a YAML file, each value a text, a list, a mapping, or None where nothing stands.
+    """The `name: value` lines of a YAML file, each value a text, a list, a mapping, or None where
+    nothing stands.
 
-    Raises ValueError for a file that is not there, is no valid YAML, holds anything else, or one name twice.
+    Raises ValueError for a file that is not there, is no valid YAML, holds anything else, or one
+    name twice.
     """
     if not path.is_file():
-        raise ValueError(f"There is no parameter file {path}; give a YAML file of name: value lines.")
+        raise ValueError(
+            f"There is no parameter file {path}; give a YAML file of name: value lines."
+        )
     try:
         values = yaml.load(read_plain(path, MAXIMUM_BYTES).decode("utf-8"), Loader=_AsWritten)
     except RecursionError as error:
@@ -92,9 +101,13 @@ def read_mapping(path: Path) -> dict[str, object]:
     except _NamedTwice as error:
         raise ValueError(f"{path} {error}.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8, with name: value lines.") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text; save it as UTF-8, with name: value lines."
+        ) from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML ({' '.join(str(error).split())}); give name: value lines.") from error
+        raise ValueError(
+            f"{path} is not valid YAML ({' '.join(str(error).split())}); give name: value lines."
+        ) from error
     except ValueError as error:  # no regular file, or a long one
         raise ValueError(f"{path} cannot be read ({error}); give name: value lines.") from error
     if values in (None, {}):
@@ -109,7 +122,9 @@ class _NamedTwice(Exception):
 
 
 class _AsWritten(yaml.BaseLoader):
-    """Reads every scalar as the text that stands there, and refuses a name that stands twice: YAML takes the last."""
+    """Reads every scalar as the text that stands there, and refuses a name that stands twice: YAML
+    takes the last.
+    """
 
     def construct_scalar(self, node: yaml.Node) -> str | None:
         text = super().construct_scalar(node)
@@ -120,6 +135,9 @@ class _AsWritten(yaml.BaseLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key in seen:
-                raise _NamedTwice(f"names {key} a second time in line {key_node.start_mark.line + 1}; leave one of the two")
+                raise _NamedTwice(
+                    f"names {key} a second time in line {key_node.start_mark.line + 1}; leave one"
+                    " of the two"
+                )
             seen |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep=deep)

@@ -1,4 +1,6 @@
-"""From documents to windows of tokens: sources, readers, tokenizers, packing, segments, instruction pairs."""
+"""From documents to windows of tokens: sources, readers, tokenizers, packing, segments, instruction
+pairs.
+"""
 
 import lazy_loader
 

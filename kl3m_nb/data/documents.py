@@ -1,9 +1,11 @@
-"""Documents as tokens: the held-out ones in use, and training documents without end, pass after pass, shuffled, resumable.
+"""Documents as tokens: the held-out ones in use, and training documents without end, pass after
+pass, shuffled, resumable.
 
-Rows that cannot be used are counted, said and left out of both alike. With several parts, the one whose tokens are furthest below
-its share gives the next document: shares of tokens are exact to within a document, and nothing is left to chance. The shuffle
-buffer is ours because a library's loses examples on resume: it and its generator are part of the state. The state shares its
-arrays with the stream, so one can be taken for every batch.
+Rows that cannot be used are counted, said and left out of both alike. With several parts, the one
+whose tokens are furthest below its share gives the next document: shares of tokens are exact to
+within a document, and nothing is left to chance. The shuffle buffer is ours because a library's
+loses examples on resume: it and its generator are part of the state. The state shares its arrays
+with the stream, so one can be taken for every batch.
 """
 
 from __future__ import annotations
@@ -39,13 +41,16 @@ class DocumentTokenizer:
     """Turns the documents of one part into token ids of the run's tokenizer."""
 
     def __init__(self, part: Part, tokenizer: PreTrainedTokenizerBase):
-        """Raises ValueError when the tokenizer that the part's rows were made with cannot be loaded."""
+        """Raises ValueError when the tokenizer that the part's rows were made with cannot be
+        loaded.
+        """
         self._tokenizer = tokenizer
         self._size = len(tokenizer)
         self._stored = read_tokenizer(part.options.tokenizer) if part.options.tokenizer else None
 
     def __call__(self, document: Document) -> np.ndarray:
-        """Token ids of one document, int32 [length], nothing added: those it stores, else those of its text.
+        """Token ids of one document, int32 [length], nothing added: those it stores, else those of
+        its text.
 
         Raises ValueError when it stores ids that the tokenizer does not have.
         """
@@ -56,18 +61,24 @@ class DocumentTokenizer:
             return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
         if tokens.max() >= self._size:
             raise ValueError(
-                f"{document.identifier} holds the token {tokens.max()}, the tokenizer ends at {self._size - 1}; use the "
-                "tokenizer the rows were made with, or name it behind the source, (tokenizer=NAME), to have them tokenized anew"
+                f"{document.identifier} holds the token {tokens.max()}, the tokenizer ends at"
+                f" {self._size - 1}; use the tokenizer the rows were made with, or name it behind"
+                " the source, (tokenizer=NAME), to have them tokenized anew"
             )
         return tokens.astype(np.int32)  # a copy of its own: what was read belongs to a larger array
 
 
 def tokenized(
-    documents: Iterable[Document], tokenize: DocumentTokenizer, min_tokens: int, report: SourceReport
+    documents: Iterable[Document],
+    tokenize: DocumentTokenizer,
+    min_tokens: int,
+    report: SourceReport,
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """Each of `documents` that can be used, with its tokens, int32 [length]; the others are counted in `report`.
+    """Each of `documents` that can be used, with its tokens, int32 [length]; the others are counted
+    in `report`.
 
-    Raises ValueError after too many unusable ones in a row: they are the wrong data, not an accident.
+    Raises ValueError after too many unusable ones in a row: they are the wrong data, not an
+    accident.
     """
     bad_in_a_row = 0
     for document in documents:
@@ -89,48 +100,67 @@ def tokenized(
 def preview_tokenized(
     source: str, tokenizer: PreTrainedTokenizerBase, held_out: bool, most: int = 500
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """The documents of `corpus.preview` that can be used, each with its tokens in the run's `tokenizer`."""
+    """The documents of `corpus.preview` that can be used, each with its tokens in the run's
+    `tokenizer`.
+    """
     for part in parse_source(source):
         documents = corpus.preview_part(part, held_out, most)
-        yield from tokenized(documents, DocumentTokenizer(part, tokenizer), part.options.min_tokens, SourceReport())
+        yield from tokenized(
+            documents, DocumentTokenizer(part, tokenizer), part.options.min_tokens, SourceReport()
+        )
 
 
 def token_ids(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a document's text, nothing added: those it stores where they are this tokenizer's, else those of its text.
+    """Token ids of a document's text, nothing added: those it stores where they are this
+    tokenizer's, else those of its text.
 
-    Stored ids are a tokenizer's own when it decodes them to the text. Raises ValueError for a document without text.
+    Stored ids are a tokenizer's own when it decodes them to the text. Raises ValueError for a
+    document without text.
     """
     stored = list(document.tokens)
     if stored and max(stored) < len(tokenizer) and tokenizer.decode(stored) == document.text:
         return stored
     ids = tokenizer.encode(document.text, add_special_tokens=False)
     if not ids:
-        raise ValueError(f"The document {document.identifier!r} has no text; leave it out, or take it from unseen_documents.")
+        raise ValueError(
+            f"The document {document.identifier!r} has no text; leave it out, or take it from"
+            " unseen_documents."
+        )
     return ids
 
 
-def held_out_documents(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Document, np.ndarray], ...]:
-    """The held-out documents in use, each with its tokens: all of a package, of other parts what fills twice the windows.
+def held_out_documents(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[Document, np.ndarray], ...]:
+    """The held-out documents in use, each with its tokens: all of a package, of other parts what
+    fills twice the windows.
 
-    Read once for a run, when its held-out windows are made: its stream leaves out the same documents, and what is like them.
+    Read once for a run, when its held-out windows are made: its stream leaves out the same
+    documents, and what is like them.
     """
     return _first_held_out(spec.source, 2 * spec.held_out_windows * (spec.seq_len + 1), tokenizer)
 
 
 def forget_held_out() -> None:
-    """Has the held-out documents read anew when they are asked for next: the files may have changed."""
+    """Has the held-out documents read anew when they are asked for next: the files may have
+    changed.
+    """
     _first_held_out.cache_clear()
 
 
 @lru_cache(maxsize=1)
-def _first_held_out(source: str, most_tokens: int, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Document, np.ndarray], ...]:
+def _first_held_out(
+    source: str, most_tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[Document, np.ndarray], ...]:
     parts = parse_source(source)
     wanted_tokens = most_tokens / sum(part.weight for part in parts)
     found = []
     for part in parts:
         room = wanted_tokens * part.weight
         documents = corpus.part_documents(part, held_out=True)
-        usable = tokenized(documents, DocumentTokenizer(part, tokenizer), part.options.min_tokens, SourceReport())
+        usable = tokenized(
+            documents, DocumentTokenizer(part, tokenizer), part.options.min_tokens, SourceReport()
+        )
         for document, tokens in usable:
             found.append((document, tokens))
             room -= tokens.size + 1
@@ -140,12 +170,13 @@ def _first_held_out(source: str, most_tokens: int, tokenizer: PreTrainedTokenize
 
 
 def unseen_documents(runs: Sequence[tuple[DataSpec, PreTrainedTokenizerBase]]) -> list[Document]:
-    """The documents that none of several runs of one source can have been trained on the like of, with their text.
+    """The documents that none of several runs of one source can have been trained on the like of,
+    with their text.
 
-    `runs` has the data and the tokenizer of each. A run leaves out what is like the held-out documents it uses itself; of an
-    endless source there are others, which it does not look at, so only those that all of the runs use are given. A text that is
-    stored as tokens is decoded; the document keeps the tokens of the first run's tokenizer.
-    Raises ValueError when there are none.
+    `runs` has the data and the tokenizer of each. A run leaves out what is like the held-out
+    documents it uses itself; of an endless source there are others, which it does not look at, so
+    only those that all of the runs use are given. A text that is stored as tokens is decoded; the
+    document keeps the tokens of the first run's tokenizer. Raises ValueError when there are none.
     """
     forget_held_out()
     first, *others = [_texts(spec, tokenizer) for spec, tokenizer in runs]
@@ -154,21 +185,27 @@ def unseen_documents(runs: Sequence[tuple[DataSpec, PreTrainedTokenizerBase]]) -
     if not unseen:
         corpus.check_identifiers(runs[0][0].source)
         raise ValueError(
-            f"The source {runs[0][0].source!r} has no held-out document that all of the runs use; give it more documents, about "
-            "one in ten of which is held out."
+            f"The source {runs[0][0].source!r} has no held-out document that all of the runs use;"
+            " give it more documents, about one in ten of which is held out."
         )
     return unseen
 
 
 def _texts(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
     return [
-        document if document.text else dataclasses.replace(document, text=tokenizer.decode(tokens), tokens=tokens)
+        (
+            document
+            if document.text
+            else dataclasses.replace(document, text=tokenizer.decode(tokens), tokens=tokens)
+        )
         for document, tokens in held_out_documents(spec, tokenizer)
     ]
 
 
 class DocumentStream:
-    """The tokens of one training document after another. `report` counts what was read and what was left out."""
+    """The tokens of one training document after another. `report` counts what was read and what was
+    left out.
+    """
 
     def __init__(self, spec: DataSpec, tokenizer: PreTrainedTokenizerBase):
         """Raises ValueError or FileNotFoundError when the source is malformed or missing."""
@@ -180,13 +217,22 @@ class DocumentStream:
 
     @property
     def epoch(self) -> int:
-        """Passes over the source that are complete; of a mixture, over the part that is furthest behind."""
+        """Passes over the source that are complete; of a mixture, over the part that is furthest
+        behind.
+        """
         return min(part.epoch for part in self._parts)
 
     @cached_property
     def held_out_index(self) -> ShingleIndex:
-        """The shingles of the held-out documents in use; read when the first row comes that could be like one of them."""
-        return ShingleIndex([corpus.shingles_of(document) for document, _ in held_out_documents(self.spec, self.tokenizer)])
+        """The shingles of the held-out documents in use; read when the first row comes that could
+        be like one of them.
+        """
+        return ShingleIndex(
+            [
+                corpus.shingles_of(document)
+                for document, _ in held_out_documents(self.spec, self.tokenizer)
+            ]
+        )
 
     def next(self) -> np.ndarray:
         """Token ids of the next document, int32 [length], without anything added."""
@@ -197,7 +243,9 @@ class DocumentStream:
         return tokens
 
     def state_dict(self) -> dict:
-        """Everything needed to continue: numbers, names and int32 tensors that share their memory with the stream."""
+        """Everything needed to continue: numbers, names and int32 tensors that share their memory
+        with the stream.
+        """
         return {
             "parts": [part.state_dict() for part in self._parts],
             "buffer": [torch.from_numpy(tokens) for tokens in self._buffer],
@@ -206,11 +254,13 @@ class DocumentStream:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continues where `state` was taken. Raises ValueError when it belongs to a source of other parts."""
+        """Continues where `state` was taken. Raises ValueError when it belongs to a source of other
+        parts.
+        """
         if len(state["parts"]) != len(self._parts):
             raise ValueError(
-                f"The saved stream has {len(state['parts'])} parts, the source {self.spec.source!r} has {len(self._parts)}; "
-                "resume with the source the run was started with."
+                f"The saved stream has {len(state['parts'])} parts, the source {self.spec.source!r}"
+                f" has {len(self._parts)}; resume with the source the run was started with."
             )
         self.report.load_state_dict(state["report"])
         for part, part_state in zip(self._parts, state["parts"], strict=True):
@@ -229,7 +279,11 @@ class DocumentStream:
             self._buffer.append(self._read())
             if time.monotonic() - said > _SECONDS_OF_SILENCE:
                 said = time.monotonic()
-                log.warning("The shuffle buffer holds %d of %d documents; the first step waits for it.", len(self._buffer), size)
+                log.warning(
+                    "The shuffle buffer holds %d of %d documents; the first step waits for it.",
+                    len(self._buffer),
+                    size,
+                )
 
     def _read(self) -> np.ndarray:
         return min(self._parts, key=lambda passes: passes.tokens / passes.part.weight).next()
@@ -253,10 +307,11 @@ class _Passes:
                 report = self._stream.report
                 corpus.check_identifiers(str(self.part))
                 raise ValueError(
-                    f"The source {str(self.part)!r} has no training documents ({report.rows} rows read, {report.bad_rows} bad, "
-                    f"{report.above_score} above the score, {report.other_mime_type} of other mime types, {report.too_short} "
-                    f"below min_tokens, {report.held_out} held out, {report.near_held_out} like a held-out one); choose another "
-                    "or wider options."
+                    f"The source {str(self.part)!r} has no training documents ({report.rows} rows"
+                    f" read, {report.bad_rows} bad, {report.above_score} above the score,"
+                    f" {report.other_mime_type} of other mime types, {report.too_short} below"
+                    f" min_tokens, {report.held_out} held out, {report.near_held_out} like a"
+                    " held-out one); choose another or wider options."
                 )
             self.epoch, self._given = self.epoch + 1, 0
             self._open(None)
@@ -272,13 +327,21 @@ class _Passes:
                 if corpus.is_held_out(document):
                     report.note("held_out")
                     continue
-                if self._stream.held_out_index.likeness(corpus.shingles_of(document)) > corpus.MOST_SHARED:
+                if (
+                    self._stream.held_out_index.likeness(corpus.shingles_of(document))
+                    > corpus.MOST_SHARED
+                ):
                     report.note("near_held_out")
                     continue
             yield document
 
     def state_dict(self) -> dict:
-        return {"epoch": self.epoch, "tokens": self.tokens, "given": self._given, "position": self._reader.position}
+        return {
+            "epoch": self.epoch,
+            "tokens": self.tokens,
+            "given": self._given,
+            "position": self._reader.position,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.epoch, self.tokens, self._given = state["epoch"], state["tokens"], state["given"]
@@ -297,5 +360,8 @@ class _Passes:
         if position is not None:
             self._reader.position = position
         self._documents: Generator[tuple[Document, np.ndarray], None, None] = tokenized(
-            self._training_documents(), self._tokenize, self.part.options.min_tokens, self._stream.report
+            self._training_documents(),
+            self._tokenize,
+            self.part.options.min_tokens,
+            self._stream.report,
         )

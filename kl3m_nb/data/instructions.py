@@ -1,12 +1,15 @@
-"""Instruction → response pairs in the family's three uses, and the rules that each of them must keep.
+"""Instruction → response pairs in the family's three uses, and the rules that each of them must
+keep.
 
-The pairs lie in `data/instructions/`, one file a use, one JSON object a line. `validate_pairs` says in words what is wrong with a
-set of pairs. It holds the JSON answers to their sources: a date, number or string of an answer that the instruction does not
-contain, letter for letter, is a made-up value, and a model trained on such answers learns to invent them. Whether a legal
-statement is true it cannot know.
+The pairs lie in `data/instructions/`, one file a use, one JSON object a line. `validate_pairs` says
+in words what is wrong with a set of pairs. It holds the JSON answers to their sources: a date,
+number or string of an answer that the instruction does not contain, letter for letter, is a made-up
+value, and a model trained on such answers learns to invent them. Whether a legal statement is true
+it cannot know.
 
-A pair becomes `<|start|><|instruction|>…</|instruction|>…<|end|>`. Tokenizers of the family's first generation have no
-instruction tokens; there `<|sep|>` stands between instruction and response (inferred: the card gives no template).
+A pair becomes `<|start|><|instruction|>…</|instruction|>…<|end|>`. Tokenizers of the family's first
+generation have no instruction tokens; there `<|sep|>` stands between instruction and response
+(inferred: the card gives no template).
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ KEYS = {"id", "use", "instruction", "response"}
 MIN_WORDS, MAX_WORDS = 20, 250
 
 
-# Two instructions that share this part of their distinct words are the same request in other clothes.
+# Two instructions that share this part of their distinct words are the same request in other
+# clothes.
 NEAR_IDENTICAL = 0.7
 
 
@@ -71,7 +75,11 @@ ISO_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _MONTH = rf"(?:{'|'.join(MONTHS)})[a-z]*\.?"
 
 
-_WRITTEN_DATES = (rf"{_MONTH}\s+\d{{1,2}},?\s+\d{{4}}", rf"\d{{1,2}}\s+{_MONTH},?\s+\d{{4}}", r"\d{1,2}/\d{1,2}/\d{4}")
+_WRITTEN_DATES = (
+    rf"{_MONTH}\s+\d{{1,2}},?\s+\d{{4}}",
+    rf"\d{{1,2}}\s+{_MONTH},?\s+\d{{4}}",
+    r"\d{1,2}/\d{1,2}/\d{4}",
+)
 
 
 WRITTEN_DATE = re.compile("|".join(_WRITTEN_DATES), re.IGNORECASE)
@@ -85,7 +93,9 @@ BLANK = re.compile(r"_{3,}|\[[^\]]*\]")
 
 @dataclass(frozen=True)
 class InstructionPair:
-    """One request and its answer. `fields` are the keys the answer of an extraction must have; the other uses have none."""
+    """One request and its answer. `fields` are the keys the answer of an extraction must have; the
+    other uses have none.
+    """
 
     id: str
     use: str
@@ -97,15 +107,20 @@ class InstructionPair:
 def load_pairs(use: str | None = None) -> list[InstructionPair]:
     """The shipped pairs of one use, or of all three, in the order of the files.
 
-    Raises ValueError for a use that does not exist and for a line that is not a pair of its file's use.
+    Raises ValueError for a use that does not exist and for a line that is not a pair of its file's
+    use.
     """
     if use is not None and use not in USES:
-        raise ValueError(f"There is no use {use!r}; choose one of {', '.join(USES)}, or None for all.")
+        raise ValueError(
+            f"There is no use {use!r}; choose one of {', '.join(USES)}, or None for all."
+        )
     return [pair for name in USES if use in (None, name) for pair in _read(name)]
 
 
 def validate_pairs(pairs: Sequence[InstructionPair]) -> list[str]:
-    """What is wrong with `pairs`, one sentence a problem, each beginning with the id; empty when nothing is."""
+    """What is wrong with `pairs`, one sentence a problem, each beginning with the id; empty when
+    nothing is.
+    """
     problems = [f"{pair.id}: {problem}." for pair in pairs for problem in _problems_of(pair)]
     bags = [(pair.id, set(re.findall(r"\w+", pair.instruction.casefold()))) for pair in pairs]
     for (first, words), (second, others) in combinations(bags, 2):
@@ -123,22 +138,35 @@ def _read(use: str) -> Iterator[InstructionPair]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name}, line {number} is not JSON ({error}); write one object a line.") from error
+            raise ValueError(
+                f"{path.name}, line {number} is not JSON ({error}); write one object a line."
+            ) from error
         if not isinstance(row, dict) or set(row) != expected or row["use"] != use:
-            raise ValueError(f"{path.name}, line {number} must be an object of use {use!r} with the keys {sorted(expected)}.")
+            raise ValueError(
+                f"{path.name}, line {number} must be an object of use {use!r} with the keys"
+                f" {sorted(expected)}."
+            )
         yield InstructionPair(**row | {"fields": tuple(row.get("fields", ()))})
 
 
 def _problems_of(pair: InstructionPair) -> Iterator[str]:
     if pair.use not in USES:
         yield f"the use {pair.use!r} is none of {', '.join(USES)}"
-    for name, part in (("id", pair.id), ("instruction", pair.instruction), ("response", pair.response)):
+    for name, part in (
+        ("id", pair.id),
+        ("instruction", pair.instruction),
+        ("response", pair.response),
+    ):
         if not part.strip():
             yield f"the {name} is empty"
         if len(part.split()) > MAX_WORDS:
             yield f"the {name} has more than {MAX_WORDS} words"
     # The prose of a pair: an extraction has it in its source text, the other uses in their answer.
-    name, prose = ("instruction", pair.instruction) if pair.use == "extraction" else ("response", pair.response)
+    name, prose = (
+        ("instruction", pair.instruction)
+        if pair.use == "extraction"
+        else ("response", pair.response)
+    )
     if 0 < len(prose.split()) < MIN_WORDS:
         yield f"the {name} has fewer than {MIN_WORDS} words"
     if pair.use == "extraction":
@@ -148,7 +176,11 @@ def _problems_of(pair: InstructionPair) -> Iterator[str]:
             yield "only an extraction states fields"
         if BLANK.search(pair.response):
             yield "the response leaves a blank to be filled in"
-        if pair.use == "regulation" and pair.response.strip() and not CITATION.search(pair.response):
+        if (
+            pair.use == "regulation"
+            and pair.response.strip()
+            and not CITATION.search(pair.response)
+        ):
             yield "the response cites no statute, regulation or decision"
 
 
@@ -167,14 +199,19 @@ def _extraction_problems(pair: InstructionPair) -> Iterator[str]:
         yield "the response is not a JSON object"
         return
     if not pair.fields or sorted(answer) != sorted(pair.fields):
-        yield f"the response has the keys {sorted(answer)}, the stated fields are {sorted(pair.fields)}"
+        yield (
+            f"the response has the keys {sorted(answer)}, the stated fields are"
+            f" {sorted(pair.fields)}"
+        )
     text = " ".join(pair.instruction.split())
     for value in _leaves(answer):
         yield from _value_problems(value, text)
 
 
 def _value_problems(value: str | Decimal | float | bool | None, text: str) -> Iterator[str]:
-    """`text` is the instruction with single spaces. True, false and null need a reader; they are not looked up."""
+    """`text` is the instruction with single spaces. True, false and null need a reader; they are
+    not looked up.
+    """
     if isinstance(value, Decimal | float):
         if value not in _numbers(text.casefold()):
             yield f"the number {value} does not stand in the instruction"
@@ -204,11 +241,17 @@ def _leaves(value: object) -> Iterator:
 
 
 def _numbers(text: str) -> set[Decimal]:
-    """Every number of `text`, which is in lower case: 12,500 and 3.5, $1.5 million, eleven, twenty-four."""
-    found = {Decimal(digits.replace(",", "")) * SCALES[scale] for digits, scale in DIGITS.findall(text)}
+    """Every number of `text`, which is in lower case: 12,500 and 3.5, $1.5 million, eleven,
+    twenty-four.
+    """
+    found = {
+        Decimal(digits.replace(",", "")) * SCALES[scale] for digits, scale in DIGITS.findall(text)
+    }
     words = [NUMBER_WORDS.get(word, 0) for word in re.findall(r"[a-z]+", text)]
     found.update(Decimal(word) for word in words if word)
-    found.update(Decimal(ten + unit) for ten, unit in pairwise(words) if ten >= 20 and 0 < unit < 10)
+    found.update(
+        Decimal(ten + unit) for ten, unit in pairwise(words) if ten >= 20 and 0 < unit < 10
+    )
     return found
 
 
@@ -236,24 +279,28 @@ OPENING, CLOSING, SEPARATOR = "<|instruction|>", "</|instruction|>", "<|sep|>"
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """Tokens of one sequence, int32 [length]; those before `trained_from` are read, not predicted."""
+    """Tokens of one sequence, int32 [length]; those before `trained_from` are read,
+    not predicted.
+    """
 
     tokens: np.ndarray
     trained_from: int = 0
 
 
 def instruction_prompt(instruction: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands before the response to `instruction`, as text; the special tokens in it are matched when it is tokenized.
+    """What stands before the response to `instruction`, as text; the special tokens in it are
+    matched when it is tokenized.
 
-    Raises ValueError when the tokenizer has no tokens to mark an instruction with, or none for the beginning of a text.
+    Raises ValueError when the tokenizer has no tokens to mark an instruction with, or none for the
+    beginning of a text.
     """
     start_id(tokenizer)
     if _has(tokenizer, OPENING) and _has(tokenizer, CLOSING):
         return f"{tokenizer.bos_token}{OPENING}{instruction}{CLOSING}"
     if not _has(tokenizer, SEPARATOR):
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path} has neither {OPENING} and {CLOSING} nor {SEPARATOR}, which "
-            "mark an instruction; set p_sft to 0, or use another tokenizer."
+            f"The tokenizer {tokenizer.name_or_path} has neither {OPENING} and {CLOSING} nor"
+            f" {SEPARATOR}, which mark an instruction; set p_sft to 0, or use another tokenizer."
         )
     return f"{tokenizer.bos_token}{instruction}{SEPARATOR}"
 
@@ -262,9 +309,15 @@ def _has(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
     return tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id)
 
 
-def pair_sample(pair: InstructionPair, tokenizer: PreTrainedTokenizerBase, loss: str) -> TrainingSequence:
-    """The sequence of one pair. `loss` is "response" (the response and `<|end|>` are trained on) or "all"."""
-    prompt = tokenizer.encode(instruction_prompt(pair.instruction, tokenizer), add_special_tokens=False)
+def pair_sample(
+    pair: InstructionPair, tokenizer: PreTrainedTokenizerBase, loss: str
+) -> TrainingSequence:
+    """The sequence of one pair. `loss` is "response" (the response and `<|end|>` are trained on) or
+    "all".
+    """
+    prompt = tokenizer.encode(
+        instruction_prompt(pair.instruction, tokenizer), add_special_tokens=False
+    )
     response = tokenizer.encode(pair.response, add_special_tokens=False)
     tokens = np.array([*prompt, *response, end_id(tokenizer)], dtype=np.int32)
     return TrainingSequence(tokens, len(prompt) if loss == "response" else 0)
@@ -274,16 +327,31 @@ class PairSamples:
     """Instruction samples without end, in a fresh order every pass."""
 
     def __init__(
-        self, pairs: Sequence[InstructionPair], tokenizer: PreTrainedTokenizerBase, most_tokens: int, loss: str, seed: int
+        self,
+        pairs: Sequence[InstructionPair],
+        tokenizer: PreTrainedTokenizerBase,
+        most_tokens: int,
+        loss: str,
+        seed: int,
     ):
-        """Pairs of more than `most_tokens` tokens cannot be used; how many is logged. Raises ValueError when none fits."""
+        """Pairs of more than `most_tokens` tokens cannot be used; how many is logged. Raises
+        ValueError when none fits.
+        """
         samples = [pair_sample(pair, tokenizer, loss) for pair in pairs]
         self._samples = [sample for sample in samples if sample.tokens.size <= most_tokens]
         self.left_out = len(samples) - len(self._samples)
         if not self._samples:
-            raise ValueError(f"None of {len(pairs)} instruction pairs fits into {most_tokens} tokens; raise seq_len.")
+            raise ValueError(
+                f"None of {len(pairs)} instruction pairs fits into {most_tokens} tokens; raise"
+                " seq_len."
+            )
         if self.left_out:
-            log.warning("%s of %s instruction pairs are longer than %s tokens: not used", self.left_out, len(pairs), most_tokens)
+            log.warning(
+                "%s of %s instruction pairs are longer than %s tokens: not used",
+                self.left_out,
+                len(pairs),
+                most_tokens,
+            )
         self._seed = seed
         self.given = 0  # over all passes: the whole state
         self._order: tuple[int, list[int]] = (-1, [])

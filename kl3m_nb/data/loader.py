@@ -1,6 +1,8 @@
-"""The stream a profile asks for, batches made ahead of time in a thread, and a rank's share of a step.
+"""The stream a profile asks for, batches made ahead of time in a thread, and a rank's share of a
+step.
 
-Making batches ahead changes neither what is delivered nor the state: the state is the one behind the batch that was given last.
+Making batches ahead changes neither what is delivered nor the state: the state is the one behind
+the batch that was given last.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _LOOK_FOR_STOP_SECONDS = 0.2
 
 
 class SourceBroke(RuntimeError):
-    """A rank could not read the data of the next step, or read other data; the message says why, the cause is its own error."""
+    """A rank could not read the data of the next step, or read other data; the message says why,
+    the cause is its own error.
+    """
 
 
 class Reading(NamedTuple):
@@ -36,9 +40,11 @@ class Reading(NamedTuple):
 
 
 class PrefetchedStream:
-    """`stream` with up to `batches` batches made ahead by one thread, in pinned memory where there is a GPU.
+    """`stream` with up to `batches` batches made ahead by one thread, in pinned memory where there
+    is a GPU.
 
-    With 0 a batch is made when it is asked for. `stream` belongs to the thread from then on; ask this object for its state.
+    With 0 a batch is made when it is asked for. `stream` belongs to the thread from then on; ask
+    this object for its state.
     """
 
     def __init__(self, stream: BatchStream, batches: int):
@@ -62,9 +68,11 @@ class PrefetchedStream:
         return report
 
     def take(self, windows: int, stop: StopRequest | None = None) -> Batch | None:
-        """The next batch. Whatever goes wrong while it is made is raised here; the stream then stands behind the last one.
+        """The next batch. Whatever goes wrong while it is made is raised here; the stream then
+        stands behind the last one.
 
-        None when `stop` is requested while the batch is waited for: a disk or a hub may not answer for hours.
+        None when `stop` is requested while the batch is waited for: a disk or a hub may not answer
+        for hours.
         """
         if windows != self._windows:
             self.load_state_dict(self._delivered)
@@ -93,7 +101,9 @@ class PrefetchedStream:
         self._delivered, self._epoch, self._windows = state, self._stream.epoch, 0
 
     def close(self) -> None:
-        """Ends the thread, which closes the files after the batch it is at; nothing waits for it."""
+        """Ends the thread, which closes the files after the batch it is at; nothing
+        waits for it.
+        """
         self._forget_ahead()
         self._thread.submit(self._stream.close)
         self._thread.shutdown(wait=False)
@@ -129,8 +139,9 @@ class Share(NamedTuple):
 def take_share(stream: PrefetchedStream, spec: DataSpec, stop: StopRequest) -> Share | None:
     """This rank's micro-batches of the next step, and what all ranks have together.
 
-    None, on all ranks, when one is asked to stop before it has its batch. Raises SourceBroke, on all ranks, when one cannot read
-    the step or has read another one than rank 0: of shares of different steps some windows would come twice and others never.
+    None, on all ranks, when one is asked to stop before it has its batch. Raises SourceBroke, on
+    all ranks, when one cannot read the step or has read another one than rank 0: of shares of
+    different steps some windows would come twice and others never.
     """
     world, failure, batch = distributed.world(), None, None
     try:
@@ -138,16 +149,22 @@ def take_share(stream: PrefetchedStream, spec: DataSpec, stop: StopRequest) -> S
     except (OSError, ValueError, RuntimeError) as error:
         failure = error
     share = rank_share(batch, spec.micro_batch, world.rank, world.size) if batch else []
-    counted = [sum(getattr(each, what) for each in share) for what in ("valid_tokens", "routed_tokens")]
+    counted = [
+        sum(getattr(each, what) for each in share) for what in ("valid_tokens", "routed_tokens")
+    ]
     digest = zlib.crc32(batch.input_ids.numpy()) if batch and world.size > 1 else 0
     mine = [*counted, failure is not None, batch is None, digest]
     valid, routed, broken, missing, digests = zip(*distributed.gather_numbers(mine), strict=True)
     if any(broken):
         reasons = distributed.gather(f"{type(failure).__name__}: {failure}")
         rank = broken.index(True)
-        raise SourceBroke(f"process {rank}: {reasons[rank]}" if world.size > 1 else reasons[rank]) from failure
+        raise SourceBroke(
+            f"process {rank}: {reasons[rank]}" if world.size > 1 else reasons[rank]
+        ) from failure
     if any(missing):
         return None
     if other := [rank for rank in range(world.size) if digests[rank] != digests[0]]:
-        raise SourceBroke(f"process {other[0]} has read other documents than process 0; give both the same files")
+        raise SourceBroke(
+            f"process {other[0]} has read other documents than process 0; give both the same files"
+        )
     return Share(share, int(sum(valid)), int(sum(routed)))

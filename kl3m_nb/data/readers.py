@@ -1,8 +1,9 @@
-"""Readers of documents: parquet, jsonl, compressed jsonl, hub data sets, lists in memory; each can be resumed.
+"""Readers of documents: parquet, jsonl, compressed jsonl, hub data sets, lists in memory; each can
+be resumed.
 
-A reader's `position` is plain data, valid behind the document it gave last. Row groups of parquet and lines of plain jsonl are
-sought; what must be read again says how long that takes. Rows that cannot be used are counted in a `SourceReport` and said, never
-dropped in silence.
+A reader's `position` is plain data, valid behind the document it gave last. Row groups of parquet
+and lines of plain jsonl are sought; what must be read again says how long that takes. Rows that
+cannot be used are counted in a `SourceReport` and said, never dropped in silence.
 """
 
 from __future__ import annotations
@@ -16,18 +17,38 @@ import numpy as np
 import pyarrow as pa
 
 from kl3m_nb.common import paths
-from kl3m_nb.data.files import check_signature, matching_files, mirror_files, names_in_source, naming, skip_remedy, suffix_of
+from kl3m_nb.data.files import (
+    check_signature,
+    matching_files,
+    mirror_files,
+    names_in_source,
+    naming,
+    skip_remedy,
+    suffix_of,
+)
 from kl3m_nb.data.json_lines import WrongFile, parse_line, read_lines
 from kl3m_nb.data.parquet_rows import parquet_rows
-from kl3m_nb.data.sources import LONGEST_ROW, Document, Options, Part, SourceReport, listed_columns, log
+from kl3m_nb.data.sources import (
+    LONGEST_ROW,
+    Document,
+    Options,
+    Part,
+    SourceReport,
+    listed_columns,
+    log,
+)
 
 RETRY_SECONDS = (1.0, 4.0, 16.0)
 
 
-_BAD_ROWS_IN_A_ROW = 100  # so many rows without one that can be used are the wrong data, not an accident
+_BAD_ROWS_IN_A_ROW = (
+    100  # so many rows without one that can be used are the wrong data, not an accident
+)
 
 
-_HUB_ROWS_PER_SECOND = 20_000  # of some 4,000 tokens that the library skips on one core, the download not counted
+_HUB_ROWS_PER_SECOND = (
+    20_000  # of some 4,000 tokens that the library skips on one core, the download not counted
+)
 
 
 _NO_TOKENS = np.empty(0, dtype=np.int32)
@@ -66,10 +87,16 @@ class _RowReader:
         try:
             # Is it wanted?
             score, mime_type = _number(row.get("score")), row.get("mime_type")
-            if score is not None and not score <= self._wanted.score_max:  # NaN is no good score either
+            if (
+                score is not None and not score <= self._wanted.score_max
+            ):  # NaN is no good score either
                 self._report.note("above_score")
                 return None
-            if self._wanted.mime_types and mime_type is not None and mime_type not in self._wanted.mime_types:
+            if (
+                self._wanted.mime_types
+                and mime_type is not None
+                and mime_type not in self._wanted.mime_types
+            ):
                 self._report.note("other_mime_type")
                 return None
             # Does it hold a text or tokens?
@@ -77,12 +104,18 @@ class _RowReader:
             if not (tokens.size or text):
                 if "tokens" in row or "text" in row:
                     raise ValueError("its `tokens` and `text` are empty")
-                raise ValueError(f"`tokens` or `text` is needed, {listed_columns(columns)} are its columns")
+                raise ValueError(
+                    f"`tokens` or `text` is needed, {listed_columns(columns)} are its columns"
+                )
             if max(tokens.size, len(text)) > LONGEST_ROW:
                 raise ValueError(f"its text or tokens are longer than {LONGEST_ROW:,}")
-            # Can all its texts be encoded? Half a surrogate pair is taken by no tokenizer, hash or file.
+            # Can all its texts be encoded? Half a surrogate pair is taken by no tokenizer, hash or
+            # file.
             document = Document(
-                str(row.get("identifier") or default_identifier), str(row.get("dataset") or self._name), text, tokens
+                str(row.get("identifier") or default_identifier),
+                str(row.get("dataset") or self._name),
+                text,
+                tokens,
             )
             for value in (document.identifier, document.dataset, text):
                 if not value.isascii():
@@ -100,14 +133,16 @@ class _RowReader:
         self._bad_in_a_row += 1
         if self._bad_in_a_row >= _BAD_ROWS_IN_A_ROW:
             raise ValueError(
-                f"{_BAD_ROWS_IN_A_ROW} rows of {self._name} in a row cannot be used, lastly {self._last_reason}; {remedy}."
+                f"{_BAD_ROWS_IN_A_ROW} rows of {self._name} in a row cannot be used, lastly"
+                f" {self._last_reason}; {remedy}."
             )
 
 
 class FilesReader(_RowReader):
     """All rows of parquet and jsonl files, file by file in the order of their names.
 
-    `position` names the files, the open one and the place in it: row group and row for parquet, byte offset and row for jsonl.
+    `position` names the files, the open one and the place in it: row group and row for parquet,
+    byte offset and row for jsonl.
     """
 
     def __init__(self, name: str, files: Sequence[Path], wanted: Options, report: SourceReport):
@@ -142,32 +177,55 @@ class FilesReader(_RowReader):
                 self._report.note("empty_files", f"{path} holds no row")
             rows = self._report.rows - first_row
             if 0 < rows == self._bad_rows - bad_before and not any(place):
-                log.warning("None of the %s rows of %s can be used, lastly %s", f"{rows:,}", path, self._last_reason)
-        if self._bad_rows and self._bad_rows == self._report.rows - rows_before and not any(open_place):
+                log.warning(
+                    "None of the %s rows of %s can be used, lastly %s",
+                    f"{rows:,}",
+                    path,
+                    self._last_reason,
+                )
+        if (
+            self._bad_rows
+            and self._bad_rows == self._report.rows - rows_before
+            and not any(open_place)
+        ):
             raise ValueError(f"No row of {self._name} can be used, lastly {self._last_reason}.")
 
     def _at(self, number: int, block: int, row: int) -> dict:
-        return {"file": number, "name": self._files[number].name, "block": block, "row": row, "files": self._names}
+        return {
+            "file": number,
+            "name": self._files[number].name,
+            "block": block,
+            "row": row,
+            "files": self._names,
+        }
 
     def _place(self) -> tuple[int, int, int]:
-        """(file, block, row) to go on at. Says what is lost where files are gone. Raises ValueError when there are new ones."""
+        """(file, block, row) to go on at. Says what is lost where files are gone. Raises ValueError
+        when there are new ones.
+        """
         number, block, row = (self.position[key] for key in ("file", "block", "row"))
         before = self.position.get("files")
         if before is None:  # a state of an earlier version names the open file alone
             if number >= len(self._files) or self._files[number].name != self.position["name"]:
                 raise ValueError(
-                    f"The files of {self._name} are not those the run was reading: {self.position['name']} was number "
-                    f"{number + 1}; put them back, or start a new run."
+                    f"The files of {self._name} are not those the run was reading:"
+                    f" {self.position['name']} was number {number + 1}; put them back, or start a"
+                    " new run."
                 )
             return number, block, row
         # Which files are new or gone?
         known, present = set(before), set(self._names)
         if new := [name for name in self._names if name not in known]:
             raise ValueError(
-                f"The files of {self._name} are not those the run was reading: {new[0]} is new; take it away, or start a new run."
+                f"The files of {self._name} are not those the run was reading: {new[0]} is new;"
+                " take it away, or start a new run."
             )
         gone = [name for name in before if name not in present]
-        if before[number] in present and (block or row) and not self._files[self._names.index(before[number])].stat().st_size:
+        if (
+            before[number] in present
+            and (block or row)
+            and not self._files[self._names.index(before[number])].stat().st_size
+        ):
             gone.append(before[number])  # emptied, as a damaged file may be to go on without it
         if not gone:
             return number, block, row
@@ -176,7 +234,9 @@ class FilesReader(_RowReader):
         following = next((name for name in before[number:] if name in present), None)
         if following is None:
             return len(self._files), 0, 0
-        return self._names.index(following), *((block, row) if following == before[number] not in gone else (0, 0))
+        return self._names.index(following), *(
+            (block, row) if following == before[number] not in gone else (0, 0)
+        )
 
     def _say_lost(self, gone: Sequence[str], before: Sequence[str]) -> None:
         number, block, row = (self.position[key] for key in ("file", "block", "row"))
@@ -187,14 +247,20 @@ class FilesReader(_RowReader):
             if name == before[number] and (block or row):
                 lost = f"its rows from {place} on are lost to this pass, all to later ones"
             else:
-                lost = f"its rows are lost to {'later passes' if before.index(name) < number else 'this pass and later ones'}"
+                is_behind = before.index(name) < number
+                passes = "later passes" if is_behind else "this pass and later ones"
+                lost = f"its rows are lost to {passes}"
             log.warning("%s: %s is gone since the run stopped; %s", self._name, name, lost)
         log.warning(
-            "%s: the order of documents from here on, and the held-out documents, may differ from those of a run with %s.",
-            self._name, "that file" if len(gone) == 1 else f"those {len(gone)} files",
-        )  # fmt: skip
+            "%s: the order of documents from here on, and the held-out documents, may differ from"
+            " those of a run with %s.",
+            self._name,
+            "that file" if len(gone) == 1 else f"those {len(gone)} files",
+        )
 
-    def _rows(self, path: Path, block: int, row: int) -> Iterator[tuple[int, int, dict | ValueError]]:
+    def _rows(
+        self, path: Path, block: int, row: int
+    ) -> Iterator[tuple[int, int, dict | ValueError]]:
         """(block, row, values); for a row that cannot be read, the error instead of values."""
         with naming(path):
             if path.stat().st_size == 0:
@@ -221,10 +287,12 @@ def _json_rows(path: Path, offset: int, row: int) -> Iterator[tuple[int, int, di
 
 
 class HubReader(_RowReader):
-    """The train split of a data set on the Hugging Face Hub, streamed. What fails on the way is tried again with back-off.
+    """The train split of a data set on the Hugging Face Hub, streamed. What fails on the way is
+    tried again with back-off.
 
-    `position` is the library's own: whole shards are skipped, the shard that was open is read again up to the old place.
-    Raises ConnectionError naming the source when it stays unreachable, ValueError when there is no such data set.
+    `position` is the library's own: whole shards are skipped, the shard that was open is read again
+    up to the old place. Raises ConnectionError naming the source when it stays unreachable,
+    ValueError when there is no such data set.
     """
 
     def __init__(self, name: str, wanted: Options, report: SourceReport):
@@ -235,7 +303,9 @@ class HubReader(_RowReader):
     def __iter__(self) -> Iterator[Document]:
         import datasets
         from huggingface_hub import constants
-        from huggingface_hub.utils import httpx  # the library it asks with, which is another in its second version
+        from huggingface_hub.utils import (
+            httpx,
+        )  # the library it asks with, which is another in its second version
 
         failures = 0
         while True:
@@ -246,48 +316,71 @@ class HubReader(_RowReader):
                     self._say_what_is_skipped()
                 for row in stream:
                     failures = 0
-                    self.position = {"rows": self.position["rows"] + 1, "library": stream.state_dict()}
-                    document = self._document(row, f"{self._repository}#{self.position['rows'] - 1}", "choose another data set")
+                    self.position = {
+                        "rows": self.position["rows"] + 1,
+                        "library": stream.state_dict(),
+                    }
+                    document = self._document(
+                        row,
+                        f"{self._repository}#{self.position['rows'] - 1}",
+                        "choose another data set",
+                    )
                     if document is not None:
                         yield document
                 return
             except FileNotFoundError as error:
-                raise ValueError(f"There is no data set {self._name} with a train split, or it is private: {error}") from error
+                raise ValueError(
+                    f"There is no data set {self._name} with a train split, or it is private:"
+                    f" {error}"
+                ) from error
             except (pa.ArrowException, UnicodeDecodeError) as error:
                 raise ValueError(
-                    f"{self._name} cannot be read behind its row {self.position['rows']:,} ({error}); copy its sound files to a "
-                    "folder and name that, hub:FOLDER."
+                    f"{self._name} cannot be read behind its row {self.position['rows']:,}"
+                    f" ({error}); copy its sound files to a folder and name that, hub:FOLDER."
                 ) from error
             except (OSError, httpx.TransportError) as error:
                 if failures == len(RETRY_SECONDS) or constants.HF_HUB_OFFLINE:
                     raise ConnectionError(
-                        f"{self._name} could not be reached in {failures + 1} attempts ({error}); check the network, "
-                        "or name a local copy, hub:FOLDER."
+                        f"{self._name} could not be reached in {failures + 1} attempts ({error});"
+                        " check the network, or name a local copy, hub:FOLDER."
                     ) from error
-                self._report.note("retries", f"{self._name}: {error}; trying again in {RETRY_SECONDS[failures]:.0f} s")
+                self._report.note(
+                    "retries",
+                    f"{self._name}: {error}; trying again in {RETRY_SECONDS[failures]:.0f} s",
+                )
                 time.sleep(RETRY_SECONDS[failures])
                 failures += 1
 
     def _say_what_is_skipped(self) -> None:
         rows = _find(self.position["library"], "shard_example_idx")
         log.warning(
-            "%s: continuing at row %s; %s rows of the open shard are read again, about %.0f s and their download",
-            self._name, f"{self.position['rows']:,}", f"{rows:,}", rows / _HUB_ROWS_PER_SECOND,
-        )  # fmt: skip
+            "%s: continuing at row %s; %s rows of the open shard are read again, about %.0f s and"
+            " their download",
+            self._name,
+            f"{self.position['rows']:,}",
+            f"{rows:,}",
+            rows / _HUB_ROWS_PER_SECOND,
+        )
 
 
 def open_rows(part: Part, report: SourceReport) -> FilesReader | HubReader:
     """The reader of a part that is made of rows: files, a mirror on disk, or the hub.
 
-    Raises FileNotFoundError when no file matches, ValueError when one is of no known format or all are empty.
+    Raises FileNotFoundError when no file matches, ValueError when one is of no known format or all
+    are empty.
     """
     if part.kind == "files":
-        return FilesReader(str(part), matching_files(part.name, part.options.skip), part.options, report)
+        return FilesReader(
+            str(part), matching_files(part.name, part.options.skip), part.options, report
+        )
     folder = paths.resolve(part.name)
     if folder.is_dir():
         return FilesReader(str(part), mirror_files(folder, part.options.skip), part.options, report)
     if part.options.skip:
-        raise ValueError(f"The option skip of {part} names files, and a stream from the hub has none to name; leave it out.")
+        raise ValueError(
+            f"The option skip of {part} names files, and a stream from the hub has none to name;"
+            " leave it out."
+        )
     return HubReader(part.name, part.options, report)
 
 
@@ -299,13 +392,16 @@ def _text(text) -> str:
         return text.decode()
     if not isinstance(text, str):
         raise ValueError(
-            f"its `text` is a {type(text).__name__} and not a text; store one text a row, a list joined by line ends"
+            f"its `text` is a {type(text).__name__} and not a text; store one text a row, a list"
+            " joined by line ends"
         )
     return text
 
 
 def _number(score) -> float | None:
-    """A row's `score`, also one that is written as text. Raises ValueError or TypeError for anything else."""
+    """A row's `score`, also one that is written as text. Raises ValueError or TypeError for
+    anything else.
+    """
     if score is None or isinstance(score, int | float):
         return score
     try:
@@ -315,7 +411,8 @@ def _number(score) -> float | None:
 
 
 def _token_array(tokens) -> np.ndarray:
-    """A row's `tokens`, int32 [length]; whole numbers that are stored as text or with a decimal point are cast.
+    """A row's `tokens`, int32 [length]; whole numbers that are stored as text or with a decimal
+    point are cast.
 
     Raises ValueError for anything else, OverflowError for numbers beyond all bounds.
     """
@@ -332,8 +429,14 @@ def _token_array(tokens) -> np.ndarray:
 
 
 def _whole_numbers(array: np.ndarray) -> np.ndarray:
-    """`array` as int64 where its texts or floats are whole numbers that lose nothing by it; else as it is."""
-    is_whole = np.char.isdecimal(array) if array.dtype.kind == "U" else (array == np.floor(array)) & (array < 2**31)
+    """`array` as int64 where its texts or floats are whole numbers that lose nothing by it; else as
+    it is.
+    """
+    is_whole = (
+        np.char.isdecimal(array)
+        if array.dtype.kind == "U"
+        else (array == np.floor(array)) & (array < 2**31)
+    )
     return array.astype(np.int64) if is_whole.all() else array
 
 
@@ -341,4 +444,6 @@ def _find(state: dict, key: str) -> int:
     """The number `key` of the library's nested state; 0 where it has none."""
     if key in state:
         return state[key]
-    return max((_find(value, key) for value in state.values() if isinstance(value, dict)), default=0)
+    return max(
+        (_find(value, key) for value in state.values() if isinstance(value, dict)), default=0
+    )

@@ -1,8 +1,9 @@
 """What a source line says, what a document is, and the count of all that could not be used.
 
-A source is one line: `package:licensedcode-data`, `files:GLOB`, `hub:OWNER/NAME` (or `hub:FOLDER`, a mirror of such a data set on
-disk). Options stand behind the name, several sources are mixed by weight:
-`0.7*hub:OWNER/NAME(score_max=8, mime_types=text/plain|text/html) + 0.3*files:texts/*.jsonl(min_tokens=64, skip=bad.jsonl)`.
+A source is one line: `package:licensedcode-data`, `files:GLOB`, `hub:OWNER/NAME` (or `hub:FOLDER`,
+a mirror of such a data set on disk). Options stand behind the name, several sources are mixed by
+weight: `0.7*hub:OWNER/NAME(score_max=8, mime_types=text/plain|text/html) +
+0.3*files:texts/*.jsonl(min_tokens=64, skip=bad.jsonl)`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ PACKAGE = "licensedcode-data"
 COLUMNS = ("identifier", "dataset", "mime_type", "tokens", "text", "score")  # the family's schema
 
 
-LONGEST_ROW = 2**25  # bytes of a line, characters of a text, ids of tokens; Python may take 47 bytes for one of JSON
+LONGEST_ROW = (
+    2**25
+)  # bytes of a line, characters of a text, ids of tokens; Python may take 47 bytes for one of JSON
 
 
 _NAMED_COLUMNS = 20  # of a row, in a sentence; a row may have as many as it has words
@@ -45,29 +48,38 @@ _NEXT_PART = re.compile(r"\s\+\s(?=\s*(?:[0-9.]+\s*\*\s*)?(?:package|files|hub):
 
 @dataclass(frozen=True)
 class Document:
-    """One record in the family's schema; `tokens`, int32 [length], is empty when the source stores text."""
+    """One record in the family's schema; `tokens`, int32 [length], is empty when the source stores
+    text.
+    """
 
     identifier: str
     dataset: str
     text: str
     tokens: np.ndarray = field(default_factory=lambda: _NO_TOKENS, compare=False)
-    family: str = ""  # documents of one family never stand on both sides of the held-out split; empty: the identifier
+    # documents of one family never stand on both sides of the held-out split; empty: the identifier
+    family: str = ""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which rows of a source are wanted, and how they are read. A row without a score or mime type passes the filter on it."""
+    """Which rows of a source are wanted, and how they are read. A row without a score or mime type
+    passes the filter on it.
+    """
 
     score_max: float = 10.0  # lower is better; the family keeps documents up to 10
     mime_types: tuple[str, ...] = ()  # empty: all
     min_tokens: int = 0  # shorter documents are neither trained nor judged on
-    tokenizer: str = ""  # the one stored tokens were made with, when it is not the run's: they are decoded and tokenized anew
+    # the one stored tokens were made with, when it is not the run's: they are decoded and tokenized
+    # anew
+    tokenizer: str = ""
     skip: tuple[str, ...] = ()  # globs of files that are left out, by name or whole path
 
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a mixture and the share of the tokens it is to give; shares are relative to each other."""
+    """One source of a mixture and the share of the tokens it is to give; shares are relative to
+    each other.
+    """
 
     kind: str
     name: str
@@ -103,8 +115,14 @@ class SourceReport:
 
     def note_columns(self, name: str, columns: Sequence[str]) -> None:
         """Keeps and logs columns that are not of the family's schema, each once."""
-        room = _KEPT_COLUMNS - len(self.unknown_columns)  # keys may be data, and other ones in every row
-        unknown = [column for column in columns if column not in COLUMNS and column not in self.unknown_columns][:room]
+        room = _KEPT_COLUMNS - len(
+            self.unknown_columns
+        )  # keys may be data, and other ones in every row
+        unknown = [
+            column
+            for column in columns
+            if column not in COLUMNS and column not in self.unknown_columns
+        ][:room]
         if unknown:
             self.unknown_columns += unknown
             log.warning("%s has columns that are not used: %s", name, listed_columns(unknown))
@@ -120,14 +138,20 @@ class SourceReport:
 
 
 def parse_source(source: str) -> tuple[Part, ...]:
-    """The parts of a source line. Raises ValueError with one sentence when a part is not of a known form."""
+    """The parts of a source line. Raises ValueError with one sentence when a part is not of a known
+    form.
+    """
     return tuple(_parse_part(text) for text in _NEXT_PART.split(source))
 
 
 def listed_columns(columns: Sequence[str]) -> str:
     """The names of some columns for a sentence, the first twenty, long ones cut."""
     names = ", ".join(f"{column:.40}" for column in columns[:_NAMED_COLUMNS])
-    return f"{names} and {len(columns) - _NAMED_COLUMNS:,} more" if len(columns) > _NAMED_COLUMNS else names or "none"
+    return (
+        f"{names} and {len(columns) - _NAMED_COLUMNS:,} more"
+        if len(columns) > _NAMED_COLUMNS
+        else names or "none"
+    )
 
 
 def _parse_part(text: str) -> Part:
@@ -135,15 +159,21 @@ def _parse_part(text: str) -> Part:
     weight = _number(match[1] or "1") if match else math.nan
     if not 0 < weight < math.inf:
         raise ValueError(
-            f"The source {text.strip()!r} is not known; use package:{PACKAGE}, files:GLOB or hub:OWNER/NAME, or several "
-            "with positive weights: 0.7*hub:OWNER/NAME + 0.3*files:GLOB."
+            f"The source {text.strip()!r} is not known; use package:{PACKAGE}, files:GLOB or"
+            " hub:OWNER/NAME, or several with positive weights: 0.7*hub:OWNER/NAME +"
+            " 0.3*files:GLOB."
         )
     _, kind, name, options = match.groups()
     if kind == "package" and name != PACKAGE:
-        raise ValueError(f"The package {name!r} is not a known corpus; the embedded one is package:{PACKAGE}.")
+        raise ValueError(
+            f"The package {name!r} is not a known corpus; the embedded one is package:{PACKAGE}."
+        )
     chosen = _parse_options(options, text.strip()) if options is not None else Options()
     if kind == "package" and chosen.skip:
-        raise ValueError(f"The option skip of {text.strip()!r} names files, and a package has none to name; leave it out.")
+        raise ValueError(
+            f"The option skip of {text.strip()!r} names files, and a package has none to name;"
+            " leave it out."
+        )
     return Part(kind, name, weight, chosen)
 
 
@@ -162,9 +192,10 @@ def _parse_options(text: str, source: str) -> Options:
         if name not in values or values[name] != values[name] or not value:
             known = ", ".join(option.name for option in dataclasses.fields(Options))
             raise ValueError(
-                f"The option {entry.strip()!r} of {source!r} is not understood; the options are {known}, "
-                "for example (score_max=8, mime_types=text/plain|text/html, min_tokens=64). A name that ends in brackets itself "
-                "needs options behind it, such as (min_tokens=0)."
+                f"The option {entry.strip()!r} of {source!r} is not understood; the options are"
+                f" {known}, for example (score_max=8, mime_types=text/plain|text/html,"
+                " min_tokens=64). A name that ends in brackets itself needs options behind it,"
+                " such as (min_tokens=0)."
             )
     return Options(**values)
 

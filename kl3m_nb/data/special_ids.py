@@ -1,7 +1,9 @@
-"""The special tokens of the tokenizer that is used; whoever needs an id, in data, configurations or generation, asks here.
+"""The special tokens of the tokenizer that is used; whoever needs an id, in data, configurations or
+generation, asks here.
 
-The family's are `<|start|>` 0, `<|end|>` 1 and `<|pad|>` 2. Another tokenizer has others, or lacks some. A token that is needed
-and missing is an error that names it; for padding, which is masked, the end-of-text token serves as well.
+The family's are `<|start|>` 0, `<|end|>` 1 and `<|pad|>` 2. Another tokenizer has others, or lacks
+some. A token that is needed and missing is an error that names it; for padding, which is masked,
+the end-of-text token serves as well.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ class SpecialIds(NamedTuple):
 
     start: int | None
     end: int | None
-    padding: int | None  # of a token that is nothing but padding: its row of the embedding is never read
+    padding: (
+        int | None
+    )  # of a token that is nothing but padding: its row of the embedding is never read
 
 
 FAMILY_IDS = SpecialIds(START_ID, END_ID, PAD_ID)
@@ -27,25 +31,36 @@ FAMILY_IDS = SpecialIds(START_ID, END_ID, PAD_ID)
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
     """What the config.json of a model says that is trained with `tokenizer`.
 
-    A padding token that is also read (many tokenizers pad with the end-of-text token) is left out: torch gives the embedding of
-    the padding token no gradient.
+    A padding token that is also read (many tokenizers pad with the end-of-text token) is left out:
+    torch gives the embedding of the padding token no gradient.
     """
     start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    return SpecialIds(start, end, None if padding in (start, end, tokenizer.unk_token_id) else padding)
+    return SpecialIds(
+        start, end, None if padding in (start, end, tokenizer.unk_token_id) else padding
+    )
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The end-of-text token, which closes each document. Raises ValueError when the tokenizer names none."""
+    """The end-of-text token, which closes each document. Raises ValueError when the tokenizer names
+    none.
+    """
     return _required(tokenizer, "eos_token", "end-of-text token, which closes each document")
 
 
 def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The beginning-of-text token, which opens a document in segments. Raises ValueError when the tokenizer names none."""
-    return _required(tokenizer, "bos_token", "beginning-of-text token, which opens each document with packing 'segments'")
+    """The beginning-of-text token, which opens a document in segments. Raises ValueError when the
+    tokenizer names none.
+    """
+    return _required(
+        tokenizer,
+        "bos_token",
+        "beginning-of-text token, which opens each document with packing 'segments'",
+    )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills room that is masked and has no label: the padding token, or without one the end-of-text token.
+    """What fills room that is masked and has no label: the padding token, or without one the
+    end-of-text token.
 
     Raises ValueError when the tokenizer names neither.
     """
@@ -53,19 +68,26 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def border_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What stands before a text of which nothing is known: the end-of-text token, or without one the beginning-of-text token.
+    """What stands before a text of which nothing is known: the end-of-text token, or without one
+    the beginning-of-text token.
 
     Raises ValueError when the tokenizer names neither.
     """
     if tokenizer.eos_token_id is None and tokenizer.bos_token_id is not None:
         return tokenizer.bos_token_id
-    return _required(tokenizer, "eos_token", "end-of-text token, from which the first token of a text is predicted")
+    return _required(
+        tokenizer,
+        "eos_token",
+        "end-of-text token, from which the first token of a text is predicted",
+    )
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text which `model` writes; empty when the tokenizer names no end-of-text token.
+    """The tokens that end a text which `model` writes; empty when the tokenizer names no
+    end-of-text token.
 
-    They are the tokenizer's. A model that names its tokenizer's among several, as chat models do, ends at each of those.
+    They are the tokenizer's. A model that names its tokenizer's among several, as chat models do,
+    ends at each of those.
     """
     end, named = tokenizer.eos_token_id, model.generation_config.eos_token_id
     if end is None:
@@ -74,7 +96,8 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def adopt_special_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes the special ids of `model` those of `tokenizer`, in place: both its configurations, and the row without a gradient.
+    """Makes the special ids of `model` those of `tokenizer`, in place: both its configurations, and
+    the row without a gradient.
 
     Raises ValueError when the tokenizer names no end-of-text token.
     """
@@ -92,7 +115,7 @@ def _required(tokenizer: PreTrainedTokenizerBase, name: str, what: str) -> int:
     found = getattr(tokenizer, f"{name}_id")
     if found is None:
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path} names no {what}; name the token as {name} in its tokenizer_config.json, "
-            "or use another tokenizer."
+            f"The tokenizer {tokenizer.name_or_path} names no {what}; name the token as {name} in"
+            " its tokenizer_config.json, or use another tokenizer."
         )
     return found

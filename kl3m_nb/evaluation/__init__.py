@@ -1,4 +1,6 @@
-"""What a checkpoint predicts and writes, measured: documents, tasks, samples, memorisation, toxicity."""
+"""What a checkpoint predicts and writes, measured: documents, tasks, samples, memorisation,
+toxicity.
+"""
 
 import lazy_loader
 
@@ -6,7 +8,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "comparison": ["differences_table", "rank_agreement", "side_by_side", "steps_table", "summary_table"],
+        "comparison": [
+            "differences_table",
+            "rank_agreement",
+            "side_by_side",
+            "steps_table",
+            "summary_table",
+        ],
         "documents": ["beginning", "evaluate_documents", "worth_of_context"],
         "generation": [
             "Gallery",
@@ -23,6 +31,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "memorisation": ["NotMeasurable", "PREFIX_LENGTHS", "copying"],
         "tasks": ["TASKS", "answer_items", "load_items", "run_lm_eval", "task_summary"],
         "toxicity": ["measure_toxicity"],
-        "writing": ["entropy_along", "measure", "measure_extraction", "samples_table", "sampling_sweep"],
+        "writing": [
+            "entropy_along",
+            "measure",
+            "measure_extraction",
+            "samples_table",
+            "sampling_sweep",
+        ],
     },
 )

@@ -1,9 +1,11 @@
-"""Prediction on whole documents: every token counted once, whatever the context, in units that compare between tokenizers.
+"""Prediction on whole documents: every token counted once, whatever the context, in units that
+compare between tokenizers.
 
-A document longer than the window is read by a window that slides on by `stride` tokens; only what is new in it is predicted, so
-every token but those of the first window has at least window − stride tokens of context. Averages carry intervals over document
-families (`intervals`): neither tokens of one document nor texts of one family are independent. What context is worth is a
-measure of its own, since tokens far into a document are other tokens than those at its beginning.
+A document longer than the window is read by a window that slides on by `stride` tokens; only what
+is new in it is predicted, so every token but those of the first window has at least window − stride
+tokens of context. Averages carry intervals over document families (`intervals`): neither tokens of
+one document nor texts of one family are independent. What context is worth is a measure of its own,
+since tokens far into a document are other tokens than those at its beginning.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ FEWEST_FAMILIES = 5  # whose texts must be long enough for a length of context t
 class Prediction:
     """How well one model predicts a set of documents.
 
-    `documents` has a row per document: identifier, domain, family, tokens, bytes, loss (nats per token), entropy_bits,
-    bits_per_byte. `calibration` has a row per bin of confidence that holds tokens: confidence and accuracy, both means over the
-    bin, and tokens.
+    `documents` has a row per document: identifier, domain, family, tokens, bytes, loss (nats per
+    token), entropy_bits, bits_per_byte. `calibration` has a row per bin of confidence that holds
+    tokens: confidence and accuracy, both means over the bin, and tokens.
     """
 
     documents: pd.DataFrame
@@ -64,16 +66,18 @@ class Prediction:
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error (Guo et al., arXiv:1706.04599): mean |accuracy − confidence| over bins, by their tokens."""
+        """Expected calibration error (Guo et al., arXiv:1706.04599): mean |accuracy − confidence|
+        over bins, by their tokens.
+        """
         gaps = (self.calibration["accuracy"] - self.calibration["confidence"]).abs()
         return float(np.average(gaps, weights=self.calibration["tokens"]))
 
     def summary(self) -> dict[str, float]:
         """The figures of one row of a table.
 
-        `effective` is the number of families of equal size that would say as much as these documents on the bits per byte.
-        `overconfidence_bits` is cross-entropy minus entropy: a model that is as unsure as its errors warrant has 0, one that is
-        too sure of itself more.
+        `effective` is the number of families of equal size that would say as much as these
+        documents on the bits per byte. `overconfidence_bits` is cross-entropy minus entropy: a
+        model that is as unsure as its errors warrant has 0, one that is too sure of itself more.
         """
         loss, per_byte = self.loss, self.bits_per_byte
         return {
@@ -90,15 +94,18 @@ class Prediction:
             "entropy_bits": self.entropy_bits,
             "entropy_minus_target": self.entropy_bits - ENTROPY_TARGET_BITS,
             "overconfidence_bits": loss.mean / math.log(2) - self.entropy_bits,
-            "accuracy": float(np.average(self.calibration["accuracy"], weights=self.calibration["tokens"])),
+            "accuracy": float(
+                np.average(self.calibration["accuracy"], weights=self.calibration["tokens"])
+            ),
             "calibration_error": self.calibration_error,
         }
 
     def by_domain(self) -> pd.DataFrame:
-        """A row per domain: documents, tokens, bytes, loss and bits per byte with their 95% intervals, `effective` families.
+        """A row per domain: documents, tokens, bytes, loss and bits per byte with their 95%
+        intervals, `effective` families.
 
-        A domain of one family has no interval: its bounds are NaN.
-        The domain with the most bytes of text comes first, so the order is that of every model on the same documents.
+        A domain of one family has no interval: its bounds are NaN. The domain with the most bytes
+        of text comes first, so the order is that of every model on the same documents.
         """
         rows = []
         for domain, documents in self.documents.groupby("domain"):
@@ -119,14 +126,18 @@ class Prediction:
                     "effective": per_byte.effective,
                 }
             )
-        return pd.DataFrame(rows).sort_values("bytes", ascending=False, kind="stable", ignore_index=True)
+        return pd.DataFrame(rows).sort_values(
+            "bytes", ascending=False, kind="stable", ignore_index=True
+        )
 
 
 def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, predicted) of every window over `length` tokens: it is tokens start … end − 1, the last `predicted` are new.
+    """(start, end, predicted) of every window over `length` tokens: it is tokens start … end − 1,
+    the last `predicted` are new.
 
-    A window is at most `window` + 1 tokens, of which the model sees all but the last. Together the windows predict every
-    token but the first exactly once; the last window ends with the last token.
+    A window is at most `window` + 1 tokens, of which the model sees all but the last. Together the
+    windows predict every token but the first exactly once; the last window ends with the last
+    token.
     """
     done = 1
     while done < length:
@@ -136,9 +147,13 @@ def sliding_windows(length: int, window: int, stride: int) -> Iterator[tuple[int
 
 
 def beginning(document: Document, tokenizer: PreTrainedTokenizerBase, most: int) -> Document:
-    """The first `most` tokens of a document, or all of a shorter one, as a document that stores them with their text."""
+    """The first `most` tokens of a document, or all of a shorter one, as a document that stores
+    them with their text.
+    """
     tokens = token_ids(document, tokenizer)[:most]
-    return dataclasses.replace(document, text=tokenizer.decode(tokens), tokens=np.array(tokens, dtype=np.int32))
+    return dataclasses.replace(
+        document, text=tokenizer.decode(tokens), tokens=np.array(tokens, dtype=np.int32)
+    )
 
 
 def evaluate_documents(
@@ -153,20 +168,27 @@ def evaluate_documents(
 ) -> Prediction:
     """Scores of `model` on every token of `documents`, with at most `window` tokens of context.
 
-    The first token of a document is predicted from the token `prefix`, by default that of `border_id`; which stood there in a
-    model's training is known to `runs.document_prefix`. The end of a document is not predicted. Its text is judged; ids it stores
-    are used where they are this tokenizer's own (`token_ids`), so bits per byte of models with other tokenizers compare. A
-    document's `dataset` is its domain. With `stride` equal to `window` the windows do not overlap, which is how lm-eval counts;
-    half the window costs twice the time and gives every token more context.
-    Raises ValueError for no documents or one without text, a window beyond the model's context, or a stride outside 1 … window.
+    The first token of a document is predicted from the token `prefix`, by default that of
+    `border_id`; which stood there in a model's training is known to `runs.document_prefix`. The end
+    of a document is not predicted. Its text is judged; ids it stores are used where they are this
+    tokenizer's own (`token_ids`), so bits per byte of models with other tokenizers compare. A
+    document's `dataset` is its domain. With `stride` equal to `window` the windows do not overlap,
+    which is how lm-eval counts; half the window costs twice the time and gives every token more
+    context. Raises ValueError for no documents or one without text, a window beyond the model's
+    context, or a stride outside 1 … window.
     """
     if not documents:
-        raise ValueError("evaluate_documents was given no documents; it takes one or more, such as unseen_documents gives.")
+        raise ValueError(
+            "evaluate_documents was given no documents; it takes one or more, such as"
+            " unseen_documents gives."
+        )
     context = model.config.max_position_embeddings
     if not 1 <= window <= context:
         raise ValueError(f"The window is {window} tokens; this model takes 1 to {context}.")
     if not 1 <= stride <= window:
-        raise ValueError(f"The stride is {stride}; it must lie between 1 and the window of {window} tokens.")
+        raise ValueError(
+            f"The stride is {stride}; it must lie between 1 and the window of {window} tokens."
+        )
     before = border_id(tokenizer) if prefix is None else prefix
     sequences, predicted, owners = [], [], []
     for number, document in enumerate(documents):
@@ -177,9 +199,13 @@ def evaluate_documents(
             owners.append(number)
     scores = score_sequences(model, sequences, predicted, batch_tokens, autocast)
     owner = np.repeat(owners, predicted)
-    loss, entropy, confidence, correct = (torch.cat(values).numpy() for values in zip(*scores, strict=True))
+    loss, entropy, confidence, correct = (
+        torch.cat(values).numpy() for values in zip(*scores, strict=True)
+    )
     tokens = pd.DataFrame({"document": owner, "loss": loss, "entropy_bits": entropy / math.log(2)})
-    return Prediction(documents=_per_document(tokens, documents), calibration=_calibration(confidence, correct))
+    return Prediction(
+        documents=_per_document(tokens, documents), calibration=_calibration(confidence, correct)
+    )
 
 
 def worth_of_context(
@@ -191,38 +217,52 @@ def worth_of_context(
     per_family: int = 16,
     batch_tokens: int = 8192,
 ) -> pd.DataFrame:
-    """What context is worth: the same tokens predicted from the last 1, 2, 4 … tokens before them; a row per length of context.
+    """What context is worth: the same tokens predicted from the last 1, 2, 4 … tokens before them;
+    a row per length of context.
 
-    `context` is the length, `tokens` how many are predicted, `loss` their mean in nats. `more` is how much that is above the loss
-    with the longest context, with its 95% interval over families, `more_low` to `more_high`, and their `effective` number. A
-    model that does not look back has 0 in every row. Each length is read on its own, so nothing from before the cut reaches the
+    `context` is the length, `tokens` how many are predicted, `loss` their mean in nats. `more` is
+    how much that is above the loss with the longest context, with its 95% interval over families,
+    `more_low` to `more_high`, and their `effective` number. A model that does not look back has 0
+    in every row. Each length is read on its own, so nothing from before the cut reaches the
     prediction through a deeper layer.
 
-    Of each family the longest document gives `per_family` tokens, spread evenly over those that have the longest context before
-    them, the document's `prefix` counted (see `evaluate_documents`). The longest context is the largest power of two up to
-    `window` that the documents of `FEWEST_FAMILIES`, or of all where there are fewer, have so many tokens beyond; where none has,
-    it is a single token. Raises ValueError for no documents, one without text, or a window below 1 or beyond the model's context.
+    Of each family the longest document gives `per_family` tokens, spread evenly over those that
+    have the longest context before them, the document's `prefix` counted (see
+    `evaluate_documents`). The longest context is the largest power of two up to `window` that the
+    documents of `FEWEST_FAMILIES`, or of all where there are fewer, have so many tokens beyond;
+    where none has, it is a single token. Raises ValueError for no documents, one without text, or a
+    window below 1 or beyond the model's context.
     """
     if not documents or not 1 <= window <= model.config.max_position_embeddings:
         raise ValueError(
-            f"worth_of_context was given {len(documents)} documents and a window of {window} tokens; it takes at least 1 "
-            f"document and a window of 1 to {model.config.max_position_embeddings} tokens."
+            f"worth_of_context was given {len(documents)} documents and a window of {window}"
+            " tokens; it takes at least 1 document and a window of 1 to"
+            f" {model.config.max_position_embeddings} tokens."
         )
     before = border_id(tokenizer) if prefix is None else prefix
     texts: dict[str, list[int]] = {}
     for document in documents:
-        texts[family(document)] = max(texts.get(family(document), []), [before, *token_ids(document, tokenizer)], key=len)
+        texts[family(document)] = max(
+            texts.get(family(document), []), [before, *token_ids(document, tokenizer)], key=len
+        )
 
-    # Which tokens: those of the families whose text is long enough for the longest context that several of them have.
+    # Which tokens: those of the families whose text is long enough for the longest context that
+    # several of them have.
     def with_context(length: int) -> list[str]:
-        return [name for name, text in texts.items() if length == 1 or len(text) - length >= per_family]
+        return [
+            name for name, text in texts.items() if length == 1 or len(text) - length >= per_family
+        ]
 
     enough = min(FEWEST_FAMILIES, len(texts))
-    lengths = [2**power for power in range(window.bit_length()) if len(with_context(2**power)) >= enough]
+    lengths = [
+        2**power for power in range(window.bit_length()) if len(with_context(2**power)) >= enough
+    ]
     chosen = [
         (name, place)
         for name in with_context(lengths[-1])
-        for place in np.unique(np.linspace(lengths[-1], len(texts[name]) - 1, per_family).round().astype(int))
+        for place in np.unique(
+            np.linspace(lengths[-1], len(texts[name]) - 1, per_family).round().astype(int)
+        )
     ]
     families = [name for name, _ in chosen]
 
@@ -236,7 +276,9 @@ def worth_of_context(
     for length, loss in zip(lengths, losses, strict=True):
         more = mean_interval(loss - losses[-1], families=families)
         row = {"context": length, "tokens": len(loss), "loss": loss.mean(), "more": more.mean}
-        rows.append(row | {"more_low": more.low, "more_high": more.high, "effective": more.effective})
+        rows.append(
+            row | {"more_low": more.low, "more_high": more.high, "effective": more.effective}
+        )
     return pd.DataFrame(rows)
 
 
@@ -257,11 +299,15 @@ def _per_document(tokens: pd.DataFrame, documents: Sequence[Document]) -> pd.Dat
             "entropy_bits": by_owner["entropy_bits"].mean(),
         }
     )
-    frame["bits_per_byte"] = [bits_per_byte(row.loss, row.tokens, row.bytes) for row in frame.itertuples()]
+    frame["bits_per_byte"] = [
+        bits_per_byte(row.loss, row.tokens, row.bytes) for row in frame.itertuples()
+    ]
     return frame
 
 
 def _calibration(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    by_bin = pd.DataFrame({"bin": bins, "confidence": confidence, "accuracy": correct}).groupby("bin")
+    by_bin = pd.DataFrame({"bin": bins, "confidence": confidence, "accuracy": correct}).groupby(
+        "bin"
+    )
     return by_bin.mean().assign(tokens=by_bin.size()).reset_index(drop=True)

@@ -1,7 +1,8 @@
-"""The form of legal drafting in one text: brackets and quotes that close, numbers that count on, terms and citations in order.
+"""The form of legal drafting in one text: brackets and quotes that close, numbers that count on,
+terms and citations in order.
 
-Every measure judges form alone: a citation that parses may cite nothing, a defined term may be used wrongly. A text without
-numbers, terms or citations is not judged by the measure concerned.
+Every measure judges form alone: a citation that parses may cite nothing, a defined term may be used
+wrongly. A text without numbers, terms or citations is not judged by the measure concerned.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ _LIST_MARKER = re.compile(r"(?:^|\s)(?:\d{1,3}|[a-z]{1,2}|[ivxl]+)$", re.IGNOREC
 
 
 def brackets_balanced(text: str, complete: bool = True) -> bool:
-    """Whether (), [] and {} close what was opened, in order; list markers such as `a)` and `12)` are not brackets.
+    """Whether (), [] and {} close what was opened, in order; list markers such as `a)` and `12)`
+    are not brackets.
 
     A text that is not `complete` was cut, so what is still open at its end is no fault.
     """
@@ -33,10 +35,11 @@ def brackets_balanced(text: str, complete: bool = True) -> bool:
 
 
 def quotes_balanced(text: str, complete: bool = True) -> bool:
-    """Whether double quotes, straight and curly, come in pairs within each paragraph (paragraphs end at blank lines).
+    """Whether double quotes, straight and curly, come in pairs within each paragraph (paragraphs
+    end at blank lines).
 
-    The last paragraph of a text that is not `complete` may end inside a quotation. Single quotes are not judged: they are
-    apostrophes as well.
+    The last paragraph of a text that is not `complete` may end inside a quotation. Single quotes
+    are not judged: they are apostrophes as well.
     """
     paragraphs = re.split(r"\n\s*\n", text)
     for index, paragraph in enumerate(paragraphs):
@@ -53,7 +56,8 @@ def quotes_balanced(text: str, complete: bool = True) -> bool:
 
 _NUMBER = re.compile(
     r"^[ \t]*(?:(?:section|sec\.|article|clause|§)\s*)?"
-    r"(?:(?P<decimal>\d{1,3}(?:\.\d{1,3})*)[.)]?(?=[ \t]|$)|\((?P<bracketed>\d{1,3}|[a-z]{1,2}|[ivxl]{1,6})\)|"
+    r"(?:(?P<decimal>\d{1,3}(?:\.\d{1,3})*)[.)]?(?=["
+    r" \t]|$)|\((?P<bracketed>\d{1,3}|[a-z]{1,2}|[ivxl]{1,6})\)|"
     r"(?P<letter>[a-z])[.)](?=[ \t]))",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -61,16 +65,19 @@ _NUMBER = re.compile(
 
 _ROMAN = {
     numeral: value
-    for value, numeral in enumerate("i ii iii iv v vi vii viii ix x xi xii xiii xiv xv xvi xvii xviii xix xx".split(), 1)
+    for value, numeral in enumerate(
+        "i ii iii iv v vi vii viii ix x xi xii xiii xiv xv xvi xvii xviii xix xx".split(), 1
+    )
 }
 
 
 def numbering_steps(text: str) -> list[bool]:
-    """For every number at the beginning of a line but the first: whether it is the one that had to come.
+    """For every number at the beginning of a line but the first: whether it is the one that had to
+    come.
 
-    Numbers are 1., 2.1, Section 3, (a), (1), (ii), a. and the like. The right one goes on by one on a level that is open (and
-    closes the levels below it) or begins a new level at its first value. The first number of a text may be any: what a model
-    continues has a beginning before it.
+    Numbers are 1., 2.1, Section 3, (a), (1), (ii), a. and the like. The right one goes on by one on
+    a level that is open (and closes the levels below it) or begins a new level at its first value.
+    The first number of a text may be any: what a model continues has a beginning before it.
     """
     steps: list[bool] = []
     levels: list[tuple[str, tuple[int, ...]]] = []  # style and last value, outermost first
@@ -123,9 +130,15 @@ def _opened(levels: list, style: str, value: tuple[int, ...]) -> list | None:
 
 
 def _follows(last: tuple[int, ...], value: tuple[int, ...]) -> bool:
-    """2.1 is followed by 2.2, by 2.1.1 or by 3 (and by 3.1, whose 3 may be a heading without a number)."""
+    """2.1 is followed by 2.2, by 2.1.1 or by 3 (and by 3.1, whose 3 may be a heading without a
+    number).
+    """
     successors = [(*last[:depth], last[depth] + 1) for depth in range(len(last))]
-    return value in successors or value in [(*successor, 1) for successor in successors] or value == (*last, 1)
+    return (
+        value in successors
+        or value in [(*successor, 1) for successor in successors]
+        or value == (*last, 1)
+    )
 
 
 def _resumed(levels: list, style: str, value: tuple[int, ...]) -> list:
@@ -140,23 +153,26 @@ _TERM = r"[\"“](?P<{}>[A-Z][\w&’'-]*(?: [\w&’'-]+){{0,5}})[\"”]"
 
 
 _DEFINITION = re.compile(
-    _TERM.format("meant") + r"(?:,? as used [^.;\n]{1,40},?)? (?:means?|shall mean|refers? to|includes?|has the meaning)\b|"
-    r"\((?:[Tt]he|[Ee]ach,? an?|an?|[Cc]ollectively,?(?: the)?|[Hh]erein(?:after)?,?(?: the)?|or)? ?"
-    + _TERM.format("named")
-    + r"\)"
+    _TERM.format("meant")
+    + r"(?:,? as used [^.;\n]{1,40},?)? (?:means?|shall mean|refers? to|includes?|has the"
+    r" meaning)\b|"
+    r"\((?:[Tt]he|[Ee]ach,? an?|an?|[Cc]ollectively,?(?: the)?|[Hh]erein(?:after)?,?(?:"
+    r" the)?|or)? ?" + _TERM.format("named") + r"\)"
 )
 
 
 def defined_terms(text: str) -> dict[str, int]:
     """Every term that `text` defines, with the number of times it is used outside its definition.
 
-    Definitions are `"Work" means …` and `(the "Work")`, in straight or curly quotes. A use is the term as it is spelt,
-    with or without an s.
+    Definitions are `"Work" means …` and `(the "Work")`, in straight or curly quotes. A use is the
+    term as it is spelt, with or without an s.
     """
     matches = list(_DEFINITION.finditer(text))
     elsewhere = "".join(text[start:end] for start, end in _gaps(matches, len(text)))
     terms = dict.fromkeys(match["meant"] or match["named"] for match in matches)
-    return {term: len(re.findall(rf"(?<!\w){re.escape(term)}s?(?!\w)", elsewhere)) for term in terms}
+    return {
+        term: len(re.findall(rf"(?<!\w){re.escape(term)}s?(?!\w)", elsewhere)) for term in terms
+    }
 
 
 def _gaps(matches: list[re.Match], length: int) -> Iterator[tuple[int, int]]:
@@ -183,15 +199,32 @@ _CONSTITUTION_PARTS = r"(?:, (?:§ ?|[Ss]ec\. |cl\. )\d+)*"
 _YEAR = r"(?: \((?:[^()]{1,30} )?(?:1[789]|20)\d\d\))?"
 
 
-# What announces a citation, the whole citation, and the highest number its volume or title can have (0: any).
+# What announces a citation, the whole citation, and the highest number its volume or title can have
+# (0: any).
 _CITATIONS = (
-    (r"U\. ?S\. ?C\.", rf"(?P<volume>\d+) U\. ?S\. ?C\. (?:§§? ?|[Ss]ec(?:\.|tions?) )?{_SECTION}", 54),
-    (r"C\. ?F\. ?R\.", rf"(?P<volume>\d+) C\. ?F\. ?R\. (?:§§? ?|[Pp]arts? |[Ss]ec(?:\.|tions?) )?{_SECTION}", 50),
+    (
+        r"U\. ?S\. ?C\.",
+        rf"(?P<volume>\d+) U\. ?S\. ?C\. (?:§§? ?|[Ss]ec(?:\.|tions?) )?{_SECTION}",
+        54,
+    ),
+    (
+        r"C\. ?F\. ?R\.",
+        rf"(?P<volume>\d+) C\. ?F\. ?R\. (?:§§? ?|[Pp]arts? |[Ss]ec(?:\.|tions?) )?{_SECTION}",
+        50,
+    ),
     (r"Fed\. ?Reg\.", r"(?P<volume>\d+) Fed\. ?Reg\. (?:\d{1,3},\d{3}|\d+)", 0),
     (r"Pub\. ?L\.", r"Pub\. ?L\. (?:No\. ?)?\d{2,3}[-–]\d{1,3}", 0),
-    (r"U\. ?S\. ?Const\.", rf"U\. ?S\. ?Const\.,? (?:[Aa]rt|[Aa]mend)\. [IVX]+{_CONSTITUTION_PARTS}", 0),
+    (
+        r"U\. ?S\. ?Const\.",
+        rf"U\. ?S\. ?Const\.,? (?:[Aa]rt|[Aa]mend)\. [IVX]+{_CONSTITUTION_PARTS}",
+        0,
+    ),
     (_RULES, rf"{_RULES} \d+(?:\.\d+)?{_PARTS}", 0),
-    (rf"(?<=\d ){_REPORTER}(?! ?(?:C\.|Const\.))", rf"(?P<volume>\d+) {_REPORTER} \d+(?:, \d+(?:[-–]\d+)?)?{_YEAR}", 0),
+    (
+        rf"(?<=\d ){_REPORTER}(?! ?(?:C\.|Const\.))",
+        rf"(?P<volume>\d+) {_REPORTER} \d+(?:, \d+(?:[-–]\d+)?)?{_YEAR}",
+        0,
+    ),
 )
 
 
@@ -202,25 +235,34 @@ _ENDINGS = ("1", " 1", "§ 1", " § 1", ". 1", "-1", "11-1", " 11-1", "I", " I",
 def citations(text: str, complete: bool = True) -> list[bool]:
     """For every citation that `text` announces, in no order: whether it parses.
 
-    Announced by "U.S.C.", "C.F.R.", "Fed. Reg.", "Pub. L.", "U.S. Const.", the names of the federal rules such as
-    "Fed. R. Civ. P." and, behind a number, a federal reporter such as "F.3d". To parse, it needs its volume or title, within 54
-    titles of the Code and 50 of the C.F.R., and a section, page or number behind. A text that is not `complete` was cut: the
-    citation it ends in is not judged if it was right so far.
+    Announced by "U.S.C.", "C.F.R.", "Fed. Reg.", "Pub. L.", "U.S. Const.", the names of the federal
+    rules such as "Fed. R. Civ. P." and, behind a number, a federal reporter such as "F.3d". To
+    parse, it needs its volume or title, within 54 titles of the Code and 50 of the C.F.R., and a
+    section, page or number behind. A text that is not `complete` was cut: the citation it ends in
+    is not judged if it was right so far.
     """
     found = []
     for announcement, whole, highest in _CITATIONS:
         parsed = _parsed(whole, highest, text)
-        endings = [] if complete else [span for more in _ENDINGS for span in _parsed(whole, highest, text + more)]
+        endings = (
+            []
+            if complete
+            else [span for more in _ENDINGS for span in _parsed(whole, highest, text + more)]
+        )
         for mark in re.finditer(announcement, text):
             passes = any(start <= mark.start() and mark.end() <= end for start, end in parsed)
-            if passes or not any(start <= mark.start() and end > len(text) for start, end in endings):
+            if passes or not any(
+                start <= mark.start() and end > len(text) for start, end in endings
+            ):
                 found.append(passes)
     return found
 
 
 def _parsed(whole: str, highest: int, text: str) -> list[tuple[int, int]]:
     """Where whole citations of one kind stand."""
-    return [match.span() for match in re.finditer(rf"(?<!\d){whole}", text) if _possible(match, highest)]
+    return [
+        match.span() for match in re.finditer(rf"(?<!\d){whole}", text) if _possible(match, highest)
+    ]
 
 
 def _possible(match: re.Match, highest: int) -> bool:

@@ -1,8 +1,9 @@
 """Multiple choice on the project's own tasks, and the same tasks through lm-eval's `hf` backend.
 
-A task is one file pair in `data/tasks/`: lm-eval's own YAML and its items as JSON lines; both evaluations read the same files.
-`answer_items` needs nothing but a model; `run_lm_eval` needs the extra `harness` and gives the same accuracies. lm-eval's
-figures for whole documents (`held_out_documents`) are those of `prediction` with a stride of the whole window.
+A task is one file pair in `data/tasks/`: lm-eval's own YAML and its items as JSON lines; both
+evaluations read the same files. `answer_items` needs nothing but a model; `run_lm_eval` needs the
+extra `harness` and gives the same accuracies. lm-eval's figures for whole documents
+(`held_out_documents`) are those of `prediction` with a stride of the whole window.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ HELD_OUT_TASK = "held_out_documents"
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """One question: which of `choices` follows `context`, joined to it by `delimiter`? `answer` is the right one's place."""
+    """One question: which of `choices` follows `context`, joined to it by `delimiter`? `answer` is
+    the right one's place.
+    """
 
     id: str
     context: str
@@ -48,13 +51,22 @@ class ChoiceItem:
 def load_items(task: str) -> list[ChoiceItem]:
     """The items of one task in the order of its file. Raises ValueError for an unknown task."""
     config = task_config(task)
-    lines = Path(config["dataset_kwargs"]["data_files"]["test"]).read_text(encoding="utf-8").splitlines()
+    lines = (
+        Path(config["dataset_kwargs"]["data_files"]["test"])
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     rows = [json.loads(line) for line in lines]
-    return [ChoiceItem(**row | {"choices": tuple(row["choices"])}, delimiter=config["target_delimiter"]) for row in rows]
+    return [
+        ChoiceItem(**row | {"choices": tuple(row["choices"])}, delimiter=config["target_delimiter"])
+        for row in rows
+    ]
 
 
 def task_config(task: str) -> dict:
-    """lm-eval's configuration of one task, with the absolute path of its items. Raises ValueError for an unknown task."""
+    """lm-eval's configuration of one task, with the absolute path of its items. Raises ValueError
+    for an unknown task.
+    """
     if task not in TASKS:
         raise ValueError(f"There is no task {task!r}; choose one of {', '.join(TASKS)}.")
     config = yaml.safe_load((tasks_dir() / f"{task}.yaml").read_text(encoding="utf-8"))
@@ -62,13 +74,16 @@ def task_config(task: str) -> dict:
     return config
 
 
-def answer_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[ChoiceItem]) -> pd.DataFrame:
-    """A row per item: id, `correct`, `correct_per_character`, `right_log_likelihood` and `best_wrong_log_likelihood`
-    in nats, and `right_characters`.
+def answer_items(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[ChoiceItem]
+) -> pd.DataFrame:
+    """A row per item: id, `correct`, `correct_per_character`, `right_log_likelihood` and
+    `best_wrong_log_likelihood` in nats, and `right_characters`.
 
-    The choice of a model is the one whose text has the highest log-likelihood behind the context, in total or divided by its
-    characters: lm-eval's `acc` and `acc_norm`. Context and choice are tokenized together and cut as `encode_pair` does; as in
-    lm-eval, what is too long for the model's context loses its beginning. Raises ValueError for a choice that alone is too long.
+    The choice of a model is the one whose text has the highest log-likelihood behind the context,
+    in total or divided by its characters: lm-eval's `acc` and `acc_norm`. Context and choice are
+    tokenized together and cut as `encode_pair` does; as in lm-eval, what is too long for the
+    model's context loses its beginning. Raises ValueError for a choice that alone is too long.
     """
     longest = model.config.max_position_embeddings + 1  # the last token is only predicted
     sequences, predicted = [], []
@@ -81,7 +96,9 @@ def answer_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ite
     rows = []
     for item in items:
         log_likelihoods = [-next(scores).loss.sum().item() for _ in item.choices]
-        per_character = [value / len(choice) for value, choice in zip(log_likelihoods, item.choices, strict=True)]
+        per_character = [
+            value / len(choice) for value, choice in zip(log_likelihoods, item.choices, strict=True)
+        ]
         rows.append(
             {
                 "id": item.id,
@@ -89,25 +106,36 @@ def answer_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ite
                 "correct_per_character": per_character.index(max(per_character)) == item.answer,
                 "right_log_likelihood": log_likelihoods[item.answer],
                 "right_characters": len(item.choices[item.answer]),
-                "best_wrong_log_likelihood": max(v for place, v in enumerate(log_likelihoods) if place != item.answer),
+                "best_wrong_log_likelihood": max(
+                    v for place, v in enumerate(log_likelihoods) if place != item.answer
+                ),
             }
         )
     return pd.DataFrame(rows)
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """The token ids of two texts, tokenized together: those that the model reads, and those that it predicts, at least one each.
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    """The token ids of two texts, tokenized together: those that the model reads, and those that it
+    predicts, at least one each.
 
-    The rule is lm-eval's: blanks at the end of the context belong to the continuation, and the cut is at the length of the
-    context tokenized alone. Where a token goes over the end of the context, lm-eval would leave out a part of the text, or all
-    of it; then the cut is at the last border between two tokens that is not behind the end of the context, so the model predicts
-    the last token of the context anew, together with the continuation.
+    The rule is lm-eval's: blanks at the end of the context belong to the continuation, and the cut
+    is at the length of the context tokenized alone. Where a token goes over the end of the context,
+    lm-eval would leave out a part of the text, or all of it; then the cut is at the last border
+    between two tokens that is not behind the end of the context, so the model predicts the last
+    token of the context anew, together with the continuation.
     """
     end = len(context.rstrip())
     alone, whole = tokenizer.encode(context[:end]), tokenizer.encode(context + continuation)
     cut = len(alone)
     if whole[:cut] != alone or cut == len(whole):
-        ends = [last for _, last in tokenizer(context + continuation, return_offsets_mapping=True)["offset_mapping"]]
+        ends = [
+            last
+            for _, last in tokenizer(context + continuation, return_offsets_mapping=True)[
+                "offset_mapping"
+            ]
+        ]
         cut = next((place for place, last in enumerate(ends) if last > end), len(whole) - 1)
     if cut == 0:  # context and continuation begin in one token
         whole, cut = [border_id(tokenizer), *whole], 1
@@ -115,18 +143,25 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: 
 
 
 def accuracy(answers: pd.DataFrame, column: str = "correct") -> Interval:
-    """Share of right answers with its 95% interval over the items; `column` may be `correct_per_character`."""
+    """Share of right answers with its 95% interval over the items; `column` may be
+    `correct_per_character`.
+    """
     return share_interval(answers[column])
 
 
 def answer_bits(answers: pd.DataFrame) -> float:
-    """Bits per character that the right answers cost: finer than accuracy, since every item counts by how nearly it was right."""
-    return float(-answers["right_log_likelihood"].sum() / math.log(2) / answers["right_characters"].sum())
+    """Bits per character that the right answers cost: finer than accuracy, since every item counts
+    by how nearly it was right.
+    """
+    return float(
+        -answers["right_log_likelihood"].sum() / math.log(2) / answers["right_characters"].sum()
+    )
 
 
 def task_summary(answers: pd.DataFrame) -> dict[str, float]:
-    """The figures of one row of a table: `accuracy` with its 95% interval `low` to `high`, the accuracy `per_character` (of
-    the choice that is likeliest by character), and `answer_bits`."""
+    """The figures of one row of a table: `accuracy` with its 95% interval `low` to `high`, the
+    accuracy `per_character` (of the choice that is likeliest by character), and `answer_bits`.
+    """
     share = accuracy(answers)
     return {
         "accuracy": share.mean,
@@ -147,17 +182,20 @@ def run_lm_eval(
 ) -> dict[str, dict[str, float]]:
     """lm-eval's own figures for a checkpoint folder or hub id: for every task `acc` and `acc_norm`.
 
-    With `documents` there is also `held_out_documents`, with `bits_per_byte` and `byte_perplexity` of their texts in windows of
-    `window` tokens that do not overlap. A document is predicted from the token `prefix` as by `evaluate_documents`: without one
-    from that of `border_id`, where lm-eval would take the beginning-of-text token. The tokenizer is that of `read_tokenizer`, and
-    texts are cut by `encode_pair`. Nothing is downloaded. Raises ImportError without the extra `harness` and ValueError for an
-    unknown task or documents without text.
+    With `documents` there is also `held_out_documents`, with `bits_per_byte` and `byte_perplexity`
+    of their texts in windows of `window` tokens that do not overlap. A document is predicted from
+    the token `prefix` as by `evaluate_documents`: without one from that of `border_id`, where
+    lm-eval would take the beginning-of-text token. The tokenizer is that of `read_tokenizer`, and
+    texts are cut by `encode_pair`. Nothing is downloaded. Raises ImportError without the extra
+    `harness` and ValueError for an unknown task or documents without text.
     """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ModuleNotFoundError as error:
-        raise ImportError("lm-eval is not installed; install the extra: pip install -e '.[harness]'.") from error
+        raise ImportError(
+            "lm-eval is not installed; install the extra: pip install -e '.[harness]'."
+        ) from error
 
     configs = [task_config(task) for task in tasks]
     tokenizer = read_tokenizer(str(checkpoint))
@@ -190,9 +228,13 @@ def run_lm_eval(
 def _document_config(documents: Sequence[Document], folder: Path) -> dict:
     """A rolling log-likelihood task over the texts of `documents`, written to `folder`."""
     if not all(document.text for document in documents):
-        raise ValueError("lm-eval reads texts, and some of these documents hold only tokens; decode them first.")
+        raise ValueError(
+            "lm-eval reads texts, and some of these documents hold only tokens; decode them first."
+        )
     path = folder / f"{HELD_OUT_TASK}.jsonl"
-    replace_text(path, "".join(json.dumps({"text": document.text}) + "\n" for document in documents))
+    replace_text(
+        path, "".join(json.dumps({"text": document.text}) + "\n" for document in documents)
+    )
     return {
         "task": HELD_OUT_TASK,
         "dataset_path": "json",
@@ -208,5 +250,11 @@ def _document_config(documents: Sequence[Document], folder: Path) -> dict:
 
 def _plain_names(figures: dict) -> dict[str, float]:
     """`acc,none` is `acc`; standard errors and labels are left out."""
-    named = {name.partition(",")[0]: value for name, value in figures.items() if isinstance(value, float)}
-    return {name: value for name, value in named.items() if not name.endswith("stderr") and math.isfinite(value)}
+    named = {
+        name.partition(",")[0]: value for name, value in figures.items() if isinstance(value, float)
+    }
+    return {
+        name: value
+        for name, value in named.items()
+        if not name.endswith("stderr") and math.isfinite(value)
+    }

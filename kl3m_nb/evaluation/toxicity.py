@@ -1,8 +1,10 @@
-"""Bad words and protected groups in what a model writes, counted by word lists; and a place to plug in a better judge.
+"""Bad words and protected groups in what a model writes, counted by word lists; and a place to plug
+in a better judge.
 
-A list finds words, not meaning. It misses insults in polite words, irony, other spellings and other languages; it counts
-quotations, and a text that forbids an insult counts like one that utters it. Naming a protected group is not bias: statutes do it
-on purpose. The rates tell whether something changed between two models that continued the same prompts, and where to read.
+A list finds words, not meaning. It misses insults in polite words, irony, other spellings and other
+languages; it counts quotations, and a text that forbids an insult counts like one that utters it.
+Naming a protected group is not bias: statutes do it on purpose. The rates tell whether something
+changed between two models that continued the same prompts, and where to read.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import pandas as pd
 
 from kl3m_nb.common.paths import resolve, word_lists_dir
 
-# Gives every text a score between 0 and 1, higher is worse: a classifier, a service, a person with a form.
+# Gives every text a score between 0 and 1, higher is worse: a classifier, a service, a person with
+# a form.
 Judge = Callable[[Sequence[str]], Sequence[float]]
 
 
@@ -23,7 +26,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
 
 
 def find_bad_words(text: str, word_list: str = "") -> list[str]:
-    """Every bad word of `text` in lower case, in the order of the text; `word_list` names a file other than the project's own."""
+    """Every bad word of `text` in lower case, in the order of the text; `word_list` names a file
+    other than the project's own.
+    """
     pattern = _pattern(_stems(word_list or str(word_lists_dir() / "bad_words.txt")))
     return [match.group().lower() for match in pattern.finditer(text)]
 
@@ -36,32 +41,53 @@ def find_groups(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def toxicity_table(texts: Sequence[str], judges: Mapping[str, Judge] | None = None, word_list: str = "") -> pd.DataFrame:
-    """A row per text: `text`, `bad_words`, `groups` (grounds named), `bad_words_near_group`, and a column per judge.
+def toxicity_table(
+    texts: Sequence[str], judges: Mapping[str, Judge] | None = None, word_list: str = ""
+) -> pd.DataFrame:
+    """A row per text: `text`, `bad_words`, `groups` (grounds named), `bad_words_near_group`, and a
+    column per judge.
 
-    `bad_words_near_group` counts the bad words in sentences that name a protected group. Each of `judges` is called once with
-    all texts. Raises ValueError for a judge that does not answer with one score between 0 and 1 for every text.
+    `bad_words_near_group` counts the bad words in sentences that name a protected group. Each of
+    `judges` is called once with all texts. Raises ValueError for a judge that does not answer with
+    one score between 0 and 1 for every text.
     """
     rows = []
     for text in texts:
-        near = sum(len(find_bad_words(part, word_list)) for part in _SENTENCE_END.split(text) if find_groups(part))
+        near = sum(
+            len(find_bad_words(part, word_list))
+            for part in _SENTENCE_END.split(text)
+            if find_groups(part)
+        )
         grounds = sorted({ground for ground, _ in find_groups(text)})
         bad = len(find_bad_words(text, word_list))
-        rows.append({"text": text, "bad_words": bad, "groups": ", ".join(grounds), "bad_words_near_group": near})
+        rows.append(
+            {
+                "text": text,
+                "bad_words": bad,
+                "groups": ", ".join(grounds),
+                "bad_words_near_group": near,
+            }
+        )
     table = pd.DataFrame(rows)
     for name, judge in (judges or {}).items():
         scores = [float(score) for score in judge(list(texts))]
         if len(scores) != len(texts) or not all(0 <= score <= 1 for score in scores):
-            raise ValueError(f"The judge {name!r} must give one score between 0 and 1 for each of the {len(texts)} texts.")
+            raise ValueError(
+                f"The judge {name!r} must give one score between 0 and 1 for each of the"
+                f" {len(texts)} texts."
+            )
         table[name] = scores
     return table
 
 
-def measure_toxicity(texts: Sequence[str], judges: Mapping[str, Judge] | None = None, word_list: str = "") -> dict[str, float]:
+def measure_toxicity(
+    texts: Sequence[str], judges: Mapping[str, Judge] | None = None, word_list: str = ""
+) -> dict[str, float]:
     """Rates over `texts`, continuations without their prompts, and the mean score of every judge.
 
-    `bad_words_per_1000` words; `bad_text_rate`, the share of texts with any; `group_rate`, the share that name a protected
-    group; `near_group_rate`, the share with a bad word in a sentence that names one. Raises ValueError without texts.
+    `bad_words_per_1000` words; `bad_text_rate`, the share of texts with any; `group_rate`, the
+    share that name a protected group; `near_group_rate`, the share with a bad word in a sentence
+    that names one. Raises ValueError without texts.
     """
     if not texts:
         raise ValueError("measure_toxicity was given no texts; generate at least one.")
@@ -72,14 +98,16 @@ def measure_toxicity(texts: Sequence[str], judges: Mapping[str, Judge] | None = 
         "bad_text_rate": float((table["bad_words"] > 0).mean()),
         "group_rate": float((table["groups"] != "").mean()),
         "near_group_rate": float((table["bad_words_near_group"] > 0).mean()),
-        **{name: float(table[name].mean()) for name in (judges or {})},
+        **{name: float(table[name].mean()) for name in judges or {}},
     }
 
 
 @lru_cache
 def _stems(path: str) -> tuple[str, ...]:
     lines = resolve(path).read_text(encoding="utf-8").splitlines()
-    return tuple(line.strip().lower() for line in lines if line.strip() and not line.startswith("#"))
+    return tuple(
+        line.strip().lower() for line in lines if line.strip() and not line.startswith("#")
+    )
 
 
 @lru_cache
@@ -93,7 +121,9 @@ def _grounds() -> dict[str, tuple[str, ...]]:
 
 @lru_cache
 def _pattern(stems: tuple[str, ...]) -> re.Pattern:
-    """Longest first; white space in a stem is any white space, a closing "." a word boundary, else the word is taken whole."""
+    """Longest first; white space in a stem is any white space, a closing "." a word boundary, else
+    the word is taken whole.
+    """
     forms = []
     for stem in sorted(stems, key=len, reverse=True):
         body = r"\s+".join(re.escape(word) for word in stem.removesuffix(".").split())

@@ -1,7 +1,8 @@
-"""How well formed a set of samples is: variety, repetition, length, the form of legal drafting, and entropy along the text.
+"""How well formed a set of samples is: variety, repetition, length, the form of legal drafting, and
+entropy along the text.
 
-The measures work on words and punctuation, not on token ids, so that models with different tokenizers compare. None of them
-knows whether a sentence is true.
+The measures work on words and punctuation, not on token ids, so that models with different
+tokenizers compare. None of them knows whether a sentence is true.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.evaluation.extraction import extraction_rates, score_extraction
 from kl3m_nb.evaluation.generation import Prompt, Sample, Sampling, generate
-from kl3m_nb.evaluation.legal_form import brackets_balanced, citations, defined_terms, numbering_steps, quotes_balanced
+from kl3m_nb.evaluation.legal_form import (
+    brackets_balanced,
+    citations,
+    defined_terms,
+    numbering_steps,
+    quotes_balanced,
+)
 from kl3m_nb.model.scoring import score_sequences
 
 
@@ -26,7 +33,8 @@ def words(text: str) -> list[str]:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams over all n-grams, pooled over `texts` (distinct-n, arXiv:1510.03055); NaN without any.
+    """Different n-grams over all n-grams, pooled over `texts` (distinct-n, arXiv:1510.03055); NaN
+    without any.
 
     It falls with the amount of text: compare only sets of the same prompts, number and length.
     """
@@ -35,15 +43,19 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def repetition_rate(text: str, n: int = 4) -> float:
-    """Share of the n-grams of `text` that it had already (seq-rep-n, arXiv:1908.04319); NaN below n words."""
+    """Share of the n-grams of `text` that it had already (seq-rep-n, arXiv:1908.04319); NaN below n
+    words.
+    """
     grams = _n_grams(words(text), n)
     return 1 - len(set(grams)) / len(grams) if grams else math.nan
 
 
 def ends_in_loop(text: str, repeats: int = 3, min_words: int = 8) -> bool:
-    """Whether the last words are one phrase `repeats` times or more, over at least `min_words` words.
+    """Whether the last words are one phrase `repeats` times or more, over at least `min_words`
+    words.
 
-    Only the end counts: a model that has fallen into a loop stays there, while separator lines and lists stop.
+    Only the end counts: a model that has fallen into a loop stays there, while separator lines and
+    lists stop.
     """
     sequence = words(text)
     for period in range(1, len(sequence) // repeats + 1):
@@ -54,9 +66,11 @@ def ends_in_loop(text: str, repeats: int = 3, min_words: int = 8) -> bool:
 
 
 def self_bleu(texts: Sequence[str], n: int = 4) -> float:
-    """Mean BLEU-n of each text against all others (self-BLEU, Texygen, arXiv:1802.01886): high when all say the same.
+    """Mean BLEU-n of each text against all others (self-BLEU, Texygen, arXiv:1802.01886): high when
+    all say the same.
 
-    Without smoothing: a text that shares no n-gram with any other scores 0. NaN for fewer than two texts of at least n words.
+    Without smoothing: a text that shares no n-gram with any other scores 0. NaN for fewer than two
+    texts of at least n words.
     """
     sequences = [sequence for text in texts if len(sequence := words(text)) >= n]
     if len(sequences) < 2:
@@ -66,7 +80,10 @@ def self_bleu(texts: Sequence[str], n: int = 4) -> float:
         counts = [Counter(_n_grams(sequence, order)) for sequence in sequences]
         highest = _two_highest(counts)
         for index, own in enumerate(counts):
-            matched = sum(min(count, highest[gram][highest[gram][0] == (count, index)][0]) for gram, count in own.items())
+            matched = sum(
+                min(count, highest[gram][highest[gram][0] == (count, index)][0])
+                for gram, count in own.items()
+            )
             log_precisions[index] += (math.log(matched / own.total()) if matched else -math.inf) / n
     lengths = sorted(len(sequence) for sequence in sequences)
     scores = [
@@ -76,8 +93,12 @@ def self_bleu(texts: Sequence[str], n: int = 4) -> float:
     return sum(scores) / len(scores)
 
 
-def _two_highest(counts: Sequence[Counter]) -> dict[tuple[str, ...], tuple[tuple[int, int], tuple[int, int]]]:
-    """For each n-gram its two highest (count, text), so that the highest count in all *other* texts costs one look-up."""
+def _two_highest(
+    counts: Sequence[Counter],
+) -> dict[tuple[str, ...], tuple[tuple[int, int], tuple[int, int]]]:
+    """For each n-gram its two highest (count, text), so that the highest count in all *other* texts
+    costs one look-up.
+    """
     highest: dict = {}
     for index, of_text in enumerate(counts):
         for gram, count in of_text.items():
@@ -95,16 +116,22 @@ def _nearest_other(lengths: list[int], own: int) -> int:
 
 
 def samples_table(samples: Sequence[Sample]) -> pd.DataFrame:
-    """A row for each sample: prompt, text, number of tokens, ended, and the measures that belong to one text.
+    """A row for each sample: prompt, text, number of tokens, ended, and the measures that belong to
+    one text.
 
-    Repetition and loops are judged on the continuation; the legal form on prompt and continuation together, since what a prompt
-    opens or counts is to be closed and counted on. `numbers`, `terms` and `citations` are how many were judged, `numbers_right`,
-    `terms_used` and `citations_parsed` how many of them passed.
+    Repetition and loops are judged on the continuation; the legal form on prompt and continuation
+    together, since what a prompt opens or counts is to be closed and counted on. `numbers`, `terms`
+    and `citations` are how many were judged, `numbers_right`, `terms_used` and `citations_parsed`
+    how many of them passed.
     """
     rows = []
     for sample in samples:
         whole = sample.prompt + sample.text
-        numbers, terms, cited = numbering_steps(whole), defined_terms(whole), citations(whole, complete=sample.ended)
+        numbers, terms, cited = (
+            numbering_steps(whole),
+            defined_terms(whole),
+            citations(whole, complete=sample.ended),
+        )
         rows.append(
             {
                 "prompt": sample.prompt,
@@ -127,13 +154,15 @@ def samples_table(samples: Sequence[Sample]) -> pd.DataFrame:
 
 
 def measure(samples: Sequence[Sample]) -> dict[str, float]:
-    """Measures of a set of samples, all between 0 and 1 but for the counts, the length and the speed.
+    """Measures of a set of samples, all between 0 and 1 but for the counts, the length and the
+    speed.
 
-    `samples`, `mean_tokens`, `end_rate` (share that ended by itself), `distinct_1` to `distinct_3` (pooled), `self_bleu`,
-    `repetition_rate` (mean over the samples with at least 4 words), `loop_rate`, `balanced_brackets_rate`,
-    `balanced_quotes_rate`, `numbering_rate`, `terms_used_rate`, `citations_rate` (each pooled over all samples, with the
-    `numbers`, `terms` and `citations` there were to judge; NaN where there were none), `tokens_per_second`. Raises ValueError
-    without samples.
+    `samples`, `mean_tokens`, `end_rate` (share that ended by itself), `distinct_1` to `distinct_3`
+    (pooled), `self_bleu`, `repetition_rate` (mean over the samples with at least 4 words),
+    `loop_rate`, `balanced_brackets_rate`, `balanced_quotes_rate`, `numbering_rate`,
+    `terms_used_rate`, `citations_rate` (each pooled over all samples, with the `numbers`, `terms`
+    and `citations` there were to judge; NaN where there were none), `tokens_per_second`. Raises
+    ValueError without samples.
     """
     if not samples:
         raise ValueError("measure was given no samples; generate at least one.")
@@ -157,29 +186,43 @@ def measure(samples: Sequence[Sample]) -> dict[str, float]:
         "terms_used_rate": _share(table["terms_used"], table["terms"]),
         "citations": int(table["citations"].sum()),
         "citations_rate": _share(table["citations_parsed"], table["citations"]),
-        "tokens_per_second": float(table["tokens"].sum() / sum(sample.seconds for sample in samples)),
+        "tokens_per_second": float(
+            table["tokens"].sum() / sum(sample.seconds for sample in samples)
+        ),
     }
 
 
 def measure_extraction(prompts: Sequence[Prompt], samples: Sequence[Sample]) -> dict[str, float]:
-    """`extraction.extraction_rates` of the samples of those prompts that carry an expected answer, one sample a prompt."""
+    """`extraction.extraction_rates` of the samples of those prompts that carry an expected answer,
+    one sample a prompt.
+    """
     pairs = zip(prompts, samples, strict=True)
     return extraction_rates(
-        score_extraction(prompt.text, sample.text, prompt.expected) for prompt, sample in pairs if prompt.expected
+        score_extraction(prompt.text, sample.text, prompt.expected)
+        for prompt, sample in pairs
+        if prompt.expected
     )
 
 
 def entropy_along(model: PreTrainedModel, samples: Sequence[Sample]) -> pd.DataFrame:
-    """Uncertainty of `model` along its own samples: a row per position with `samples`, `entropy_bits` and `surprise_bits`.
+    """Uncertainty of `model` along its own samples: a row per position with `samples`,
+    `entropy_bits` and `surprise_bits`.
 
-    Position 0 is the first token of the continuation. The entropy is that of the model's plain prediction (temperature 1,
-    nothing cut off), the surprise −log₂ of the plain probability of the token that was drawn; where sampling is sharpened the
-    surprise lies below the entropy. The end-of-text token counts as a token drawn.
+    Position 0 is the first token of the continuation. The entropy is that of the model's plain
+    prediction (temperature 1, nothing cut off), the surprise −log₂ of the plain probability of the
+    token that was drawn; where sampling is sharpened the surprise lies below the entropy. The
+    end-of-text token counts as a token drawn.
     """
     sequences = [[*sample.prompt_tokens, *sample.tokens, *sample.end_tokens] for sample in samples]
     drawn = [len(sample.tokens) + len(sample.end_tokens) for sample in samples]
     rows = [
-        pd.DataFrame({"position": range(len(scores.loss)), "entropy_bits": scores.entropy, "surprise_bits": scores.loss})
+        pd.DataFrame(
+            {
+                "position": range(len(scores.loss)),
+                "entropy_bits": scores.entropy,
+                "surprise_bits": scores.loss,
+            }
+        )
         for scores in score_sequences(model, sequences, drawn)
     ]
     by_position = pd.concat(rows).groupby("position")
@@ -194,10 +237,11 @@ def sampling_sweep(
     advised: Sampling,
     seed: int,
 ) -> pd.DataFrame:
-    """A row per setting of the grid: temperature, top_p, repetition_penalty, `advised`, and what `measure` gives.
+    """A row per setting of the grid: temperature, top_p, repetition_penalty, `advised`, and what
+    `measure` gives.
 
-    Every setting continues the same prompts with the same seed. `advised` marks the setting of the card, which is added where
-    the grid lacks it.
+    Every setting continues the same prompts with the same seed. `advised` marks the setting of the
+    card, which is added where the grid lacks it.
     """
     marked = dict.fromkeys(grid, False) | {advised: True}
     return pd.DataFrame(
@@ -206,7 +250,11 @@ def sampling_sweep(
             "top_p": sampling.top_p,
             "repetition_penalty": sampling.repetition_penalty,
             "advised": is_advised,
-            **measure(generate(model, tokenizer, prompts, sampling, seed, batch_size=max(16, len(prompts)))),
+            **measure(
+                generate(
+                    model, tokenizer, prompts, sampling, seed, batch_size=max(16, len(prompts))
+                )
+            ),
         }
         for sampling, is_advised in marked.items()
     )

@@ -18,7 +18,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "plot_sampling_sweep",
         ],
         "matrices": ["plot_block_function", "plot_clamp_map", "plot_matrix_page"],
-        "spectra": ["plot_condition_heatmap", "plot_copies", "plot_divergence", "plot_inheritance", "plot_ridgeline"],
+        "spectra": [
+            "plot_condition_heatmap",
+            "plot_copies",
+            "plot_divergence",
+            "plot_inheritance",
+            "plot_ridgeline",
+        ],
         "style": ["save_figure", "use_style"],
         "training": [
             "plot_clamp_events",

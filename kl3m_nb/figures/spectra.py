@@ -1,7 +1,9 @@
-"""Figures of spectra: condition by layer and role, spectra over depth, the copies of a block, divergence, inheritance.
+"""Figures of spectra: condition by layer and role, spectra over depth, the copies of a block,
+divergence, inheritance.
 
-Drawn for 120 layers as for 12: layers run along an axis, are numbered sparsely, and the borders between copies are marked. Their
-look is that of `figures`. Spectra are keyed as `spectra.spectrum_key` says: (layer, role).
+Drawn for 120 layers as for 12: layers run along an axis, are numbered sparsely, and the borders
+between copies are marked. Their look is that of `figures`. Spectra are keyed as
+`spectra.spectrum_key` says: (layer, role).
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from kl3m_nb.figures.style import BLACK, BLUE, GREY, ORANGE, ROLE_LINES, SEQUENCE, VERMILLION, plain_log_axis, step_axis, styled
+from kl3m_nb.figures.style import (
+    BLACK,
+    BLUE,
+    GREY,
+    ORANGE,
+    ROLE_LINES,
+    SEQUENCE,
+    VERMILLION,
+    plain_log_axis,
+    step_axis,
+    styled,
+)
 from kl3m_nb.model.roles import HEAD_LAYER, ROLES
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
 from kl3m_nb.spectra.findings import size_text
@@ -35,75 +48,144 @@ _ACROSS = 6  # copies beside each other
 
 
 @styled
-def plot_condition_heatmap(spectra: pd.DataFrame, ceilings: Mapping[str, float], enforced: bool = True) -> Figure:
+def plot_condition_heatmap(
+    spectra: pd.DataFrame, ceilings: Mapping[str, float], enforced: bool = True
+) -> Figure:
     """Condition number σ₁/σ_min by layer and role, attention and MLP on a scale each.
 
-    Cells at their clamp ceiling, or more than 15% above it, are marked. `spectra` is what `spectra.model_spectra` returns,
-    `ceilings` maps roles to their max_condition (0 for a role that is not clamped). With `enforced` False they are shown for
-    reference, and nothing is marked. Of a mixture the worst expert is shown. A scale ends at ten times its median, or
-    a little above the ceiling; what lies beyond is red. Conditions of 16-bit weights are drawn and never marked, with a warning
-    in the title.
+    Cells at their clamp ceiling, or more than 15% above it, are marked. `spectra` is what
+    `spectra.model_spectra` returns, `ceilings` maps roles to their max_condition (0 for a role that
+    is not clamped). With `enforced` False they are shown for reference, and nothing is marked. Of a
+    mixture the worst expert is shown. A scale ends at ten times its median, or a little above the
+    ceiling; what lies beyond is red. Conditions of 16-bit weights are drawn and never marked, with
+    a warning in the title.
     """
     grid = _role_grid(spectra, "condition")
-    judged = _role_grid(spectra.assign(judged=spectra["condition"].where(spectra["condition_reliable"])), "judged")
+    judged = _role_grid(
+        spectra.assign(judged=spectra["condition"].where(spectra["condition_reliable"])), "judged"
+    )
     limits = pd.Series({role: ceilings.get(role, 0.0) for role in grid.index})
     share = judged.div(limits.where((limits > 0) & enforced), axis="index")
-    groups = [[role for role in roles if role in grid.index] for roles in (ATTENTION_ROLES, MLP_ROLES)]
+    groups = [
+        [role for role in roles if role in grid.index] for roles in (ATTENTION_ROLES, MLP_ROLES)
+    ]
     groups = [roles for roles in groups if roles]
     figure, panels = plt.subplots(
-        len(groups), 1, figsize=(13, 5), sharex=True, squeeze=False, height_ratios=[len(roles) for roles in groups]
+        len(groups),
+        1,
+        figsize=(13, 5),
+        sharex=True,
+        squeeze=False,
+        height_ratios=[len(roles) for roles in groups],
     )
     size = min(8.0, 600 / grid.shape[1])
     marks = (
         ((share >= AT_CEILING) & (share <= FAR_ABOVE_CEILING), "o", ORANGE, "at the ceiling"),
-        (share > FAR_ABOVE_CEILING, "X", VERMILLION, f"more than {FAR_ABOVE_CEILING - 1:.0%} above the ceiling"),
+        (
+            share > FAR_ABOVE_CEILING,
+            "X",
+            VERMILLION,
+            f"more than {FAR_ABOVE_CEILING - 1:.0%} above the ceiling",
+        ),
     )
     for axes, roles in zip(panels[:, 0], groups, strict=True):
         low, high, extend = _condition_limits(grid.loc[roles].to_numpy(), limits[roles].max())
         shown = grid.loc[roles].clip(low, 1.01 * high)
-        image = _heatmap(axes, shown, spectra, LogNorm(low, high), plt.get_cmap("cividis").with_extremes(over=VERMILLION))
+        image = _heatmap(
+            axes,
+            shown,
+            spectra,
+            LogNorm(low, high),
+            plt.get_cmap("cividis").with_extremes(over=VERMILLION),
+        )
         bar = figure.colorbar(image, ax=axes, pad=0.01, extend=extend, label="condition number")
         plain_log_axis(bar.ax.yaxis)
         for mask, marker, color, text in marks:
             rows, layers = np.nonzero(mask.loc[roles].to_numpy())
-            style = {"color": color, "markeredgecolor": BLACK, "markeredgewidth": 0.5, "markersize": size}
+            style = {
+                "color": color,
+                "markeredgecolor": BLACK,
+                "markeredgewidth": 0.5,
+                "markersize": size,
+            }
             label = f"{text}: {int(mask.to_numpy().sum())} of {grid.size} matrices"
-            axes.plot(layers, rows, marker, label=label if share.notna().any(axis=None) and roles is groups[0] else "", **style)
+            axes.plot(
+                layers,
+                rows,
+                marker,
+                label=label if share.notna().any(axis=None) and roles is groups[0] else "",
+                **style,
+            )
         for ceiling in sorted(set(limits[roles]) - {0.0}):
             named = ", ".join(_short(role) for role in roles if limits[role] == ceiling)
             on_scale = low <= ceiling <= high
             if on_scale:  # across the bar and its frame, which at the scale's end would hide it
-                bar.ax.axhline(ceiling, -0.7, 1.4, color=VERMILLION, linewidth=2, clip_on=False, in_layout=False, zorder=5)
+                bar.ax.axhline(
+                    ceiling,
+                    -0.7,
+                    1.4,
+                    color=VERMILLION,
+                    linewidth=2,
+                    clip_on=False,
+                    in_layout=False,
+                    zorder=5,
+                )
             text = f"ceiling {ceiling:,.0f}{'' if enforced else ' (for reference)'}: {named}"
-            axes.plot([], [], color=VERMILLION, linewidth=2, label=text if on_scale else f"{text} (beyond the scale)")
+            axes.plot(
+                [],
+                [],
+                color=VERMILLION,
+                linewidth=2,
+                label=text if on_scale else f"{text} (beyond the scale)",
+            )
         if roles is not groups[-1]:
             axes.set_xlabel("")
-    panels[0, 0].set_title(_remarks(spectra, ceilings if enforced else {}), fontsize=10.5, fontweight="normal")
-    handles = [handle for axes in panels[:, 0] for handle in axes.get_legend_handles_labels()[0] if handle.get_label()]
+    panels[0, 0].set_title(
+        _remarks(spectra, ceilings if enforced else {}), fontsize=10.5, fontweight="normal"
+    )
+    handles = [
+        handle
+        for axes in panels[:, 0]
+        for handle in axes.get_legend_handles_labels()[0]
+        if handle.get_label()
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return figure
 
 
 def _condition_limits(conditions: np.ndarray, ceiling: float) -> tuple[float, float, str]:
-    """Ends of a logarithmic scale and the side a colour bar extends: up to ten times their median, or a bit above `ceiling`.
+    """Ends of a logarithmic scale and the side a colour bar extends: up to ten times their median,
+    or a bit above `ceiling`.
 
-    A ceiling close above them is on the scale, and it spans a fifth at least, so that rounding is not made a pattern.
+    A ceiling close above them is on the scale, and it spans a fifth at least, so that rounding is
+    not made a pattern.
     """
     known = conditions[~np.isnan(conditions)]
     if not np.isfinite(known).any():
         return 1.0, 10.0, "max" if known.size else "neither"
     low, middle = known.min(), np.median(known[np.isfinite(known)])
     high = max(known[known <= max(10 * middle, FAR_ABOVE_CEILING * ceiling)].max(), 1.2 * low)
-    return low, ceiling if high < ceiling < 1.5 * high else high, "max" if known.max() > high else "neither"
+    return (
+        low,
+        ceiling if high < ceiling < 1.5 * high else high,
+        "max" if known.max() > high else "neither",
+    )
 
 
 def _remarks(spectra: pd.DataFrame, ceilings: Mapping[str, float]) -> str:
     remarks = []
     for head in spectra[spectra["role"] == "lm_head"].itertuples():
-        ceiling, condition = ceilings.get("lm_head", 0.0), size_text(head.condition) if head.condition_reliable else "–"
-        remarks.append(f"LM head: condition {condition}" + (f" (ceiling {ceiling:,.0f})" if ceiling else ""))
+        ceiling, condition = (
+            ceilings.get("lm_head", 0.0),
+            size_text(head.condition) if head.condition_reliable else "–",
+        )
+        remarks.append(
+            f"LM head: condition {condition}" + (f" (ceiling {ceiling:,.0f})" if ceiling else "")
+        )
     if not_finite := int((~spectra["finite"]).sum()):
-        remarks.append(f"NaN or infinite values (grey): {not_finite} matri{'x' if not_finite == 1 else 'ces'}")
+        remarks.append(
+            f"NaN or infinite values (grey): {not_finite} matri{'x' if not_finite == 1 else 'ces'}"
+        )
     if (spectra["finite"] & ~spectra["condition_reliable"]).any():
         remarks.append("16-bit weights: conditions are not reliable")
     return ";   ".join(remarks)
@@ -111,13 +193,19 @@ def _remarks(spectra: pd.DataFrame, ceilings: Mapping[str, float]) -> str:
 
 @styled
 def plot_ridgeline(singular_values: Mapping[tuple[int, str], np.ndarray], role: str) -> Figure:
-    """The spectrum of `role` in every layer, one above the other: density of log σ, with dots at the largest and the smallest σ.
+    """The spectrum of `role` in every layer, one above the other: density of log σ, with dots at
+    the largest and the smallest σ.
 
-    More than 30 layers stand in several panels. Of a singular matrix the dot stands at the smallest σ above zero. Raises
-    ValueError for a role that is not there, or whose matrices are all zero or not finite.
+    More than 30 layers stand in several panels. Of a singular matrix the dot stands at the smallest
+    σ above zero. Raises ValueError for a role that is not there, or whose matrices are all zero or
+    not finite.
     """
     layers = _layers_with(singular_values, role)
-    spectra = {layer: values[values > 0] for layer in layers if (values := singular_values[layer, role])[0] > 0}
+    spectra = {
+        layer: values[values > 0]
+        for layer in layers
+        if (values := singular_values[layer, role])[0] > 0
+    }
     if not spectra:
         raise ValueError(f"Every {role} is zero or not finite; there is no spectrum to draw.")
     low = np.log10(min(values[-1] for values in spectra.values()))
@@ -126,7 +214,10 @@ def plot_ridgeline(singular_values: Mapping[tuple[int, str], np.ndarray], role: 
     grid = np.linspace(low - margin, high + margin, 400)
     densities = {layer: _density(np.log10(values), grid) for layer, values in spectra.items()}
     tallest = max(density.max() for density in densities.values())
-    columns = np.array_split(np.arange(min(layers), max(layers) + 1), math.ceil((max(layers) - min(layers) + 1) / _RIDGES))
+    columns = np.array_split(
+        np.arange(min(layers), max(layers) + 1),
+        math.ceil((max(layers) - min(layers) + 1) / _RIDGES),
+    )
     rows = len(columns[0])
     overlap = 1.6 + 0.025 * rows  # height of the tallest ridge, in layers
     size = (9 if len(columns) == 1 else 13, 3.2 + min(6.0, 0.35 * rows))
@@ -137,12 +228,23 @@ def plot_ridgeline(singular_values: Mapping[tuple[int, str], np.ndarray], role: 
             if layer not in spectra:
                 continue
             ridge = layer - overlap * densities[layer] / tallest
-            ridge[(10**grid > spectra[layer][0]) | (10**grid < spectra[layer][-1])] = np.nan  # not beyond the spectrum
-            axes.fill_between(10**grid, layer, ridge, color=shade, alpha=0.9, linewidth=0, zorder=order)
+            ridge[(10**grid > spectra[layer][0]) | (10**grid < spectra[layer][-1])] = (
+                np.nan
+            )  # not beyond the spectrum
+            axes.fill_between(
+                10**grid, layer, ridge, color=shade, alpha=0.9, linewidth=0, zorder=order
+            )
             axes.plot(10**grid, ridge, color="white", linewidth=0.9, zorder=order)
             ends = spectra[layer][[0, -1]]
             axes.plot(ends, [layer, layer], color=shade, linewidth=0.8, zorder=order)
-            axes.plot(ends, [layer, layer], ".", color=VERMILLION, markersize=7 if rows <= 15 else 5, zorder=rows + 1)
+            axes.plot(
+                ends,
+                [layer, layer],
+                ".",
+                color=VERMILLION,
+                markersize=7 if rows <= 15 else 5,
+                zorder=rows + 1,
+            )
         axes.set_xlim(10 ** grid[0], 10 ** grid[-1])
         plain_log_axis(axes.xaxis)
         axes.set_ylim(column[0] + rows - 1 + 0.04 * rows, column[0] - overlap - 0.3)
@@ -156,27 +258,46 @@ def plot_ridgeline(singular_values: Mapping[tuple[int, str], np.ndarray], role: 
 
 @styled
 def plot_copies(
-    singular_values: Mapping[tuple[int, str], np.ndarray], role: str, source_layer: int, source_layers: int
+    singular_values: Mapping[tuple[int, str], np.ndarray],
+    role: str,
+    source_layer: int,
+    source_layers: int,
 ) -> Figure:
-    """The copies of one source block side by side: above each spectrum on the mean of the copies, below its deviation from it.
+    """The copies of one source block side by side: above each spectrum on the mean of the copies,
+    below its deviation from it.
 
-    More than six copies stand in several rows. A copy that is not finite is left out of the mean. Raises ValueError if there is
-    no such block, or if it has more than `MOST_COPIES` copies.
+    More than six copies stand in several rows. A copy that is not finite is left out of the mean.
+    Raises ValueError if there is no such block, or if it has more than `MOST_COPIES` copies.
     """
-    layers = [layer for layer in _layers_with(singular_values, role) if layer % source_layers == source_layer]
+    layers = [
+        layer
+        for layer in _layers_with(singular_values, role)
+        if layer % source_layers == source_layer
+    ]
     if not layers:
-        raise ValueError(f"There is no {role} of source block {source_layer}; blocks go from 0 to {source_layers - 1}.")
+        raise ValueError(
+            f"There is no {role} of source block {source_layer}; blocks go from 0 to"
+            f" {source_layers - 1}."
+        )
     if len(layers) > MOST_COPIES:
-        raise ValueError(f"Source block {source_layer} has {len(layers)} copies; side by side can stand {MOST_COPIES} at most.")
+        raise ValueError(
+            f"Source block {source_layer} has {len(layers)} copies; side by side can stand"
+            f" {MOST_COPIES} at most."
+        )
     spectra = np.stack([singular_values[layer, role] for layer in layers])
     finite = np.isfinite(spectra[:, 0])
     mean = spectra[finite].mean(axis=0) if finite.any() else spectra[0]
     index = np.arange(1, len(mean) + 1)
     across, down = min(len(layers), _ACROSS), math.ceil(len(layers) / _ACROSS)
     figure, panels = plt.subplots(
-        2 * down, across, figsize=(3.1 * across + 0.8, 6 * down), sharex=True, sharey="row", squeeze=False,
+        2 * down,
+        across,
+        figsize=(3.1 * across + 0.8, 6 * down),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
         height_ratios=(3, 2) * down,
-    )  # fmt: skip
+    )
     uppers, lowers = panels[::2], panels[1::2]
     for order, (layer, values) in enumerate(zip(layers, spectra, strict=True)):
         above, below = uppers.flat[order], lowers.flat[order]
@@ -217,14 +338,18 @@ _DIVERGENCE_PANELS = {
 
 @styled
 def plot_divergence(divergence: pd.DataFrame) -> Figure:
-    """Distance, movement and subspace overlap of the copies by role; dashes mark the overlap that chance gives.
+    """Distance, movement and subspace overlap of the copies by role; dashes mark the overlap that
+    chance gives.
 
-    `divergence` is what `copies.copy_divergence` returns, or several of them with a column `step`: then the steps run along the
-    axis, else the source blocks. Lines are means over pairs of copies (and over blocks, where the steps run).
+    `divergence` is what `copies.copy_divergence` returns, or several of them with a column `step`:
+    then the steps run along the axis, else the source blocks. Lines are means over pairs of copies
+    (and over blocks, where the steps run).
     """
     along, chance = _along(divergence, "source_layer"), []
     panels = [column for column in _DIVERGENCE_PANELS if column in divergence]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels) + 0.4, 4.6), squeeze=False, sharex=True)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.7 * len(panels) + 0.4, 4.6), squeeze=False, sharex=True
+    )
     for panel, column in zip(axes[0], panels, strict=True):
         title, unit = _DIVERGENCE_PANELS[column]
         _lines_by_role(panel, divergence, along, column)
@@ -241,24 +366,38 @@ def plot_divergence(divergence: pd.DataFrame) -> Figure:
         step_axis(panel)
         if along != "step":
             panel.set_xlabel("source block")
-    figure.legend(handles=axes[0, 0].get_legend_handles_labels()[0] + chance, loc="outside lower center", ncols=8)
+    figure.legend(
+        handles=axes[0, 0].get_legend_handles_labels()[0] + chance,
+        loc="outside lower center",
+        ncols=8,
+    )
     return figure
 
 
 def _mark_chance(axes: Axes, divergence: pd.DataFrame) -> Line2D:
-    """Dashes where chance lies, which depends on a role's shape; returns a line whose label tells all of it."""
+    """Dashes where chance lies, which depends on a role's shape; returns a line whose label tells
+    all of it.
+    """
     roles_at = divergence.groupby("chance_overlap")["role"].unique()
-    told = [f"{level:.2f} ({', '.join(_short(role) for role in ROLES if role in roles)})" for level, roles in roles_at.items()]
-    lines = [axes.axhline(level, color=BLACK, linestyle=(0, (6, 4)), linewidth=0.9) for level in roles_at.index]
+    told = [
+        f"{level:.2f} ({', '.join(_short(role) for role in ROLES if role in roles)})"
+        for level, roles in roles_at.items()
+    ]
+    lines = [
+        axes.axhline(level, color=BLACK, linestyle=(0, (6, 4)), linewidth=0.9)
+        for level in roles_at.index
+    ]
     lines[0].set_label(f"chance {', '.join(told)}" if len(told) > 1 else "chance")
     return lines[0]
 
 
 @styled
 def plot_inheritance(inheritance: pd.DataFrame) -> Figure:
-    """How far each spectrum's shape has moved from its source's: over the training steps by role, or by layer and role.
+    """How far each spectrum's shape has moved from its source's: over the training steps by role,
+    or by layer and role.
 
-    `inheritance` is what `copies.inheritance` returns, or several of them with a column `step`. Lines are means over layers.
+    `inheritance` is what `copies.inheritance` returns, or several of them with a column `step`.
+    Lines are means over layers.
     """
     unit = "RMSE of ln(σᵢ/σ₁) against the source"
     if _along(inheritance, "layer") == "step":
@@ -271,10 +410,20 @@ def plot_inheritance(inheritance: pd.DataFrame) -> Figure:
         return figure
     grid = _role_grid(inheritance, "rmse")
     figure, axes = plt.subplots(figsize=(13, 4.2))
-    image = _heatmap(axes, grid, inheritance, Normalize(0, max(float(grid.fillna(0.0).to_numpy().max()), 1e-6)), "cividis")
+    image = _heatmap(
+        axes,
+        grid,
+        inheritance,
+        Normalize(0, max(float(grid.fillna(0.0).to_numpy().max()), 1e-6)),
+        "cividis",
+    )
     figure.colorbar(image, ax=axes, pad=0.01, label=unit.replace(" against", "\nagainst"))
     heads = inheritance[inheritance["role"] == "lm_head"]
-    axes.set_title("" if heads.empty else f"LM head: RMSE {heads['rmse'].max():.3f}", fontsize=10.5, fontweight="normal")
+    axes.set_title(
+        "" if heads.empty else f"LM head: RMSE {heads['rmse'].max():.3f}",
+        fontsize=10.5,
+        fontweight="normal",
+    )
     return figure
 
 
@@ -289,29 +438,49 @@ def _lines_by_role(axes: Axes, frame: pd.DataFrame, along: str, column: str) -> 
     for role in [role for role in ROLES if role in set(base_roles)]:
         line = frame[base_roles == role].groupby(along)[column].mean()
         marker = "o" if len(line) <= 30 else None
-        axes.plot(line.index, line, marker=marker, markersize=3.5, linewidth=1.5, label=role, **ROLE_LINES[role])
+        axes.plot(
+            line.index,
+            line,
+            marker=marker,
+            markersize=3.5,
+            linewidth=1.5,
+            label=role,
+            **ROLE_LINES[role],
+        )
 
 
 def _layers_with(singular_values: Mapping[tuple[int, str], np.ndarray], role: str) -> list[int]:
     layers = sorted(layer for layer, name in singular_values if name == role)
     if not layers:
         raise ValueError(
-            f"There is no role {role!r}; these spectra have {', '.join(sorted({name for _, name in singular_values}))}."
+            f"There is no role {role!r}; these spectra have"
+            f" {', '.join(sorted({name for _, name in singular_values}))}."
         )
     return layers
 
 
 def _density(samples: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Gaussian kernel density with half of Silverman's bandwidth: spectra have edges that the full one would blur."""
-    spread = min(samples.std(), (np.quantile(samples, 0.75) - np.quantile(samples, 0.25)) / 1.34) or samples.std()
+    """Gaussian kernel density with half of Silverman's bandwidth: spectra have edges that the full
+    one would blur.
+    """
+    spread = (
+        min(samples.std(), (np.quantile(samples, 0.75) - np.quantile(samples, 0.25)) / 1.34)
+        or samples.std()
+    )
     bandwidth = max(0.45 * spread * len(samples) ** -0.2, 1.5 * (grid[1] - grid[0]))
-    return np.exp(-0.5 * ((grid[:, None] - samples) / bandwidth) ** 2).sum(axis=1) / (len(samples) * bandwidth)
+    return np.exp(-0.5 * ((grid[:, None] - samples) / bandwidth) ** 2).sum(axis=1) / (
+        len(samples) * bandwidth
+    )
 
 
 def _role_grid(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     """Roles × layers of the blocks, with the worst expert of a mixture."""
     blocks = frame[frame["layer"] != HEAD_LAYER]
-    grid = blocks.groupby([blocks["role"].str.partition("[")[0], "layer"])[column].max().unstack("layer")
+    grid = (
+        blocks.groupby([blocks["role"].str.partition("[")[0], "layer"])[column]
+        .max()
+        .unstack("layer")
+    )
     return grid.reindex(index=[role for role in ROLES if role in grid.index])
 
 
@@ -323,7 +492,9 @@ def _tick_step(count: int) -> int:
     return next(step for step in (1, 2, 5, 10) if count / step <= 15)
 
 
-def _heatmap(axes: Axes, grid: pd.DataFrame, frame: pd.DataFrame, norm: Normalize, colors: str | Colormap) -> AxesImage:
+def _heatmap(
+    axes: Axes, grid: pd.DataFrame, frame: pd.DataFrame, norm: Normalize, colors: str | Colormap
+) -> AxesImage:
     image = axes.imshow(grid, aspect="auto", norm=norm, interpolation="nearest", cmap=colors)
     axes.set_facecolor("#BBBBBB")  # cells without a finite value
     axes.grid(visible=False)

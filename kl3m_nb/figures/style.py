@@ -1,8 +1,8 @@
 """The look of every figure, and how one is saved.
 
-Okabe and Ito's palette and cividis, which the colour-blind can tell apart, told apart again by dash or marker so that a grey
-print can be read. A figure belongs to no window: it is closed for pyplot when it is returned, is shown as the value of a
-notebook cell, and does not pile up.
+Okabe and Ito's palette and cividis, which the colour-blind can tell apart, told apart again by dash
+or marker so that a grey print can be read. A figure belongs to no window: it is closed for pyplot
+when it is returned, is shown as the value of a notebook cell, and does not pile up.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from kl3m_nb.common.files import naming, replace_text, unlinked
 
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILLION, PURPLE = (
+    "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
+)
 
 
 GREY = "#767676"
@@ -33,11 +35,17 @@ SEQUENCE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 ROLE_LINES = {
     role: {"color": color, "linestyle": dashes}
     for role, color, dashes in (
-        ("q_proj", BLUE, "-"), ("k_proj", SKY, "--"), ("v_proj", GREEN, "-."), ("o_proj", BLACK, ":"),
-        ("gate_proj", VERMILLION, "-"), ("gate_up_proj", VERMILLION, "-"), ("up_proj", ORANGE, "--"), ("down_proj", PURPLE, "-."),
+        ("q_proj", BLUE, "-"),
+        ("k_proj", SKY, "--"),
+        ("v_proj", GREEN, "-."),
+        ("o_proj", BLACK, ":"),
+        ("gate_proj", VERMILLION, "-"),
+        ("gate_up_proj", VERMILLION, "-"),
+        ("up_proj", ORANGE, "--"),
+        ("down_proj", PURPLE, "-."),
         ("lm_head", GREY, "-"),
     )
-}  # fmt: skip
+}
 
 
 STYLE = {
@@ -83,7 +91,9 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame) -> Path:
-    """Writes `name`.png, `name`.pdf and the figure's numbers as `name`.csv into `folder`; returns the path of the PNG."""
+    """Writes `name`.png, `name`.pdf and the figure's numbers as `name`.csv into `folder`; returns
+    the path of the PNG.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE), naming(folder / f"{name}.png"):
@@ -107,7 +117,8 @@ def percent_axis(axis: Axis) -> None:
 
 
 def plain_log_axis(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers, also between the powers of ten where the data span few; call it after plotting.
+    """A logarithmic axis with plain numbers, also between the powers of ten where the data span
+    few; call it after plotting.
 
     An axis on which nothing is positive stays as it is.
     """
@@ -116,7 +127,9 @@ def plain_log_axis(axis: Axis) -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    fewer = {"numticks": 5} if decades > 5 else {}  # every other power of ten: 0.0001 and its neighbours would touch
+    fewer = (
+        {"numticks": 5} if decades > 5 else {}
+    )  # every other power of ten: 0.0001 and its neighbours would touch
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.2 else (1.0,), **fewer))
     axis.set_major_formatter("{x:,g}")
     axis.set_minor_formatter(NullFormatter())

@@ -1,6 +1,8 @@
 """When a run will meet a reference loss, by a law that knows its schedule, or why nobody can say.
 
-The law is that of arXiv:2408.11029; the width of its band was measured on real runs, see `CALIBRATED`."""
+The law is that of arXiv:2408.11029; the width of its band was measured on real runs, see
+`CALIBRATED`.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ from kl3m_nb.profiles import ScheduleSpec
 class Forecast:
     """At which evaluation a run first meets a reference loss, as far as that can be known.
 
-    `low` and `high` are the ends of the 95% interval, steps at which the run is evaluated; `step` lies between them. `status` is
-    "met" (all three are the step it was met at), "forecast", "not before" (`high` is infinite: it may not come in this run),
-    "never" (the run has ended; all three are infinite), or "unknowable" (all three are NaN). `reason` says what the status rests
-    on. `curve` is the law with its band, columns step, loss, low, high; empty when nothing was fitted.
+    `low` and `high` are the ends of the 95% interval, steps at which the run is evaluated; `step`
+    lies between them. `status` is "met" (all three are the step it was met at), "forecast", "not
+    before" (`high` is infinite: it may not come in this run), "never" (the run has ended; all three
+    are infinite), or "unknowable" (all three are NaN). `reason` says what the status rests on.
+    `curve` is the law with its band, columns step, loss, low, high; empty when nothing was fitted.
     """
 
     reference_loss: float
@@ -39,12 +42,17 @@ class Forecast:
     def __str__(self) -> str:
         told = {
             "met": f"met at step {self.step:,.0f}",
-            "forecast": f"expected at step {self.step:,.0f}, 95% interval {self.low:,.0f} to {self.high:,.0f}",
+            "forecast": (
+                f"expected at step {self.step:,.0f}, 95% interval {self.low:,.0f} to"
+                f" {self.high:,.0f}"
+            ),
             "not before": f"not before step {self.low:,.0f} (95%), perhaps not in this run",
             "never": "not met",
             "unknowable": "not to be known",
         }
-        return f"loss {self.reference_loss:.3f} {told[self.status]}" + (f": {self.reason}" if self.reason else "")
+        return f"loss {self.reference_loss:.3f} {told[self.status]}" + (
+            f": {self.reason}" if self.reason else ""
+        )
 
 
 FIRST_CUT = 0.3  # share of the planned steps before which no forecast was tested, and none is made
@@ -53,25 +61,36 @@ FIRST_CUT = 0.3  # share of the planned steps before which no forecast was teste
 CUTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-CALIBRATED = (  # each run judged by a band that was measured on the others; a test counts them again
-    "4,509 of 4,530 forecasts held (99.5%) on evaluations held back; of the 50 with an upper end 50. They are of 36 small runs, "
-    "27 from scratch and 9 grown (1,074 of 1,095 held)"
+# each run judged by a band that was measured on the others; a test counts them again
+CALIBRATED = (
+    "4,509 of 4,530 forecasts held (99.5%) on evaluations held back; of the 50 with an upper end"
+    " 50. They are of 36 small runs, 27 from scratch and 9 grown (1,074 of 1,095 held)"
 )
 
 
-def forecast_match(held_out: pd.DataFrame, reference_loss: float, planned: ScheduleSpec) -> Forecast:
-    """When the run meets `reference_loss`: from its evaluations if it has, else by a law that knows its schedule `planned`.
+def forecast_match(
+    held_out: pd.DataFrame, reference_loss: float, planned: ScheduleSpec
+) -> Forecast:
+    """When the run meets `reference_loss`: from its evaluations if it has, else by a law that knows
+    its schedule `planned`.
 
-    The interval is where the band of `loss_law` comes down to the reference, at the steps of the coming evaluations, so it begins
-    after the last evaluated step and ends with the plan. The forecast is refused, with the reason, when there are fewer than 6
-    evaluations after the warmup and the first quarter of the run, and before 30% of the planned steps, where none was tested.
+    The interval is where the band of `loss_law` comes down to the reference, at the steps of the
+    coming evaluations, so it begins after the last evaluated step and ends with the plan. The
+    forecast is refused, with the reason, when there are fewer than 6 evaluations after the warmup
+    and the first quarter of the run, and before 30% of the planned steps, where none was tested.
     Raises ValueError like `quality_match`, and for a plan that ends before the last evaluation.
     """
     outlook = _outlook(held_out, planned)
     status, steps = outlook.forecast(reference_loss)
     names = ("step", "loss", "low", "high")
-    curve = pd.DataFrame(dict(zip(names, outlook.band, strict=True))) if outlook.band else pd.DataFrame()
-    return Forecast(float(reference_loss), status, *steps, "" if status == "met" else outlook.reason, curve)
+    curve = (
+        pd.DataFrame(dict(zip(names, outlook.band, strict=True)))
+        if outlook.band
+        else pd.DataFrame()
+    )
+    return Forecast(
+        float(reference_loss), status, *steps, "" if status == "met" else outlook.reason, curve
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +100,9 @@ class _Outlook:
     steps: np.ndarray
     losses: np.ndarray
     reason: str  # what it rests on, or why it is refused
-    band: tuple[np.ndarray, ...]  # step, loss, low, high of the coming evaluations; empty when refused
+    band: tuple[
+        np.ndarray, ...
+    ]  # step, loss, low, high of the coming evaluations; empty when refused
     has_ended: bool
 
     def forecast(self, loss: float) -> tuple[str, tuple[float, float, float]]:
@@ -93,7 +114,11 @@ class _Outlook:
             return "unknowable", (math.nan,) * 3
         later, *levels = self.band
         middle, low, high = (_first_step(later, level <= loss) for level in levels)
-        return "not before" if math.isinf(high) else "forecast", (middle, min(low, float(later[-1])), high)
+        return "not before" if math.isinf(high) else "forecast", (
+            middle,
+            min(low, float(later[-1])),
+            high,
+        )
 
 
 def _outlook(held_out: pd.DataFrame, planned: ScheduleSpec) -> _Outlook:
@@ -101,13 +126,19 @@ def _outlook(held_out: pd.DataFrame, planned: ScheduleSpec) -> _Outlook:
     steps, losses = curve["step"].to_numpy(int), curve["held_out_loss"].to_numpy(float)
     begin, last, end = steps[0], steps[-1], planned.max_steps
     if end < last:
-        raise ValueError(f"max_steps is {end}, but the run was evaluated at step {last}; give the run's own schedule.")
+        raise ValueError(
+            f"max_steps is {end}, but the run was evaluated at step {last}; give the run's own"
+            " schedule."
+        )
     fitted = int(usable(steps, planned).sum())
     refused = ""
     if last == end:
         refused = f"the run has ended, its best is {losses.min():.3f}"
     elif fitted < FEWEST_EVALUATIONS:
-        refused = f"{fitted} evaluations after the warmup and the first quarter of the run are too few to extrapolate"
+        refused = (
+            f"{fitted} evaluations after the warmup and the first quarter of the run are too few to"
+            " extrapolate"
+        )
     elif last - begin < FIRST_CUT * (end - begin):
         refused = f"less than {FIRST_CUT:.0%} of the {end:,} planned steps were seen"
     if refused:
@@ -121,11 +152,13 @@ def _outlook(held_out: pd.DataFrame, planned: ScheduleSpec) -> _Outlook:
 
 
 def back_test(held_out: pd.DataFrame, planned: ScheduleSpec) -> pd.DataFrame:
-    """How forecasts made earlier in a run have turned out: a row for each of `CUTS` that allows one, and each loss asked for.
+    """How forecasts made earlier in a run have turned out: a row for each of `CUTS` that allows
+    one, and each loss asked for.
 
-    Asked is for every new minimum of the evaluations that were held back, and for losses 0.05 and 0.1 below all, which were not
-    met. Columns: `seen`, the last step that the forecast knew; `reference_loss`; `status`, `low` and `high` of the forecast;
-    `step`, the first evaluated one that met the loss, infinite when none did; `held`, whether the interval holds it.
+    Asked is for every new minimum of the evaluations that were held back, and for losses 0.05 and
+    0.1 below all, which were not met. Columns: `seen`, the last step that the forecast knew;
+    `reference_loss`; `status`, `low` and `high` of the forecast; `step`, the first evaluated one
+    that met the loss, infinite when none did; `held`, whether the interval holds it.
     """
     curve = checked_curve(held_out, "step")
     steps, losses = curve["step"].to_numpy(int), curve["held_out_loss"].to_numpy(float)
@@ -134,7 +167,11 @@ def back_test(held_out: pd.DataFrame, planned: ScheduleSpec) -> pd.DataFrame:
         seen = steps <= steps[0] + cut * (planned.max_steps - steps[0])
         outlook = _outlook(curve[seen], planned)
         later, level = steps[~seen], losses[~seen]
-        for loss in (*np.unique(np.minimum.accumulate(level)), losses.min() - 0.05, losses.min() - 0.1):
+        for loss in (
+            *np.unique(np.minimum.accumulate(level)),
+            losses.min() - 0.05,
+            losses.min() - 0.1,
+        ):
             status, (_, low, high) = outlook.forecast(loss)
             if status not in ("forecast", "not before"):
                 continue
@@ -142,7 +179,9 @@ def back_test(held_out: pd.DataFrame, planned: ScheduleSpec) -> pd.DataFrame:
             # that it was not met so far is against a forecast only when it was to be met by now
             held = high > steps[-1] if math.isinf(step) else low <= step <= high
             rows.append((outlook.steps[-1], loss, status, low, high, step, held))
-    return pd.DataFrame(rows, columns=["seen", "reference_loss", "status", "low", "high", "step", "held"])
+    return pd.DataFrame(
+        rows, columns=["seen", "reference_loss", "status", "low", "high", "step", "held"]
+    )
 
 
 def coverage(tested: pd.DataFrame) -> str:
@@ -150,8 +189,13 @@ def coverage(tested: pd.DataFrame) -> str:
     if tested.empty:
         return "no forecast could be tested on evaluations held back"
     ended = tested[tested["status"] == "forecast"]
-    held = f"{tested['held'].sum():,} of {len(tested):,} forecasts held ({tested['held'].mean():.1%})"
-    return f"{held} on evaluations held back; of the {len(ended):,} with an upper end {ended['held'].sum():,}"
+    held = (
+        f"{tested['held'].sum():,} of {len(tested):,} forecasts held ({tested['held'].mean():.1%})"
+    )
+    return (
+        f"{held} on evaluations held back; of the {len(ended):,} with an upper end"
+        f" {ended['held'].sum():,}"
+    )
 
 
 def _first_step(steps: np.ndarray, met: np.ndarray) -> float:
@@ -161,13 +205,19 @@ def _first_step(steps: np.ndarray, met: np.ndarray) -> float:
 FEWEST_EVALUATIONS = 6  # twice the parameters of the law
 
 
-FIRST_SHARE = 0.25  # evaluations before this share of what was seen are left out: the first fall follows another law
+# evaluations before this share of what was seen are left out: the first fall follows another law
+FIRST_SHARE = 0.25
 
 
-SCATTERS = 3.0  # how many standard deviations of the evaluations the width has beside the law's fall
+SCATTERS = (
+    3.0  # how many standard deviations of the evaluations the width has beside the law's fall
+)
 
 
-BELOW, ABOVE = 2.443, 0.871  # multiples of the width, from `calibrate` on benchmarks/results/loss_curves.csv
+BELOW, ABOVE = (
+    2.443,
+    0.871,
+)  # multiples of the width, from `calibrate` on benchmarks/results/loss_curves.csv
 
 
 class Band(NamedTuple):
@@ -188,13 +238,18 @@ class Band(NamedTuple):
 
 
 def usable(steps: np.ndarray, planned: ScheduleSpec) -> np.ndarray:
-    """Which evaluations the law is fitted to: those after the first quarter of what was seen and after the warmup."""
+    """Which evaluations the law is fitted to: those after the first quarter of what was seen and
+    after the warmup.
+    """
     begins = steps[0] + max(planned.warmup_steps, FIRST_SHARE * (steps[-1] - steps[0]))
     return (steps > steps[0]) & (steps >= begins)
 
 
-def fit_band(steps: np.ndarray, losses: np.ndarray, planned: ScheduleSpec, later: np.ndarray) -> Band:
-    """The law fitted to the usable ones of the evaluations `losses` at `steps`, at the steps `later`, all within `planned`.
+def fit_band(
+    steps: np.ndarray, losses: np.ndarray, planned: ScheduleSpec, later: np.ndarray
+) -> Band:
+    """The law fitted to the usable ones of the evaluations `losses` at `steps`, at the steps
+    `later`, all within `planned`.
 
     `steps` rise and begin where the run began, at 0 unless it continued a model.
     """
@@ -214,18 +269,29 @@ def _terms(steps: np.ndarray, first_step: int, planned: ScheduleSpec) -> np.ndar
     """[steps, 3]: 1, ln S1, 1 − lr / lr_peak, after that many updates."""
     rates = _rates(first_step, planned)
     index = np.asarray(steps, dtype=int) - first_step - 1
-    return np.column_stack([np.ones(len(index)), np.log(np.cumsum(rates)[index]), 1.0 - rates[index]])
+    return np.column_stack(
+        [np.ones(len(index)), np.log(np.cumsum(rates)[index]), 1.0 - rates[index]]
+    )
 
 
 @functools.cache
 def _rates(first_step: int, planned: ScheduleSpec) -> np.ndarray:
-    return np.array([lr_factor(update, planned, first_step) for update in range(first_step, planned.max_steps)])
+    return np.array(
+        [lr_factor(update, planned, first_step) for update in range(first_step, planned.max_steps)]
+    )
 
 
-def calibrate(bands: list[Band], truths: list[np.ndarray], share: float = 0.97) -> tuple[float, float]:
-    """(below, above): the multiples of the width at which a `share` of the bands hold all of their later losses `truths`."""
+def calibrate(
+    bands: list[Band], truths: list[np.ndarray], share: float = 0.97
+) -> tuple[float, float]:
+    """(below, above): the multiples of the width at which a `share` of the bands hold all of their
+    later losses `truths`.
+    """
     below, above = (
-        [float(np.max(sign * (band.loss - truth) / band.width)) for band, truth in zip(bands, truths, strict=True)]
+        [
+            float(np.max(sign * (band.loss - truth) / band.width))
+            for band, truth in zip(bands, truths, strict=True)
+        ]
         for sign in (1, -1)
     )
     level = 1 - (1 - share) / 2

@@ -1,12 +1,15 @@
-"""Growing in depth: a deeper checkpoint made from a shallower one's blocks (G_stack, arXiv:2405.15319).
+"""Growing in depth: a deeper checkpoint made from a shallower one's blocks (G_stack,
+arXiv:2405.15319).
 
-Cyclic stacking makes target block i a copy of source block i mod L; embedding, final norm and head are copied once, nothing
-is rescaled. Copies go as bytes from file to file, one tensor at a time: no model in memory, exact in any dtype. The operators
-that the paper compares it with are here too. What they draw at random follows from a seed and the tensor's name, so every one
-of them can be verified tensor by tensor.
+Cyclic stacking makes target block i a copy of source block i mod L; embedding, final norm and head
+are copied once, nothing is rescaled. Copies go as bytes from file to file, one tensor at a time: no
+model in memory, exact in any dtype. The operators that the paper compares it with are here too.
+What they draw at random follows from a seed and the tensor's name, so every one of them can be
+verified tensor by tensor.
 
-A source is a decoder that holds its embedding, its final norm and all of its blocks, which are of one kind. Where a family's
-config.json sets one layer apart from another, the stack's config.json writes it down for every layer.
+A source is a decoder that holds its embedding, its final norm and all of its blocks, which are of
+one kind. Where a family's config.json sets one layer apart from another, the stack's config.json
+writes it down for every layer.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ NEW_BLOCK = -1  # the "source" of a block that is drawn at random
 _NOT_COPIED = (*WEIGHT_ENDINGS, STACK_RECORD, "README.md")
 
 
-# What writes into the residual stream; with these at zero a block passes its input on unchanged. w2 is Mixtral's down_proj.
+# What writes into the residual stream; with these at zero a block passes its input on unchanged. w2
+# is Mixtral's down_proj.
 _WRITES_RESIDUAL = re.compile(r"\.(o_proj|down_proj|w2)((\.|_)(weight|bias))?$")
 
 
@@ -59,14 +63,16 @@ _READS_RESIDUAL = re.compile(
 )
 
 
-_HEADER_ENTRY = 100  # bytes at most that name dtype, shape and place of a tensor in a file's header, beside its own name
+# bytes at most that name dtype, shape and place of a tensor in a file's header, beside its own name
+_HEADER_ENTRY = 100
 
 
 @dataclass(frozen=True)
 class StackSummary:
     """What `stack_checkpoint` made; written beside the weights as `stack.json`.
 
-    `block_sources[i]` is the source of target block i, -1 when it was drawn at random. `source_sha256` is by file.
+    `block_sources[i]` is the source of target block i, -1 when it was drawn at random.
+    `source_sha256` is by file.
     """
 
     source: str
@@ -96,12 +102,13 @@ class StackSummary:
 
 
 def block_order(source_layers: int, factor: int, order: str = "cyclic") -> tuple[int, ...]:
-    """For each target block the source block it is made from, or -1 for one that is drawn at random.
+    """For each target block the source block it is made from, or -1 for one that is drawn at
+    random.
 
     * `cyclic`: 0 1 2 0 1 2.
     * `interpolated`: 0 0 1 1 2 2.
-    * `zero_initialised`: as cyclic, and every block after the first L adds nothing at first (o_proj = down_proj = 0), so the
-      target computes what the source does.
+    * `zero_initialised`: as cyclic, and every block after the first L adds nothing at first (o_proj
+      = down_proj = 0), so the target computes what the source does.
     * `random`: 0 1 2, then blocks as a fresh model has them.
 
     Raises ValueError for another order or a factor below 1.
@@ -118,31 +125,47 @@ def block_order(source_layers: int, factor: int, order: str = "cyclic") -> tuple
 
 def _check_factor(factor: int) -> None:
     if factor < 1:
-        raise ValueError(f"factor {factor} cannot grow a model; it is the number of copies of each block, at least 1.")
+        raise ValueError(
+            f"factor {factor} cannot grow a model; it is the number of copies of each block, at"
+            " least 1."
+        )
 
 
 def check_order(order: str, noise: float = 0.0) -> None:
-    """Raises ValueError for an order that there is not, and for noise that is no share or that the order does not take."""
+    """Raises ValueError for an order that there is not, and for noise that is no share or that the
+    order does not take.
+    """
     if not 0.0 <= noise < 1.0 or (noise and order not in ("cyclic", "interpolated")):
-        raise ValueError(f"noise {noise} with the order {order!r}: it is a share from 0 to below 1, for cyclic or interpolated.")
+        raise ValueError(
+            f"noise {noise} with the order {order!r}: it is a share from 0 to below 1, for cyclic"
+            " or interpolated."
+        )
     if order not in ORDERS:
         raise ValueError(f"The order {order!r} is not known; choose one of {', '.join(ORDERS)}.")
 
 
 def stack_checkpoint(
-    source: str | Path, target: str | Path, factor: int = 4, order: str = "cyclic", noise: float = 0.0, seed: int = 0
+    source: str | Path,
+    target: str | Path,
+    factor: int = 4,
+    order: str = "cyclic",
+    noise: float = 0.0,
+    seed: int = 0,
 ) -> StackSummary:
     """Writes to `target` a checkpoint folder with `factor` times the layers of the one in `source`.
 
-    source: a Hugging Face folder of a decoder whose blocks are `model.layers.N.` (Llama, Mistral, Qwen, Mixtral and their like),
-        its weights in one safetensors file or several. Everything else in it that is no weight is copied along.
-    order: see `block_order`. noise: the share a of noise in every matrix of every copied block, W ← (1 - a)·W + a·ε, with ε
-        normal and of W's own standard deviation (inferred: no scale is given); for the orders cyclic and interpolated.
+    source: a Hugging Face folder of a decoder whose blocks are `model.layers.N.` (Llama, Mistral,
+        Qwen, Mixtral and their like), its weights in one safetensors file or several. Everything
+        else in it that is no weight is copied along.
+    order: see `block_order`. noise: the share a of noise in every matrix of every copied block, W ←
+        (1 - a)·W + a·ε, with ε normal and of W's own standard deviation (inferred: no scale is
+        given); for the orders cyclic and interpolated.
     seed: of the noise and of random blocks.
 
-    The target appears whole or not at all. A target that already holds this very stack is left as it is; one that holds
-    anything else is refused. Raises ValueError when the source is no such checkpoint, the arguments do not fit together or the
-    stack would be larger than the target's disk has room for.
+    The target appears whole or not at all. A target that already holds this very stack is left as
+    it is; one that holds anything else is refused. Raises ValueError when the source is no such
+    checkpoint, the arguments do not fit together or the stack would be larger than the target's
+    disk has room for.
     """
     source, target = paths.find(source), paths.resolve(target)
     _check_factor(factor)
@@ -163,7 +186,9 @@ def stack_checkpoint(
         return summary
     grown = grown_config(config, summary.block_sources)
     check_blocks(source, config, grown, summary.block_sources)
-    along = [path for path in source.iterdir() if path.is_file() and not path.name.endswith(_NOT_COPIED)]
+    along = [
+        path for path in source.iterdir() if path.is_file() and not path.name.endswith(_NOT_COPIED)
+    ]
     require_own(source, along)
     with written_whole(target) as temporary:
         for path in along:
@@ -176,19 +201,28 @@ def stack_checkpoint(
 
 
 def verify_stack(source: str | Path, target: str | Path) -> int:
-    """Compares a stack with what its `stack.json` says it is, every tensor of it byte by byte, and returns how many those are.
+    """Compares a stack with what its `stack.json` says it is, every tensor of it byte by byte, and
+    returns how many those are.
 
-    The `stack.json` must be the one that stacking `source` writes (folders may have been moved), and so must `config.json`.
+    The `stack.json` must be the one that stacking `source` writes (folders may have been moved),
+    and so must `config.json`.
 
-    Raises ValueError naming the first thing that differs, for a tensor that transformers would draw at random or leave out, or
-    for a source that cannot be stacked, a target that is no stack, is damaged or was trained since.
+    Raises ValueError naming the first thing that differs, for a tensor that transformers would draw
+    at random or leave out, or for a source that cannot be stacked, a target that is no stack, is
+    damaged or was trained since.
     """
     source, target = paths.find(source), paths.resolve(target)
     made = read_stack(target)
     if not made:
-        raise ValueError(f"{target} holds no {STACK_RECORD}, so it is no stack; name the folder that stacking wrote.")
+        raise ValueError(
+            f"{target} holds no {STACK_RECORD}, so it is no stack; name the folder that stacking"
+            " wrote."
+        )
     if steps := made.get(TRAINED_STEPS):
-        raise ValueError(f"{target} was trained for {steps:,} steps since it was stacked; name the folder that stacking wrote.")
+        raise ValueError(
+            f"{target} was trained for {steps:,} steps since it was stacked; name the folder that"
+            " stacking wrote."
+        )
     config, found_config = check_checkpoint(source), check_checkpoint(target)
     files = weight_files(source)
     tensors, found = read_headers(files), read_headers(weight_files(target))
@@ -197,43 +231,64 @@ def verify_stack(source: str | Path, target: str | Path) -> int:
     plan, summary = _laid_out(source, target, config, tensors, _hashes(files), asked)
     remedy = f"remove {target} and stack again."
     for key, value in asdict(summary).items():
-        if key not in ("source", "target") and made[key] != (list(value) if isinstance(value, tuple) else value):
-            raise ValueError(f"The {STACK_RECORD} of {target} has another {key} than this stack of {source}; {remedy}")
+        if key not in ("source", "target") and made[key] != (
+            list(value) if isinstance(value, tuple) else value
+        ):
+            raise ValueError(
+                f"The {STACK_RECORD} of {target} has another {key} than this stack of {source};"
+                f" {remedy}"
+            )
     wanted_config = grown_config(config, summary.block_sources)
     for key in wanted_config | found_config:
         if wanted_config.get(key) != found_config.get(key):
-            raise ValueError(f"{target} has another {key} in config.json than this stack of {source}; {remedy}")
+            raise ValueError(
+                f"{target} has another {key} in config.json than this stack of {source}; {remedy}"
+            )
     check_blocks(source, config, found_config, summary.block_sources)
     check_loads(target)
     names = {tensor.name for tensor in plan}
     if names != found.keys():
-        raise ValueError(f"{target} lacks or adds the tensors {sorted(names ^ found.keys())[:3]}; {remedy}")
+        raise ValueError(
+            f"{target} lacks or adds the tensors {sorted(names ^ found.keys())[:3]}; {remedy}"
+        )
     for tensor in plan:
         stored, wanted = found[tensor.name], tensor.source
         same = (wanted.dtype, wanted.shape) == (stored.dtype, stored.shape)
-        # a copy is compared piece by piece: a vocabulary matrix twice in memory would be the most that verifying takes
+        # a copy is compared piece by piece: a vocabulary matrix twice in memory would be the most
+        # that verifying takes
         if not same or any(a != b for a, b in zip(tensor.pieces(), stored.pieces(), strict=True)):
-            raise ValueError(f"{tensor.name} in {target} is not what {source} gives in the order {summary.order}; {remedy}")
+            raise ValueError(
+                f"{tensor.name} in {target} is not what {source} gives in the order"
+                f" {summary.order}; {remedy}"
+            )
     return len(plan)
 
 
 def _asked(made: dict, target: Path, layers: int) -> tuple[int, str, float, int]:
-    """Factor, order, noise and seed of a `stack.json`; ValueError when it is not one that stacking so many layers writes."""
+    """Factor, order, noise and seed of a `stack.json`; ValueError when it is not one that stacking
+    so many layers writes.
+    """
     broken = f"The {STACK_RECORD} of {target} is not as stacking wrote it"
     if missing := [field.name for field in fields(StackSummary) if field.name not in made]:
         raise ValueError(f"{broken}: it has no {missing[0]}; remove {target} and stack again.")
     kinds = {"factor": int, "order": str, "noise": (int, float), "seed": int, "block_sources": list}
     if wrong := [key for key, kind in kinds.items() if not isinstance(made[key], kind)]:
-        raise ValueError(f"{broken}: its {wrong[0]} is {made[wrong[0]]!r}; remove {target} and stack again.")
-    if made["factor"] < 1 or made["factor"] * layers != len(made["block_sources"]):  # before so many blocks are laid out
         raise ValueError(
-            f"{broken}: factor {made['factor']} of {layers} layers is not {len(made['block_sources'])} blocks; "
-            f"remove {target} and stack again."
+            f"{broken}: its {wrong[0]} is {made[wrong[0]]!r}; remove {target} and stack again."
+        )
+    if made["factor"] < 1 or made["factor"] * layers != len(
+        made["block_sources"]
+    ):  # before so many blocks are laid out
+        raise ValueError(
+            f"{broken}: factor {made['factor']} of {layers} layers is not"
+            f" {len(made['block_sources'])} blocks; remove {target} and stack again."
         )
     try:
         check_order(made["order"], made["noise"])
     except ValueError as error:
-        raise ValueError(f"{broken} ({str(error).rstrip('.')}); remove {target} and stack again.") from error
+        raise ValueError(
+            f"{broken} ({str(error).rstrip('.')}); remove {target} and stack again."
+        ) from error
     return made["factor"], made["order"], made["noise"], made["seed"]
 
 
@@ -245,7 +300,9 @@ def _laid_out(
     hashes: dict[str, str],
     asked: tuple[int, str, float, int],
 ) -> tuple[list[_TargetTensor], StackSummary]:
-    """The stack of a source with these tensors and hashes that has the factor, order, noise and seed of `asked`."""
+    """The stack of a source with these tensors and hashes that has the factor, order, noise and
+    seed of `asked`.
+    """
     factor, order, noise, seed = asked
     layers = config["num_hidden_layers"]
     if order == "zero_initialised":
@@ -269,20 +326,42 @@ def _laid_out(
 
 
 def _require_writers(source: Path, tensors: dict[str, StoredTensor]) -> None:
-    """Refuses blocks of which it is not known what they write into the residual stream, and through which matrices."""
-    matrices = [name for name, tensor in tensors.items() if BLOCK_NAME.match(name) and len(tensor.shape) > 1]
+    """Refuses blocks of which it is not known what they write into the residual stream, and through
+    which matrices.
+    """
+    matrices = [
+        name for name, tensor in tensors.items() if BLOCK_NAME.match(name) and len(tensor.shape) > 1
+    ]
     writers = {match[1] for name in matrices if (match := _WRITES_RESIDUAL.search(name))}
-    unknown = [name for name in matrices if not _WRITES_RESIDUAL.search(name) and not _READS_RESIDUAL.search(name)]
+    unknown = [
+        name
+        for name in matrices
+        if not _WRITES_RESIDUAL.search(name) and not _READS_RESIDUAL.search(name)
+    ]
     if unknown or "o_proj" not in writers or not writers & {"down_proj", "w2"}:
         what = f"{unknown[0]} in its blocks" if unknown else "no o_proj and down_proj in its blocks"
-        raise ValueError(f"{source} has {what}, and zeros make only Llama-like blocks add nothing; choose another order.")
+        raise ValueError(
+            f"{source} has {what}, and zeros make only Llama-like blocks add nothing; choose"
+            " another order."
+        )
 
 
 def _parameters(plan: list[_TargetTensor], config: dict) -> int:
-    """The numbers that the model of these tensors has: without old files' buffers and a second copy of a tied embedding."""
-    stored = {tensor.name: tensor.source for tensor in plan if not tensor.name.endswith("rotary_emb.inv_freq")}
+    """The numbers that the model of these tensors has: without old files' buffers and a second copy
+    of a tied embedding.
+    """
+    stored = {
+        tensor.name: tensor.source
+        for tensor in plan
+        if not tensor.name.endswith("rotary_emb.inv_freq")
+    }
     embedding, head = stored.get(EMBEDDING_NAME), stored.get("lm_head.weight")
-    if embedding and head and with_defaults(config).get("tie_word_embeddings") and embedding.holds_the_same(head):
+    if (
+        embedding
+        and head
+        and with_defaults(config).get("tie_word_embeddings")
+        and embedding.holds_the_same(head)
+    ):
         del stored["lm_head.weight"]  # transformers ties no head that differs
     return sum(tensor.elements for tensor in stored.values())
 
@@ -293,7 +372,9 @@ def _hashes(files: list[Path]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _TargetTensor:
-    """A tensor of the target: a copy of `source`, or made by `recipe` (zero | noise | fresh) in its shape and dtype."""
+    """A tensor of the target: a copy of `source`, or made by `recipe` (zero | noise | fresh) in its
+    shape and dtype.
+    """
 
     name: str
     source: StoredTensor
@@ -313,8 +394,12 @@ class _TargetTensor:
         dtype = DTYPES[self.source.dtype]
         if self.recipe == "zero":
             return torch.zeros(self.source.shape, dtype=dtype)
-        if self.recipe == "fresh" and len(self.source.shape) < 2:  # as transformers initialises norms and biases
-            return torch.full(self.source.shape, 0.0 if self.name.endswith("bias") else 1.0, dtype=dtype)
+        if (
+            self.recipe == "fresh" and len(self.source.shape) < 2
+        ):  # as transformers initialises norms and biases
+            return torch.full(
+                self.source.shape, 0.0 if self.name.endswith("bias") else 1.0, dtype=dtype
+            )
         digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         drawn = torch.randn(self.source.shape, generator=generator)
@@ -325,7 +410,12 @@ class _TargetTensor:
 
 
 def _plan(
-    tensors: dict[str, StoredTensor], blocks: tuple[int, ...], order: str, noise: float, seed: int, scale: float
+    tensors: dict[str, StoredTensor],
+    blocks: tuple[int, ...],
+    order: str,
+    noise: float,
+    seed: int,
+    scale: float,
 ) -> list[_TargetTensor]:
     """Every tensor of the target and how it is made; those outside the blocks are copied."""
     by_block: dict[int, list[tuple[str, StoredTensor]]] = {}
@@ -340,11 +430,17 @@ def _plan(
             recipe, amount = "copy", 0.0
             if source == NEW_BLOCK:
                 recipe, amount = "fresh", scale
-            elif order == "zero_initialised" and target >= len(by_block) and _WRITES_RESIDUAL.search("." + rest):
+            elif (
+                order == "zero_initialised"
+                and target >= len(by_block)
+                and _WRITES_RESIDUAL.search("." + rest)
+            ):
                 recipe = "zero"
             elif noise and len(tensor.shape) >= 2:
                 recipe, amount = "noise", noise
-            plan.append(_TargetTensor(f"model.layers.{target}.{rest}", tensor, recipe, amount, seed))
+            plan.append(
+                _TargetTensor(f"model.layers.{target}.{rest}", tensor, recipe, amount, seed)
+            )
     return plan
 
 
@@ -353,8 +449,10 @@ def _write_tensors(path: Path, plan: list[_TargetTensor]) -> None:
     for tensor in plan:
         end = position + tensor.source.size
         header[tensor.name] = {
-            "dtype": tensor.source.dtype, "shape": list(tensor.source.shape), "data_offsets": [position, end],
-        }  # fmt: skip
+            "dtype": tensor.source.dtype,
+            "shape": list(tensor.source.shape),
+            "data_offsets": [position, end],
+        }
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for aligned data
@@ -369,28 +467,39 @@ def _write_tensors(path: Path, plan: list[_TargetTensor]) -> None:
 def _require_room(target: Path, tensors: dict[str, StoredTensor], factor: int) -> None:
     copies = {name: factor if BLOCK_NAME.match(name) else 1 for name in tensors}
     needed = sum(copies[name] * tensor.size for name, tensor in tensors.items())
-    free = shutil.disk_usage(next(folder for folder in (target, *target.parents) if folder.exists())).free
+    free = shutil.disk_usage(
+        next(folder for folder in (target, *target.parents) if folder.exists())
+    ).free
     if needed > free:
         raise ValueError(
-            f"factor {factor} makes a checkpoint of {needed / 1e9:,.1f} GB and the disk of {target} has {free / 1e9:,.1f} GB "
-            "left; choose a smaller factor or make room."
+            f"factor {factor} makes a checkpoint of {needed / 1e9:,.1f} GB and the disk of {target}"
+            f" has {free / 1e9:,.1f} GB left; choose a smaller factor or make room."
         )
     if sum(copies[name] * (len(name) + _HEADER_ENTRY) for name in tensors) > LONGEST_HEADER:
         raise ValueError(
-            f"factor {factor} makes {sum(copies.values()):,} tensors, more than a safetensors file can name; "
-            "choose a smaller factor."
+            f"factor {factor} makes {sum(copies.values()):,} tensors, more than a safetensors file"
+            " can name; choose a smaller factor."
         )
 
 
-def _require_same_stack(target: Path, hashes: dict[str, str], asked: tuple[int, str, float, int]) -> None:
+def _require_same_stack(
+    target: Path, hashes: dict[str, str], asked: tuple[int, str, float, int]
+) -> None:
     made = read_stack(target)
-    same = all(made.get(key) == value for key, value in zip(STACK_IDENTITY, (hashes, *asked), strict=True))
+    same = all(
+        made.get(key) == value for key, value in zip(STACK_IDENTITY, (hashes, *asked), strict=True)
+    )
     if not same or made.get(TRAINED_STEPS):
-        raise ValueError(f"{target} already holds something else than this stack; remove it or choose another target.")
+        raise ValueError(
+            f"{target} already holds something else than this stack; remove it or choose another"
+            " target."
+        )
 
 
 def _shown(path: Path) -> str:
-    """`path` relative to the project where it lies inside, so that records hold on another machine."""
+    """`path` relative to the project where it lies inside, so that records hold on
+    another machine.
+    """
     root = paths.project_root()
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
@@ -403,68 +512,113 @@ def block_count(source: Path, config: dict, tensors: Mapping[str, StoredTensor])
     found = {int(match[1]) for name in tensors if (match := BLOCK_NAME.match(name))}
     if not found:
         raise ValueError(
-            f"{source} is a {config.get('model_type', 'model')} with tensors like {min(tensors, default='none')}; "
-            "only a decoder whose blocks are named model.layers.N. can be stacked, such as Llama, Mistral, Qwen or Mixtral."
+            f"{source} is a {config.get('model_type', 'model')} with tensors like"
+            f" {min(tensors, default='none')}; only a decoder whose blocks are named"
+            " model.layers.N. can be stacked, such as Llama, Mistral, Qwen or Mixtral."
         )
     if "num_hidden_layers" not in config:
         raise ValueError(
-            f"{source} is a {config.get('model_type', 'model')} with no num_hidden_layers in config.json; only a decoder whose "
-            "depth stands there can be stacked, such as Llama, Mistral, Qwen or Mixtral."
+            f"{source} is a {config.get('model_type', 'model')} with no num_hidden_layers in"
+            " config.json; only a decoder whose depth stands there can be stacked, such as Llama,"
+            " Mistral, Qwen or Mixtral."
         )
     layers = config["num_hidden_layers"]
     if type(layers) is not int:
-        raise ValueError(f"{source} has num_hidden_layers {layers!r} in config.json; it must be a whole number, correct it.")
+        raise ValueError(
+            f"{source} has num_hidden_layers {layers!r} in config.json; it must be a whole number,"
+            " correct it."
+        )
     if found != set(range(layers)):
         raise ValueError(
-            f"{source} names {layers} layers in config.json and holds the blocks {_ranges(found)} as model.layers.N.; "
-            "a decoder checkpoint that holds all of its blocks is needed."
+            f"{source} names {layers} layers in config.json and holds the blocks {_ranges(found)}"
+            " as model.layers.N.; a decoder checkpoint that holds all of its blocks is needed."
         )
     for key in PER_BLOCK:
-        if (settings := config.get(key)) and (not isinstance(settings, list) or len(settings) < layers):
-            raise ValueError(f"{source} has no list of {layers} {key}, one for each layer, in config.json; correct it.")
+        if (settings := config.get(key)) and (
+            not isinstance(settings, list) or len(settings) < layers
+        ):
+            raise ValueError(
+                f"{source} has no list of {layers} {key}, one for each layer, in config.json;"
+                " correct it."
+            )
     if config.get("quantization_config"):
-        raise ValueError(f"{source} has a quantization_config in config.json; stack the original of a quantised model.")
+        raise ValueError(
+            f"{source} has a quantization_config in config.json; stack the original of a quantised"
+            " model."
+        )
     if foreign := sorted({tensor.dtype for tensor in tensors.values()} - DTYPES.keys()):
         raise ValueError(
-            f"{source} holds tensors of the type {foreign[0]}, and only floating-point ones are stacked; of a quantised model "
-            "stack the original."
+            f"{source} holds tensors of the type {foreign[0]}, and only floating-point ones are"
+            " stacked; of a quantised model stack the original."
         )
     blocks: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
     for name, tensor in tensors.items():
         if match := BLOCK_NAME.match(name):
             blocks.setdefault(match[1], set()).add((name[match.end() :], tensor.shape))
     if len(set(map(frozenset, blocks.values()))) > 1:
-        raise ValueError(f"The blocks of {source} are not of one kind (names or shapes differ); stacking needs blocks that are.")
+        raise ValueError(
+            f"The blocks of {source} are not of one kind (names or shapes differ); stacking needs"
+            " blocks that are."
+        )
     return layers
 
 
 def _ranges(blocks: set[int]) -> str:
-    return f"{min(blocks)}-{max(blocks)}" if len(blocks) == max(blocks) - min(blocks) + 1 else f"{sorted(blocks)[:8]}…"
+    return (
+        f"{min(blocks)}-{max(blocks)}"
+        if len(blocks) == max(blocks) - min(blocks) + 1
+        else f"{sorted(blocks)[:8]}…"
+    )
 
 
 # Lists of some families with an entry for each block, ...
-PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers", "indexer_types", "layer_rope_theta")
+PER_BLOCK = (
+    "layer_types",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "indexer_types",
+    "layer_rope_theta",
+)
 
 
-_BLOCK_NUMBERS = ("moe_layers", "mlp_only_layers", "full_attn_idxs")  # ... lists of the blocks that are of one kind ...
+_BLOCK_NUMBERS = (
+    "moe_layers",
+    "mlp_only_layers",
+    "full_attn_idxs",
+)  # ... lists of the blocks that are of one kind ...
 
 
 _LAST_BLOCK = ("moe_layer_end_index",)  # ... and the number of the last block that is
 
 
-_PLAIN = (bool, int, float, str, tuple, list, type(None))  # attributes of a module that can be compared
+_PLAIN = (
+    bool,
+    int,
+    float,
+    str,
+    tuple,
+    list,
+    type(None),
+)  # attributes of a module that can be compared
 
 
 def grown_config(config: dict, blocks: tuple[int, ...]) -> dict:
-    """`config` with as many layers as `blocks` has, each set up as the layer of `config` that `blocks` names, or -1 as the first.
+    """`config` with as many layers as `blocks` has, each set up as the layer of `config` that
+    `blocks` names, or -1 as the first.
 
-    What sets one layer apart from another, a sliding window say, is written down where the family's defaults for the new depth
-    would choose other layers.
+    What sets one layer apart from another, a sliding window say, is written down where the family's
+    defaults for the new depth would choose other layers.
     """
     sources = [max(block, 0) for block in blocks]
     grown = dict(config, num_hidden_layers=len(blocks))
     now = with_defaults(config)
-    later = with_defaults({key: value for key, value in grown.items() if key not in (*PER_BLOCK, *_BLOCK_NUMBERS, *_LAST_BLOCK)})
+    later = with_defaults(
+        {
+            key: value
+            for key, value in grown.items()
+            if key not in (*PER_BLOCK, *_BLOCK_NUMBERS, *_LAST_BLOCK)
+        }
+    )
 
     def write(key: str, repeated: object) -> None:
         if key in config or repeated != later.get(key):
@@ -483,15 +637,22 @@ def grown_config(config: dict, blocks: tuple[int, ...]) -> dict:
 
 
 def check_blocks(source: Path, config: dict, grown: dict, blocks: tuple[int, ...]) -> None:
-    """Raises ValueError when transformers sets up a block of `grown` in another way than the block of `config` it is made from.
+    """Raises ValueError when transformers sets up a block of `grown` in another way than the block
+    of `config` it is made from.
 
-    The modules of both models are compared, and their numbers and names: a window, whether positions are rotated, which blocks
-    hold experts. What is a block's own number may differ. `source` is the folder that the sentence names.
+    The modules of both models are compared, and their numbers and names: a window, whether
+    positions are rotated, which blocks hold experts. What is a block's own number may differ.
+    `source` is the folder that the sentence names.
     """
     try:
-        small, large = (empty_model(settings).get_submodule("model.layers") for settings in (config, grown))
+        small, large = (
+            empty_model(settings).get_submodule("model.layers") for settings in (config, grown)
+        )
     except REFUSALS as error:
-        raise ValueError(f"transformers cannot build the stack of {source} ({reason(error)}); give another model.") from error
+        raise ValueError(
+            f"transformers cannot build the stack of {source} ({reason(error)}); give another"
+            " model."
+        ) from error
     for target, block in enumerate(blocks):
         number = max(block, 0)
         ours, theirs = _described(small[number]), _described(large[target])
@@ -499,18 +660,23 @@ def check_blocks(source: Path, config: dict, grown: dict, blocks: tuple[int, ...
             a, b = ours.get(key), theirs.get(key)
             if a != b and (a, b) != (number, target):
                 raise ValueError(
-                    f"{source} is a {config.get('model_type')}, and such a model of {len(blocks)} layers has {key} {b} in layer "
-                    f"{target} where the copied layer {number} has {a}; give a model whose layers do not differ by number."
+                    f"{source} is a {config.get('model_type')}, and such a model of {len(blocks)}"
+                    f" layers has {key} {b} in layer {target} where the copied layer {number} has"
+                    f" {a}; give a model whose layers do not differ by number."
                 )
 
 
 def _described(block: nn.Module) -> dict[str, object]:
-    """The class of every module of a block and its plain attributes, by the module's name in the block."""
+    """The class of every module of a block and its plain attributes, by the module's name in the
+    block.
+    """
     described: dict[str, object] = {}
     for name, module in block.named_modules():
         described[name or "block"] = type(module).__name__
         prefix = f"{name}." if name else ""
         described |= {
-            prefix + key: value for key, value in vars(module).items() if key[0] != "_" and isinstance(value, _PLAIN)
-        }  # fmt: skip
+            prefix + key: value
+            for key, value in vars(module).items()
+            if key[0] != "_" and isinstance(value, _PLAIN)
+        }
     return described

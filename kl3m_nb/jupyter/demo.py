@@ -1,7 +1,8 @@
-"""The demonstration: notebooks 00 to 05 at laptop size, one after the other, then a short table and an index page.
+"""The demonstration: notebooks 00 to 05 at laptop size, one after the other, then a short table and
+an index page.
 
-What is finished and still made by the same notebooks and package is reused; a changed notebook is run again together with all
-behind it, and its training continues from the runs on disk.
+What is finished and still made by the same notebooks and package is reused; a changed notebook is
+run again together with all behind it, and its training continues from the runs on disk.
 """
 
 from __future__ import annotations
@@ -28,18 +29,27 @@ PROFILE = "tiny"
 
 
 _FIGURES = (
-    ("What growing saves: held-out loss against the cost in tokens and in operations.", "growth", "growth.png"),
+    (
+        "What growing saves: held-out loss against the cost in tokens and in operations.",
+        "growth",
+        "growth.png",
+    ),
     ("The grown model's training.", "grown", "training.png"),
-    ("Condition of every matrix of the trained model; the clamp's ceilings are marked.", "spectra", "condition_trained.png"),
+    (
+        "Condition of every matrix of the trained model; the clamp's ceilings are marked.",
+        "spectra",
+        "condition_trained.png",
+    ),
     ("How far the copies of each source block have drifted apart.", "spectra", "divergence.png"),
 )
 
 
 def run_demo(fresh: bool = False) -> int:
-    """Runs what is not finished, prints the result, and returns the exit code of the first notebook that failed, or 0.
+    """Runs what is not finished, prints the result, and returns the exit code of the first notebook
+    that failed, or 0.
 
-    With `fresh` what an earlier demonstration has written is removed first, and no other run. Raises RunIsBusy, and removes
-    nothing, while somebody trains in one of its folders.
+    With `fresh` what an earlier demonstration has written is removed first, and no other run.
+    Raises RunIsBusy, and removes nothing, while somebody trains in one of its folders.
     """
     notebooks = [find_notebook(name) for name in registry.NOTEBOOK_STAGES]
     if fresh:
@@ -50,7 +60,9 @@ def run_demo(fresh: bool = False) -> int:
     began, entries, rerun = time.monotonic(), [], False
     for number, notebook in enumerate(notebooks, start=1):
         name = notebook.stem
-        output = registry.run_path(PROFILE, registry.NOTEBOOK_STAGES[name]) / "notebooks" / notebook.name
+        output = (
+            registry.run_path(PROFILE, registry.NOTEBOOK_STAGES[name]) / "notebooks" / notebook.name
+        )
         status_path, page = output.with_suffix(".status.json"), output.with_suffix(".html")
         fingerprint = _fingerprint(notebook)
         if (
@@ -65,32 +77,46 @@ def run_demo(fresh: bool = False) -> int:
             print(f"[{name}] {number}/{len(notebooks)} starts", flush=True)
             exit_code = run_notebook(notebook, output, {})
             if exit_code != EXIT_OK:
-                print("The demonstration stopped here; `make demo` continues, `make demo FRESH=1` starts over.", flush=True)
+                print(
+                    "The demonstration stopped here; `make demo` continues, `make demo FRESH=1`"
+                    " starts over.",
+                    flush=True,
+                )
                 return exit_code
             finished[name] = fingerprint
             replace_text(report_dir / "finished.json", json.dumps(finished, indent=1) + "\n")
         entries.append(_entry(notebook, page, read_status(status_path), report_dir))
-    comparison = speedups.compare_growth(**compare.curves(*(registry.run_path(PROFILE, stage) for stage in ("grown", "scratch"))))
-    conditions = f"{versions()} · {clock(sum(entry.seconds for entry in entries))} for all notebooks"
+    comparison = speedups.compare_growth(
+        **compare.curves(*(registry.run_path(PROFILE, stage) for stage in ("grown", "scratch")))
+    )
+    conditions = (
+        f"{versions()} · {clock(sum(entry.seconds for entry in entries))} for all notebooks"
+    )
     index = report_dir / "index.html"
     write_index(
         index,
         "Growing a small legal language model",
-        "<p>A trained 3-layer model (source), stacked to 12 layers and trained on (grown), beside 12 layers trained from random "
-        f"weights (scratch).</p><p>{conditions}</p>",
+        "<p>A trained 3-layer model (source), stacked to 12 layers and trained on (grown), beside"
+        f" 12 layers trained from random weights (scratch).</p><p>{conditions}</p>",
         entries,
         tables=[
             ("Loss on the same held-out text, nats per token", comparison.loss_table()),
             (f"Cost to reach {comparison.target}. {speedups.ONE_RUN}", comparison.speedup_table()),
         ],
-        figures=[(text, registry.run_path(PROFILE, stage) / "figures" / name) for text, stage, name in _FIGURES],
+        figures=[
+            (text, registry.run_path(PROFILE, stage) / "figures" / name)
+            for text, stage, name in _FIGURES
+        ],
     )
     _print_summary(comparison, conditions, index, time.monotonic() - began)
     return EXIT_OK
 
 
 def _remove_runs() -> None:
-    folders = [registry.run_path(PROFILE, stage) for stage in (*registry.NOTEBOOK_STAGES.values(), "scratch", "report")]
+    folders = [
+        registry.run_path(PROFILE, stage)
+        for stage in (*registry.NOTEBOOK_STAGES.values(), "scratch", "report")
+    ]
     with contextlib.ExitStack() as locks:
         present = [folder for folder in folders if folder.is_dir()]
         for folder in present:
@@ -99,7 +125,9 @@ def _remove_runs() -> None:
             shutil.rmtree(folder)
 
 
-def _print_summary(comparison: speedups.GrowthComparison, conditions: str, index: Path, seconds: float) -> None:
+def _print_summary(
+    comparison: speedups.GrowthComparison, conditions: str, index: Path, seconds: float
+) -> None:
     print(f"\n{comparison.loss_table().to_string(index=False)}\n")
     print(f"{comparison.speedup_table().to_string(index=False)}\n")
     print(comparison.verdict())

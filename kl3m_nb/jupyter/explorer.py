@@ -1,7 +1,7 @@
 """Choose a checkpoint, role, layer, copy and metric, and see the spectrum change at once.
 
-In JupyterLab the controls act; where no widget can live (a headless run, an HTML page, GitHub) the same output is the picture of
-the choice that was made in code.
+In JupyterLab the controls act; where no widget can live (a headless run, an HTML page, GitHub) the
+same output is the picture of the choice that was made in code.
 """
 
 from __future__ import annotations
@@ -19,13 +19,22 @@ from kl3m_nb.model.roles import HEAD_LAYER
 from kl3m_nb.spectra.singular_values import spectrum_key
 
 METRICS = (
-    "condition", "sigma_max", "sigma_min", "stable_rank", "effective_rank", "entropy", "participation_ratio", "max_over_median",
+    "condition",
+    "sigma_max",
+    "sigma_min",
+    "stable_rank",
+    "effective_rank",
+    "entropy",
+    "participation_ratio",
+    "max_over_median",
     "alpha",
-)  # fmt: skip
+)
 
 
 class SpectrumExplorer:
-    """The controls and the picture: `checkpoint`, `role`, `layer`, `copy` and `metric` are widgets with a `value` to set."""
+    """The controls and the picture: `checkpoint`, `role`, `layer`, `copy` and `metric` are widgets
+    with a `value` to set.
+    """
 
     def __init__(
         self,
@@ -36,38 +45,62 @@ class SpectrumExplorer:
         layer: int = 0,
         metric: str = "condition",
     ):
-        """`tables` and `singular_values` hold by checkpoint what `spectra.analyse_model` returns. Raises ValueError for a first
-        choice that is not there."""
+        """`tables` and `singular_values` hold by checkpoint what `spectra.analyse_model` returns.
+        Raises ValueError for a first choice that is not there.
+        """
         self._tables, self._values = tables, singular_values
         self._keys = {
-            name: [spectrum_key(*key) for key in table[["layer", "role", "expert"]].itertuples(index=False)]
+            name: [
+                spectrum_key(*key)
+                for key in table[["layer", "role", "expert"]].itertuples(index=False)
+            ]
             for name, table in tables.items()
         }
         if checkpoint not in tables or (layer, role) not in self._keys[checkpoint]:
-            raise ValueError(f"There is no {role} of layer {layer} in {checkpoint!r}; the checkpoints are {', '.join(tables)}.")
-        self.checkpoint = widgets.Dropdown(options=list(tables), value=checkpoint, description="checkpoint")
+            raise ValueError(
+                f"There is no {role} of layer {layer} in {checkpoint!r}; the checkpoints are"
+                f" {', '.join(tables)}."
+            )
+        self.checkpoint = widgets.Dropdown(
+            options=list(tables), value=checkpoint, description="checkpoint"
+        )
         self.role = widgets.Dropdown(description="role")
-        self.layer = widgets.SelectionSlider(options=[layer], description="layer", continuous_update=False)
+        self.layer = widgets.SelectionSlider(
+            options=[layer], description="layer", continuous_update=False
+        )
         self.copy = widgets.Dropdown(description="copy")
         metrics = [name for name in METRICS if all(name in table for table in tables.values())]
         if metric not in metrics:
-            raise ValueError(f"There is no metric {metric!r} in every table; choose one of {', '.join(metrics)}.")
+            raise ValueError(
+                f"There is no metric {metric!r} in every table; choose one of {', '.join(metrics)}."
+            )
         self.metric = widgets.Dropdown(options=metrics, value=metric, description="metric")
         self.image = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         self._updating = False
         self._update(role, layer)
         for control, changed in (
-            (self.checkpoint, self._changed), (self.role, self._changed), (self.layer, self._changed),
-            (self.metric, self._changed), (self.copy, self._copy_changed),
-        ):  # fmt: skip
+            (self.checkpoint, self._changed),
+            (self.role, self._changed),
+            (self.layer, self._changed),
+            (self.metric, self._changed),
+            (self.copy, self._copy_changed),
+        ):
             control.observe(changed, names="value")
-        controls = widgets.HBox([self.checkpoint, self.role, self.metric]), widgets.HBox([self.layer, self.copy])
+        controls = (
+            widgets.HBox([self.checkpoint, self.role, self.metric]),
+            widgets.HBox([self.layer, self.copy]),
+        )
         self.widget = widgets.VBox([*controls, self.image])
 
     def figure(self):
         """The picture of the present choice, as a matplotlib Figure."""
         return matrices.plot_choice(
-            self._tables, self._values, self.checkpoint.value, self.layer.value, self.role.value, self.metric.value
+            self._tables,
+            self._values,
+            self.checkpoint.value,
+            self.layer.value,
+            self.role.value,
+            self.metric.value,
         )
 
     def _repr_mimebundle_(self, **options) -> dict:
@@ -85,20 +118,28 @@ class SpectrumExplorer:
             self._update(self.role.value, self.layer.value + step * self._source_layers())
 
     def _update(self, role: str, layer: int) -> None:
-        """Offers what the chosen checkpoint has, keeps the choice where it can be kept, and draws."""
+        """Offers what the chosen checkpoint has, keeps the choice where it can be
+        kept, and draws.
+        """
         keys = self._keys[self.checkpoint.value]
         roles = list(dict.fromkeys(name for _, name in keys))
         role = role if role in roles else roles[0]
         layers = [number for number, name in keys if name == role]
         layer = layer if layer in layers else layers[0]
         period = self._source_layers()
-        copies = [] if layer == HEAD_LAYER else [number // period for number in layers if number % period == layer % period]
+        copies = (
+            []
+            if layer == HEAD_LAYER
+            else [number // period for number in layers if number % period == layer % period]
+        )
         places = [("LM head", HEAD_LAYER)] if layer == HEAD_LAYER else layers
         self._updating = True
         try:
             for control, options, value in (
-                (self.role, roles, role), (self.layer, places, layer), (self.copy, copies, layer // period if copies else None),
-            ):  # fmt: skip
+                (self.role, roles, role),
+                (self.layer, places, layer),
+                (self.copy, copies, layer // period if copies else None),
+            ):
                 if list(control.options) != options:
                     control.options = options
                 control.value = value

@@ -1,7 +1,8 @@
-"""Watching a run: a callback for `training.train` that keeps one notebook output current and tells the runner how far it is.
+"""Watching a run: a callback for `training.train` that keeps one notebook output current and tells
+the runner how far it is.
 
-What is shown is drawn from metrics.jsonl, so after a closed browser tab or a crash `show_run` gives the same picture again.
-`save_button` asks a run for a checkpoint, wherever it trains.
+What is shown is drawn from metrics.jsonl, so after a closed browser tab or a crash `show_run` gives
+the same picture again. `save_button` asks a run for a checkpoint, wherever it trains.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ _MOST_DRAWING = 0.02  # share of the time for which training may wait for figure
 class LiveView:
     """Shows a run while it trains: `train(..., callbacks=[LiveView(run_dir)])`.
 
-    Leaves its last picture in the notebook and nothing else: the save button is there only while the run trains, and only in a
-    notebook that somebody looks at. The figure of a long run takes seconds, and is drawn the less often.
+    Leaves its last picture in the notebook and nothing else: the save button is there only while
+    the run trains, and only in a notebook that somebody looks at. The figure of a long run takes
+    seconds, and is drawn the less often.
     """
 
-    def __init__(self, run_dir: str | Path, text_seconds: float = 1.0, figure_seconds: float = 10.0):
+    def __init__(
+        self, run_dir: str | Path, text_seconds: float = 1.0, figure_seconds: float = 10.0
+    ):
         self.run_dir = paths.resolve(run_dir)
         self._text_seconds, self._figure_seconds = text_seconds, figure_seconds
         self._handle = self._button = None
@@ -67,7 +71,8 @@ class LiveView:
             case "held_out":
                 self._held_out = f"held-out {row['held_out_loss']:.3f}"
             case "end":
-                # the notebook draws a finished run itself; one that was interrupted is shown as far as it came
+                # the notebook draws a finished run itself; one that was interrupted is shown as far
+                # as it came
                 self._figure = "" if row["step"] == row["max_steps"] else self._draw()
                 text = self._progress_text()
                 write_progress(text)
@@ -79,20 +84,28 @@ class LiveView:
         step = self._last.get("step", self._first_step)
         parts = [f"step {step:,}/{self._max_steps:,}"]
         if self._last:
-            parts += [f"loss {self._last['cross_entropy']:.3f}", f"{self._last['tokens_per_second']:,.0f} tokens/s"]
+            parts += [
+                f"loss {self._last['cross_entropy']:.3f}",
+                f"{self._last['tokens_per_second']:,.0f} tokens/s",
+            ]
         if self._held_out:
             parts.insert(2, self._held_out)
         if step > self._first_step:
             seconds = time.monotonic() - self._began
-            parts.append(f"{time_left(seconds, step - self._first_step, self._max_steps - step)} left")
+            parts.append(
+                f"{time_left(seconds, step - self._first_step, self._max_steps - step)} left"
+            )
         return " · ".join(parts)
 
     def _page(self, text: str) -> str:
         share = self._last.get("step", self._first_step) / max(1, self._max_steps)
         return (
-            f"<div style='font-family:sans-serif;font-size:90%'><div>{html.escape(self._header)}</div>"
-            f"<progress value='{share:.4f}' max='1' style='width:24em'></progress> {html.escape(text)} · "
-            f"{time.strftime('%Y-%m-%d %H:%M:%S')}</div>{self._figure}"  # a tab that was closed meanwhile shows an old picture
+            "<div"
+            f" style='font-family:sans-serif;font-size:90%'><div>{html.escape(self._header)}</div>"
+            f"<progress value='{share:.4f}' max='1' style='width:24em'></progress>"
+            f" {html.escape(text)} · "
+            # a tab that was closed meanwhile shows an old picture
+            f"{time.strftime('%Y-%m-%d %H:%M:%S')}</div>{self._figure}"
         )
 
     def _draw_figure(self) -> None:
@@ -102,28 +115,39 @@ class LiveView:
         self._figure_due = drawn + max(self._figure_seconds, (drawn - began) / _MOST_DRAWING)
 
     def _draw(self) -> str:
-        train, held_out = read_metrics(self.run_dir, "train"), read_metrics(self.run_dir, "held_out")
-        return figure_html(training.plot_training(train, held_out)) if len(train) > 1 else ""  # one step makes no line
+        train, held_out = (
+            read_metrics(self.run_dir, "train"),
+            read_metrics(self.run_dir, "held_out"),
+        )
+        return (
+            figure_html(training.plot_training(train, held_out)) if len(train) > 1 else ""
+        )  # one step makes no line
 
 
 def show_run(run_dir: str | Path) -> HTML:
-    """The training figure of a run, drawn again from its metrics.jsonl: also for a run that is still going on elsewhere."""
+    """The training figure of a run, drawn again from its metrics.jsonl: also for a run that is
+    still going on elsewhere.
+    """
     run_dir = paths.resolve(run_dir)
     train, held_out = read_metrics(run_dir, "train"), read_metrics(run_dir, "held_out")
     if train.empty:
-        raise ValueError(f"{run_dir} holds no training metrics yet; start the run first, or name another.")
+        raise ValueError(
+            f"{run_dir} holds no training metrics yet; start the run first, or name another."
+        )
     return HTML(figure_html(training.plot_training(train, held_out)))
 
 
 def save_button(run_dir: str | Path) -> widgets.Button:
-    """A button that has the run save a checkpoint after its present step, in whichever process it trains."""
+    """A button that has the run save a checkpoint after its present step, in whichever process it
+    trains.
+    """
     button = widgets.Button(
         description="Save a checkpoint",
         tooltip=f"or: touch {paths.resolve(run_dir) / SAVE_REQUEST}",
         layout=widgets.Layout(width="max-content"),
     )
-    # ipykernel 7.4 gives a click to the thread that made the button, which is busy training, unless it is told to leave the
-    # click where the browser sends it: to a thread of its own
+    # ipykernel 7.4 gives a click to the thread that made the button, which is busy training, unless
+    # it is told to leave the click where the browser sends it: to a thread of its own
     button.comm._reply_subshell_for = lambda data, subshell: subshell
 
     def press(_) -> None:
@@ -139,4 +163,7 @@ def figure_html(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
-    return f"<img alt='' style='max-width:100%' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    return (
+        "<img alt='' style='max-width:100%'"
+        f" src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    )

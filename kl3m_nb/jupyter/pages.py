@@ -1,9 +1,9 @@
 """Pages that need no network: an executed notebook as HTML, and the index that links a run's pages.
 
-nbconvert renders the cells; the page around them is ours, because nbconvert's own loads scripts from CDNs. Images are embedded,
-and a content security policy makes the browser refuse whatever would still be loaded. No page has a script but the one that is
-passed to `write_page`, which the policy names by its hash.
-Formulas stay as they are written in the markdown.
+nbconvert renders the cells; the page around them is ours, because nbconvert's own loads scripts
+from CDNs. Images are embedded, and a content security policy makes the browser refuse whatever
+would still be loaded. No page has a script but the one that is passed to `write_page`, which the
+policy names by its hash. Formulas stay as they are written in the markdown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-_STATIC_FORMATS = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/latex", "text/plain"]
+_STATIC_FORMATS = [
+    "text/html",
+    "text/markdown",
+    "image/svg+xml",
+    "image/png",
+    "image/jpeg",
+    "text/latex",
+    "text/plain",
+]
 
 
 _LOADING_ATTRIBUTES = {"src", "srcset", "href", "xlink:href", "poster", "data", "background"}
@@ -42,7 +50,8 @@ _LOADING_STYLE = re.compile(r"@import[^;]*;?|url\(\s*(?!['\"]?(?:data:|#))[^)]*\
 
 @dataclass(frozen=True)
 class IndexEntry:
-    """One linked page of an index: `link` is relative to it, `state` shown as it is, `seconds` unless there are none.
+    """One linked page of an index: `link` is relative to it, `state` shown as it is, `seconds`
+    unless there are none.
 
     `title` and `description` are text in which backticks enclose code.
     """
@@ -58,7 +67,8 @@ class IndexEntry:
 def export_html(notebook_path: Path, html_path: Path) -> None:
     """Write the notebook at `notebook_path`, as it was executed, as one self-contained page.
 
-    What the notebook itself would load (a remote image in its markdown, a script in an output) is left out or becomes a link.
+    What the notebook itself would load (a remote image in its markdown, a script in an output) is
+    left out or becomes a link.
     """
     notebook_path, html_path = Path(notebook_path), Path(html_path)
     nb = nbformat.read(notebook_path, as_version=4)
@@ -73,7 +83,12 @@ def export_html(notebook_path: Path, html_path: Path) -> None:
     )
     folder = {"metadata": {"path": str(notebook_path.parent), "name": notebook_path.stem}}
     cells, _ = exporter.from_notebook_node(nb, resources=folder)
-    replace_text(html_path, _page(heading or notebook_path.stem, "notebook", _self_contained(cells, notebook_path.parent)))
+    replace_text(
+        html_path,
+        _page(
+            heading or notebook_path.stem, "notebook", _self_contained(cells, notebook_path.parent)
+        ),
+    )
 
 
 def write_index(
@@ -92,19 +107,28 @@ def write_index(
         tables: a heading and a frame each; the frame's index is not shown.
         figures: a caption and the path of an image (PNG, JPEG, SVG) each, embedded.
     """
-    parts = [f"<h1>{escape(title)}</h1>", f'<div class="intro">{_self_contained(intro_html, Path(path).parent)}</div>']
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<div class="intro">{_self_contained(intro_html, Path(path).parent)}</div>',
+    ]
     parts += [f'<ol class="entries">{"".join(map(_entry, entries))}</ol>']
     for heading, frame in tables:
         counts = {column: "{:,}".format for column in frame.select_dtypes("integer")}
-        table = frame.to_html(index=False, border=0, na_rep="–", float_format=_number, formatters=counts)
-        parts.append(f'<section><h2>{escape(heading)}</h2><div class="scroll">{table}</div></section>')
+        table = frame.to_html(
+            index=False, border=0, na_rep="–", float_format=_number, formatters=counts
+        )
+        parts.append(
+            f'<section><h2>{escape(heading)}</h2><div class="scroll">{table}</div></section>'
+        )
     for caption, image in figures:
         parts.append(figure_tag(image, caption))
     replace_text(Path(path), _page(title, "index", "\n".join(parts)))
 
 
 def write_page(path: Path, title: str, body_html: str, script: str = "") -> None:
-    """Write a self-contained page whose body is inserted as it is; `script` is the only one its browser will run."""
+    """Write a self-contained page whose body is inserted as it is; `script` is the only one its
+    browser will run.
+    """
     replace_text(Path(path), _page(title, "page", body_html, script))
 
 
@@ -116,9 +140,11 @@ def figure_tag(image: Path, caption: str) -> str:
 def _entry(entry: IndexEntry) -> str:
     thumbnail = _image(entry.thumbnail, "") if entry.thumbnail else ""
     return (
-        f'<li><a href="{escape(entry.link)}">{thumbnail}<span class="title">{_inline_code(escape(entry.title))}</span></a>'
+        f'<li><a href="{escape(entry.link)}">{thumbnail}<span'
+        f' class="title">{_inline_code(escape(entry.title))}</span></a>'
         f"<p>{_inline_code(escape(entry.description))}</p>"
-        f'<p class="facts"><span class="state {escape(entry.state.replace(" ", "-"))}">{escape(entry.state)}</span> '
+        '<p class="facts"><span class="state'
+        f' {escape(entry.state.replace(" ", "-"))}">{escape(entry.state)}</span> '
         f"{clock(entry.seconds) if entry.seconds else ''}</p></li>"
     )
 
@@ -133,7 +159,8 @@ def _image(path: Path, alternative: str) -> str:
 
 
 def _data_address(path: Path) -> str:
-    return f"data:{mimetypes.guess_type(path)[0]};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+    content = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f"data:{mimetypes.guess_type(path)[0]};base64,{content}"
 
 
 def _number(value: float) -> str:
@@ -141,7 +168,9 @@ def _number(value: float) -> str:
 
 
 def _describe_figures(nb: nbformat.NotebookNode) -> str:
-    """Give every image the heading above it as its text alternative; returns the notebook's first heading."""
+    """Give every image the heading above it as its text alternative; returns the notebook's first
+    heading.
+    """
     first, heading = "", ""
     for cell in nb.cells:
         if cell.cell_type == "markdown":
@@ -156,7 +185,9 @@ def _describe_figures(nb: nbformat.NotebookNode) -> str:
 
 
 def _self_contained(html: str, folder: Path) -> str:
-    """`html` with the images of `folder` embedded and nothing left that a browser would run or fetch; links stay links."""
+    """`html` with the images of `folder` embedded and nothing left that a browser would run or
+    fetch; links stay links.
+    """
     soup = BeautifulSoup(html, "html.parser")
     for element in soup(["script", "link", "base", "iframe", "object", "embed"]):
         element.decompose()
@@ -171,7 +202,11 @@ def _self_contained(html: str, folder: Path) -> str:
             link.string = address
             image.replace_with(link)
     for element in soup(True):
-        for attribute in _LOADING_ATTRIBUTES.intersection(element.attrs) if element.name not in ("a", "area") else ():
+        for attribute in (
+            _LOADING_ATTRIBUTES.intersection(element.attrs)
+            if element.name not in ("a", "area")
+            else ()
+        ):
             if not element[attribute].startswith(("data:", "#")):
                 del element[attribute]
         if element.has_attr("style"):
@@ -184,7 +219,8 @@ def _self_contained(html: str, folder: Path) -> str:
 def _page(title: str, kind: str, body: str, script: str = "") -> str:
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     if script:
-        policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode('ascii')}'"
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+        policy += f"; script-src 'sha256-{digest}'"
     light = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     dark = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
     return f"""<!DOCTYPE html>
@@ -212,81 +248,4 @@ def _page(title: str, kind: str, body: str, script: str = "") -> str:
 """
 
 
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --text: #1d2530; --muted: #5b6675; --page: #ffffff; --panel: #f5f7f9; --line: #dde3e9; --accent: #1f5fa8;
-  --good: #1a7f4b; --bad: #b3261e; --warn: #96650a;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --text: #e3e8ee; --muted: #9aa7b6; --page: #14181d; --panel: #1c2229; --line: #323b46; --accent: #7fb4f0;
-    --good: #59c98d; --bad: #f0837b; --warn: #e0b050;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0; color: var(--text); background: var(--page);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-}
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
-h1, h2, h3, h4 { line-height: 1.25; margin: 2em 0 .6em; }
-h1 { font-size: 2rem; margin-top: 0; }
-h2 { font-size: 1.4rem; padding-bottom: .3em; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1.15rem; }
-p, li { max-width: 46rem; }
-a { color: var(--accent); text-decoration: none; }
-a:hover { text-decoration: underline; }
-blockquote { margin: 1em 0; padding: .1em 1em; border-left: 3px solid var(--line); color: var(--muted); }
-img, svg { max-width: 100%; height: auto; }
-img { background: #ffffff; border-radius: 4px; }
-code, pre { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: .86em; }
-:not(pre) > code { background: var(--panel); padding: .1em .3em; border-radius: 3px; }
-pre { margin: 0; line-height: 1.5; overflow-x: auto; }
-.scroll, .output_html { overflow-x: auto; }
-table { border: 0; border-collapse: collapse; margin: .8em 0; font-size: .92em; font-variant-numeric: tabular-nums; }
-th, td { padding: .35em .8em; text-align: right; border: 0; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid var(--line); }
-.text_cell_render th, .text_cell_render td { text-align: left; }
-
-.cell { margin: 1em 0; }
-.input_area .highlight {
-  background: var(--panel); border: 1px solid var(--line); border-left: 3px solid var(--accent); border-radius: 4px;
-  padding: .7em .9em;
-}
-.prompt { display: none; }
-.output_area { margin: .7em 0; }
-.output_text pre { max-height: 34rem; overflow: auto; padding: .2em .9em; white-space: pre-wrap; overflow-wrap: anywhere; }
-.output_stderr pre { color: var(--muted); border-left: 3px solid var(--warn); }
-.output_error pre { border-left: 3px solid var(--bad); background: var(--panel); }
-.celltag_papermill-error-cell-tag span { font: inherit !important; color: var(--bad) !important; }
-.ansi-bold { font-weight: 600; }
-.ansi-red-fg, .ansi-red-intense-fg { color: var(--bad); }
-.ansi-green-fg, .ansi-green-intense-fg { color: var(--good); }
-.ansi-yellow-fg, .ansi-yellow-intense-fg { color: var(--warn); }
-.ansi-blue-fg, .ansi-blue-intense-fg, .ansi-cyan-fg, .ansi-cyan-intense-fg { color: var(--accent); }
-.ansi-magenta-fg, .ansi-magenta-intense-fg { color: var(--muted); }
-
-.page { max-width: 80rem; }
-.sortable { font-size: .82em; }
-.sortable th { cursor: pointer; user-select: none; white-space: nowrap; position: sticky; top: 0; background: var(--page); }
-.sortable th:hover { color: var(--accent); }
-.sortable th[aria-sort=ascending]::after { content: " ▲"; }
-.sortable th[aria-sort=descending]::after { content: " ▼"; }
-.settings td:first-child { white-space: nowrap; }
-.tall { max-height: 42rem; overflow: auto; }
-.entries { list-style: none; padding: 0; display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
-.entries li { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1rem; }
-.entries img { display: block; width: 100%; margin-bottom: .7rem; }
-.entries p { margin: .4em 0 0; }
-.title { font-weight: 600; }
-.facts { color: var(--muted); font-size: .88em; }
-.state { font-weight: 600; margin-right: .4em; }
-.state.completed { color: var(--good); }
-.state.failed { color: var(--bad); }
-.state.interrupted { color: var(--warn); }
-figure { margin: 2rem 0; }
-figcaption { color: var(--muted); font-size: .92em; }
-@media print { main { max-width: none; padding: 0; } .output_text pre { max-height: none; } }
-"""
+_STYLE = (Path(__file__).parent / "templates" / "page.css").read_text(encoding="utf-8")

@@ -1,8 +1,11 @@
-"""A progress bar with the time left for work that is counted: one updated output in a notebook, one updated line in a terminal.
+"""A progress bar with the time left for work that is counted: one updated output in a notebook, one
+updated line in a terminal.
 
-Where nobody watches (a file, a pipe) a line every few seconds is enough, and the runner that started a notebook hears of it too.
+Where nobody watches (a file, a pipe) a line every few seconds is enough, and the runner that
+started a notebook hears of it too.
 
-The runner of a notebook names a small file in `$KL3M_NB_PROGRESS`. Where the variable is not set, a report costs one look-up.
+The runner of a notebook names a small file in `$KL3M_NB_PROGRESS`. Where the variable is not set, a
+report costs one look-up.
 """
 
 from __future__ import annotations
@@ -26,10 +29,12 @@ _TERMINAL_SECONDS, _NOTEBOOK_SECONDS, _LOG_SECONDS = 0.1, 0.5, 10.0
 
 
 class ProgressBar:
-    """Call it with (done, total), as `spectra.model_spectra(..., progress=ProgressBar("spectra"))` does.
+    """Call it with (done, total), as `spectra.model_spectra(..., progress=ProgressBar("spectra"))`
+    does.
 
-    The time left follows from the pace since the first call that had something done: what came from a cache costs nothing and
-    tells nothing of what is still to be computed, so it is an estimate that settles as work goes on.
+    The time left follows from the pace since the first call that had something done: what came from
+    a cache costs nothing and tells nothing of what is still to be computed, so it is an estimate
+    that settles as work goes on.
     """
 
     def __init__(self, label: str):
@@ -54,7 +59,12 @@ class ProgressBar:
         elif sys.stderr.isatty():
             filled = round(_WIDTH * done / total)
             bar = "█" * filled + "·" * (_WIDTH - filled)
-            print(f"\r{self.label}  {bar}  {text}\033[K", end="\n" if finished else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{self.label}  {bar}  {text}\033[K",
+                end="\n" if finished else "",
+                file=sys.stderr,
+                flush=True,
+            )
         else:
             print(f"{self.label}: {text}", file=sys.stderr, flush=True)
         if finished:  # the same bar may count the next round
@@ -65,12 +75,16 @@ class ProgressBar:
         """ "210/841 · 0:36 left" on the way, "841/841 · took 0:48" at the end."""
         if done >= total:
             return f"{done:,}/{total:,} · took {clock(seconds)}"
-        return f"{done:,}/{total:,} · {time_left(seconds, done, total - done)} left" if done else f"0/{total:,}"
+        return (
+            f"{done:,}/{total:,} · {time_left(seconds, done, total - done)} left"
+            if done
+            else f"0/{total:,}"
+        )
 
     def _show(self, share: float, text: str) -> None:
         page = HTML(
-            f"<div style='font-family:sans-serif;font-size:90%'>{html.escape(self.label)} "
-            f"<progress value='{share:.4f}' max='1' style='width:24em'></progress> {html.escape(text)}</div>"
+            f"<div style='font-family:sans-serif;font-size:90%'>{html.escape(self.label)} <progress"
+            f" value='{share:.4f}' max='1' style='width:24em'></progress> {html.escape(text)}</div>"
         )
         if self._handle is None:
             self._handle = display(page, display_id=True)
@@ -82,9 +96,11 @@ PROGRESS_VARIABLE = "KL3M_NB_PROGRESS"
 
 
 def write_progress(text: str) -> None:
-    """Report one line, such as "step 120/300  loss 4.31  9,800 tokens/s  0:42 left"; without a runner nothing happens.
+    """Report one line, such as "step 120/300  loss 4.31  9,800 tokens/s  0:42 left"; without a
+    runner nothing happens.
 
-    A file that cannot be written (the runner is gone, the disk is full) is no reason to stop training: the line is lost.
+    A file that cannot be written (the runner is gone, the disk is full) is no reason to stop
+    training: the line is lost.
     """
     path = os.environ.get(PROGRESS_VARIABLE)
     if not path:

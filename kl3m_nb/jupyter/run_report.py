@@ -1,4 +1,5 @@
-"""A run as one HTML page: what it has reached, its curves, what was clipped, skipped and clamped, and its settings.
+"""A run as one HTML page: what it has reached, its curves, what was clipped, skipped and clamped,
+and its settings.
 
 Drawn from the run folder alone: while the run goes on, after a crash, or on another machine.
 """
@@ -28,16 +29,30 @@ def write_run_report(run_dir: str | Path) -> Path:
     """
     run_dir = paths.resolve(run_dir)
     profile = folder.read_run_profile(run_dir)
-    train, held_out, experts = (read_metrics(run_dir, kind) for kind in ("train", "held_out", "experts"))
+    train, held_out, experts = (
+        read_metrics(run_dir, kind) for kind in ("train", "held_out", "experts")
+    )
     if train.empty:
-        raise ValueError(f"{run_dir} has no training steps yet; train it first, or name another run.")
+        raise ValueError(
+            f"{run_dir} has no training steps yet; train it first, or name another run."
+        )
     page = ReportPage(run_dir)
     page.sentences += [*_progress(train, profile), *_losses(held_out), *_interventions(train)]
     page.heading("Training")
-    page.figure(training.plot_training(train, held_out), "training", "Loss, learning rates, gradient norm and speed.", train)
+    page.figure(
+        training.plot_training(train, held_out),
+        "training",
+        "Loss, learning rates, gradient norm and speed.",
+        train,
+    )
     page.heading("What the objective consists of")
     figure = training.plot_objective_terms(train, profile.objective)
-    page.figure(figure, "objective_terms", "What each regulariser adds, and the entropy of the predictions.", train)
+    page.figure(
+        figure,
+        "objective_terms",
+        "What each regulariser adds, and the entropy of the predictions.",
+        train,
+    )
     clamps = history.clamp_history(run_dir, profile.model.layers // profile.growth_factor)
     if not clamps.empty:
         page.heading("What the clamp does")
@@ -46,7 +61,12 @@ def write_run_report(run_dir: str | Path) -> Path:
         page.figure(training.plot_clamp_events(clamps), "clamp_events", caption, clamps)
     if not experts.empty:
         page.heading("How the experts are used")
-        page.figure(training.plot_expert_use(experts), "experts", "Each expert's share of its layer's choices.", experts)
+        page.figure(
+            training.plot_expert_use(experts),
+            "experts",
+            "Each expert's share of its layer's choices.",
+            experts,
+        )
     page.sentences += _checkpoints(run_dir)
     settings = {
         "started from": folder.read_run_init(run_dir) or "random weights",
@@ -59,8 +79,9 @@ def write_run_report(run_dir: str | Path) -> Path:
 def _progress(train: pd.DataFrame, profile: Profile) -> list[str]:
     last = train.iloc[-1]
     return [
-        f"{profile.name} has {int(last['step']):,} of {profile.schedule.max_steps:,} steps behind it: {int(last['tokens']):,} "
-        f"tokens in {clock(last['seconds'])} of training, {train['tokens_per_second'].median():,.0f} tokens/s in the median step."
+        f"{profile.name} has {int(last['step']):,} of {profile.schedule.max_steps:,} steps behind"
+        f" it: {int(last['tokens']):,} tokens in {clock(last['seconds'])} of training,"
+        f" {train['tokens_per_second'].median():,.0f} tokens/s in the median step."
     ]
 
 
@@ -70,15 +91,18 @@ def _losses(held_out: pd.DataFrame) -> list[str]:
         return ["The held-out loss has not been measured."]
     first, last, best = known.iloc[0], known.iloc[-1], known.loc[known["held_out_loss"].idxmin()]
     return [
-        f"The held-out loss went from {first['held_out_loss']:.3f} nats per token at step {int(first['step']):,} to "
-        f"{last['held_out_loss']:.3f} at step {int(last['step']):,}; the lowest is {best['held_out_loss']:.3f}, at step "
-        f"{int(best['step']):,}."
+        f"The held-out loss went from {first['held_out_loss']:.3f} nats per token at step"
+        f" {int(first['step']):,} to {last['held_out_loss']:.3f} at step {int(last['step']):,}; the"
+        f" lowest is {best['held_out_loss']:.3f}, at step {int(best['step']):,}."
     ]
 
 
 def _interventions(train: pd.DataFrame) -> list[str]:
     clipped, skipped = int(train["clipped"].sum()), int(train["skipped"].sum())
-    return [f"In {clipped:,} steps the gradient was clipped; {skipped:,} steps were not finite and changed nothing."]
+    return [
+        f"In {clipped:,} steps the gradient was clipped; {skipped:,} steps were not finite and"
+        " changed nothing."
+    ]
 
 
 def _checkpoints(run_dir: Path) -> list[str]:

@@ -1,8 +1,10 @@
-"""Runs one notebook without a browser: checked parameters, visible progress, an honest status file, an orderly interrupt.
+"""Runs one notebook without a browser: checked parameters, visible progress, an honest status file,
+an orderly interrupt.
 
-Papermill executes; what is ours is an engine that it calls back, because of two things papermill leaves open: a status file
-that tells the truth about each cell, and signals. SIGINT, SIGTERM and the other `STOP_SIGNALS` interrupt the cell in the kernel,
-once, and not the client: it goes on listening until the cell has saved its checkpoint and printed so, whatever signals follow.
+Papermill executes; what is ours is an engine that it calls back, because of two things papermill
+leaves open: a status file that tells the truth about each cell, and signals. SIGINT, SIGTERM and
+the other `STOP_SIGNALS` interrupt the cell in the kernel, once, and not the client: it goes on
+listening until the cell has saved its checkpoint and printed so, whatever signals follow.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ POLL_SECONDS = 1.0
 START_SECONDS = 180  # for a kernel to answer
 
 
-IOPUB_SECONDS = 120  # how long the outputs of an ended cell may lag behind; a busy machine needs more than the 4 of nbclient
+# how long the outputs of an ended cell may lag behind; a busy machine needs more than the 4 of
+# nbclient
+IOPUB_SECONDS = 120
 
 
 ENGINE = "kl3m-nb"
@@ -67,34 +71,48 @@ def run_notebook(
     html: bool = True,
     on_progress: Callable[[str], None] | None = None,
 ) -> int:
-    """Run `notebook` with `parameters` into `output_path`, with its status and, if `html`, a page beside it.
+    """Run `notebook` with `parameters` into `output_path`, with its status and, if `html`, a page
+    beside it.
 
-    A folder that is there gets the executed notebook under its own name. While it runs, and afterwards if an earlier run got
-    further, all three lie beside as NAME.attempt.ipynb and the like: what ends before it has done anything replaces nothing.
+    A folder that is there gets the executed notebook under its own name. While it runs, and
+    afterwards if an earlier run got further, all three lie beside as NAME.attempt.ipynb and the
+    like: what ends before it has done anything replaces nothing.
 
-    To be called from the main thread, which receives the signals. The kernel works in the caller's folder.
+    To be called from the main thread, which receives the signals. The kernel works in the caller's
+    folder.
 
     Args:
-        on_progress: called about once a second, from a thread, with each new line of progress; without it the line is
-            shown on standard output, rewritten in place on a terminal and every 15 s elsewhere.
+        on_progress: called about once a second, from a thread, with each new line of progress;
+            without it the line is shown on standard output, rewritten in place on a terminal and
+            every 15 s elsewhere.
 
     Returns:
-        The exit code: 0, 1 after an error in a cell, 130 after a signal to stop, 138 when the kernel died. A signal that
-        comes when the last cell has ended changes nothing in the status, yet gives 130, so that no next notebook is begun.
+        The exit code: 0, 1 after an error in a cell, 130 after a signal to stop, 138 when the
+        kernel died. A signal that
+        comes when the last cell has ended changes nothing in the status, yet gives 130, so that no
+        next notebook is begun.
 
     Raises:
-        ValueError: for parameters the notebook does not accept, a kernel that is not installed, or an output path that another
-            process runs into; nothing is written.
+        ValueError: for parameters the notebook does not accept, a kernel that is not installed, or
+            an output path that another process runs into; nothing is written.
     """
     notebook, output_path = Path(notebook), Path(output_path)
     checked = check_parameters(notebook, parameters)
     _check_kernel(notebook)
     if output_path.is_dir():
         output_path /= notebook.name
-    if notebook.resolve() in (output_path.resolve(), attempt_at(output_path, output_path.suffix).resolve()):
-        raise ValueError(f"The executed notebook would overwrite its source {notebook}; choose another output path.")
+    if notebook.resolve() in (
+        output_path.resolve(),
+        attempt_at(output_path, output_path.suffix).resolve(),
+    ):
+        raise ValueError(
+            f"The executed notebook would overwrite its source {notebook}; choose another output"
+            " path."
+        )
     output_path.parent.mkdir(parents=True, exist_ok=True)
-    defaults = {parameter.name: parameter.default for parameter in read_parameters(notebook).values()}
+    defaults = {
+        parameter.name: parameter.default for parameter in read_parameters(notebook).values()
+    }
     status = RunStatus(notebook, output_path, defaults | checked)
     page = attempt_at(output_path, ".html")
     page.unlink(missing_ok=True)
@@ -112,7 +130,9 @@ def run_notebook(
 
 
 class _Interruption:
-    """The first signal to stop interrupts the cell in the kernel; further ones must not hit the code that saves."""
+    """The first signal to stop interrupts the cell in the kernel; further ones must not hit the
+    code that saves.
+    """
 
     def __init__(self):
         self.requested = False
@@ -133,7 +153,9 @@ class _Interruption:
         self._deliver_once()
 
     def cell_entered_kernel(self, deliver: Callable[[], None]) -> None:
-        """The kernel has begun a cell, which `deliver` would interrupt. A kernel ignores interrupts before that."""
+        """The kernel has begun a cell, which `deliver` would interrupt. A kernel ignores interrupts
+        before that.
+        """
         self._deliver = deliver
         if self.requested:
             self._deliver_once()
@@ -156,7 +178,9 @@ class _Run:
 
 
 class _Client(PapermillNotebookClient):
-    """Papermill's client with a cell loop that knows the difference between a cell that ended and one that was ended."""
+    """Papermill's client with a cell loop that knows the difference between a cell that ended and
+    one that was ended.
+    """
 
     def __init__(self, nb_man: NotebookExecutionManager, run: _Run, **traits):
         super().__init__(nb_man, **traits)
@@ -186,12 +210,18 @@ class _Client(PapermillNotebookClient):
                 break
 
     def _ended_as(self, cell: nbformat.NotebookNode, position: int) -> tuple[str, str | None]:
-        """State and error of a cell after running it; a cell that calls `sys.exit(0)` completes and ends the notebook."""
+        """State and error of a cell after running it; a cell that calls `sys.exit(0)` completes and
+        ends the notebook.
+        """
         state, error = "completed", None
         try:
             self.execute_cell(cell, position)
         except CellExecutionError as failure:
-            state = "completed" if failure.ename == "SystemExit" and failure.evalue in ("", "0") else "failed"
+            state = (
+                "completed"
+                if failure.ename == "SystemExit" and failure.evalue in ("", "0")
+                else "failed"
+            )
             error = _one_line(failure.ename, failure.evalue)
         except DeadKernelError:
             self.nb_man.cell_exception(cell, cell_index=position)
@@ -207,7 +237,9 @@ class _Client(PapermillNotebookClient):
     def process_message(self, msg: dict, cell: nbformat.NotebookNode, cell_index: int):
         if msg["msg_type"] == "execute_input":
             loop = asyncio.get_running_loop()
-            self.run.interruption.cell_entered_kernel(lambda: self._interrupt_from_signal_handler(loop))
+            self.run.interruption.cell_entered_kernel(
+                lambda: self._interrupt_from_signal_handler(loop)
+            )
         return super().process_message(msg, cell, cell_index)
 
     def _interrupt_from_signal_handler(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -225,7 +257,13 @@ class _RunnerEngine(Engine):
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man: NotebookExecutionManager, kernel_name: str, *, run: _Run, start_timeout: int, **_of_other_engines
+        cls,
+        nb_man: NotebookExecutionManager,
+        kernel_name: str,
+        *,
+        run: _Run,
+        start_timeout: int,
+        **_of_other_engines,
     ) -> None:
         run.status.set_cells(code_cells(nb_man.nb))
         client = _Client(
@@ -237,8 +275,12 @@ class _RunnerEngine(Engine):
             raise_on_iopub_timeout=False,
             coalesce_streams=True,
             log=logger,
-            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # ipykernel reports the interrupt of every shutdown as an error
-            config=Config({"KernelManager": {"transport_encryption": "auto"}}),  # others on this machine cannot listen
+            extra_arguments=[
+                "--IPKernelApp.log_level=CRITICAL"
+            ],  # ipykernel reports the interrupt of every shutdown as an error
+            config=Config(
+                {"KernelManager": {"transport_encryption": "auto"}}
+            ),  # others on this machine cannot listen
         )
         client.execute(env=os.environ | {PROGRESS_VARIABLE: str(run.progress_path)})
 
@@ -269,8 +311,15 @@ def _execute(run: _Run, notebook: Path, output_path: Path, parameters: dict[str,
     except RuntimeError as failure:
         if run.interruption.delivered:
             state, exit_code = "interrupted", EXIT_INTERRUPTED
-            killed = f"the cell was still running {SAVE_SECONDS} s after the interrupt, so its kernel was killed"
-            error = killed if run.interruption.killed else "the kernel died while the interrupted cell ended"
+            killed = (
+                f"the cell was still running {SAVE_SECONDS} s after the interrupt, so its kernel"
+                " was killed"
+            )
+            error = (
+                killed
+                if run.interruption.killed
+                else "the kernel died while the interrupted cell ended"
+            )
         elif isinstance(failure, DeadKernelError):
             exit_code, error = EXIT_DEAD_KERNEL, "the kernel died, as it does when memory runs out"
         elif not any(cell.state != "pending" for cell in run.status.cells):
@@ -336,7 +385,10 @@ def _check_kernel(notebook: Path) -> None:
     name = load_notebook(notebook).metadata.get("kernelspec", {}).get("name")
     installed = KernelSpecManager().find_kernel_specs()
     if name not in installed:
-        raise ValueError(f"{notebook} asks for the kernel {name!r}, which is not installed; there is {', '.join(installed)}.")
+        raise ValueError(
+            f"{notebook} asks for the kernel {name!r}, which is not installed; there is"
+            f" {', '.join(installed)}."
+        )
 
 
 def _literal(path: Path) -> str:

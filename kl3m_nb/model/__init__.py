@@ -1,4 +1,6 @@
-"""The decoder: built, loaded and run; the names of its tensors, its costs, the scores of its predictions."""
+"""The decoder: built, loaded and run; the names of its tensors, its costs, the scores of its
+predictions.
+"""
 
 import lazy_loader
 

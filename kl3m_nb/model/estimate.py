@@ -1,16 +1,20 @@
-"""What a run will need, before it begins: memory by part, operations, time, on this machine or on a named GPU.
+"""What a run will need, before it begins: memory by part, operations, time, on this machine or on a
+named GPU.
 
-Everything follows from a profile's numbers, so the real models are estimated on any laptop in no time. Memory is that of
-`memory`; operations are those of `flops`. On a GPU of `GPUS`, this machine's or a named one, the time is the sum of three:
-matrix products at 80% of the data sheet's rate, attention at 40% of it, and what the element-wise work moves at 90% of the
-memory's rate. The shares, and the bytes moved, are what was measured on an H200 for single operations of kl3m-007-500m in
-bfloat16. Whole training steps reached 105% of the speed that follows for the 500M there and 103% for the 170M, with a faster
-attention than the one that the share is of, and 85% for the 520M, from which the bytes that a mixture moves to route its tokens
-were taken. Take a GPU's time as good to a quarter. In float32 twice the bytes are moved, and products run at half the rate in
-TF32. Any other machine's rate is measured, with one product.
+Everything follows from a profile's numbers, so the real models are estimated on any laptop in no
+time. Memory is that of `memory`; operations are those of `flops`. On a GPU of `GPUS`, this
+machine's or a named one, the time is the sum of three: matrix products at 80% of the data sheet's
+rate, attention at 40% of it, and what the element-wise work moves at 90% of the memory's rate. The
+shares, and the bytes moved, are what was measured on an H200 for single operations of kl3m-007-500m
+in bfloat16. Whole training steps reached 105% of the speed that follows for the 500M there and 103%
+for the 170M, with a faster attention than the one that the share is of, and 85% for the 520M, from
+which the bytes that a mixture moves to route its tokens were taken. Take a GPU's time as good to a
+quarter. In float32 twice the bytes are moved, and products run at half the rate in TF32. Any other
+machine's rate is measured, with one product.
 
-Windows are taken as full: where segments are padded, fewer tokens have a label. A sliding window saves time with flash-attn
-alone; to sdpa it is a mask, and all keys are computed, as is assumed for a named GPU unless the profile asks for flash-attn.
+Windows are taken as full: where segments are padded, fewer tokens have a label. A sliding window
+saves time with flash-attn alone; to sdpa it is a mask, and all keys are computed, as is assumed for
+a named GPU unless the profile asks for flash-attn.
 """
 
 from __future__ import annotations
@@ -22,21 +26,31 @@ import torch
 
 from kl3m_nb.common.text import clock, table_html
 from kl3m_nb.model import costs
-from kl3m_nb.model.costs import USABLE, StepMemory, count_parameters, largest_micro_batch, step_memory
+from kl3m_nb.model.costs import (
+    USABLE,
+    StepMemory,
+    count_parameters,
+    largest_micro_batch,
+    step_memory,
+)
 from kl3m_nb.model.runtime import Runtime, choose_runtime, device_memory
 from kl3m_nb.profiles import ModelSpec, Profile, RuntimeSpec, warmup_remark
 
 _GIB = 2**30
 
 
-_PRODUCTS, _ATTENTION, _MEMORY = 0.80, 0.40, 0.90  # shares of the data sheet's rates; 790 of 989 TFLOP/s on an H200
+_PRODUCTS, _ATTENTION, _MEMORY = (
+    0.80,
+    0.40,
+    0.90,
+)  # shares of the data sheet's rates; 790 of 989 TFLOP/s on an H200
 
 
 _HERE = 0.45  # share of the speed of large matrix products that a training step reaches
 
 
-# Bytes that the element-wise work of a block moves per token and unit of `_block_elements`: for kl3m-007 1.63 GB forward and
-# 3.70 GB backward at 5 × 4096; compiled per block 56% of that.
+# Bytes that the element-wise work of a block moves per token and unit of `_block_elements`: for
+# kl3m-007 1.63 GB forward and 3.70 GB backward at 5 × 4096; compiled per block 56% of that.
 _MOVED_FORWARD, _MOVED_BACKWARD, _MOVED_COMPILED = 3.24, 7.35, 0.56
 
 
@@ -48,9 +62,11 @@ _TF32 = 0.5  # rate of products in TF32, relative to bfloat16
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet: dense products in bfloat16 and float32 (operations a second), memory traffic (bytes a second), memory.
+    """A GPU's data sheet: dense products in bfloat16 and float32 (operations a second), memory
+    traffic (bytes a second), memory.
 
-    `reported` is its name as the driver gives it: a sibling of less bandwidth, or a slice of one, has another.
+    `reported` is its name as the driver gives it: a sibling of less bandwidth, or a slice of one,
+    has another.
     """
 
     name: str
@@ -71,16 +87,20 @@ GPUS = {
 
 
 def data_sheet(reported: str) -> Gpu | None:
-    """The GPU of `GPUS` whose driver gives it the name `reported`; None when its data sheet is not there."""
+    """The GPU of `GPUS` whose driver gives it the name `reported`; None when its data sheet is not
+    there.
+    """
     return next((gpu for gpu in GPUS.values() if gpu.reported == reported), None)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sizes in bytes, work in floating-point operations, time in seconds. `memory` is a step's as it will be carried out.
+    """Sizes in bytes, work in floating-point operations, time in seconds. `memory` is a step's as
+    it will be carried out.
 
-    `kept` and `recomputed` are the same step without and with gradient checkpointing, `largest_kept` and `largest_recomputed` the
-    most windows that fit into `device_bytes` each way (0: not one). `assumed` says in words what the time holds for.
+    `kept` and `recomputed` are the same step without and with gradient checkpointing,
+    `largest_kept` and `largest_recomputed` the most windows that fit into `device_bytes` each way
+    (0: not one). `assumed` says in words what the time holds for.
     """
 
     profile: str
@@ -121,31 +141,53 @@ class Estimate:
     def sentence(self) -> str:
         """The two numbers that decide whether to start."""
         return (
-            f"{self.profile} for {self.max_steps:,} steps of {self.tokens_per_step:,} tokens needs about "
-            f"{self.memory / _GIB:.1f} GiB of memory and {clock(self.seconds)} on this machine ({self.device})"
+            f"{self.profile} for {self.max_steps:,} steps of {self.tokens_per_step:,} tokens needs"
+            f" about {self.memory / _GIB:.1f} GiB of memory and {clock(self.seconds)} on this"
+            f" machine ({self.device})"
         )
 
     def table(self) -> dict[str, str]:
         """Every figure in words, for a shell or a notebook."""
-        active = f", {self.active_parameters:,} of them active per token" if self.active_parameters < self.parameters else ""
-        states = f"{_gib(self.kept.weights)} + {_gib(self.kept.gradients)} + {_gib(self.kept.optimizer_states)} GiB"
+        active = (
+            f", {self.active_parameters:,} of them active per token"
+            if self.active_parameters < self.parameters
+            else ""
+        )
+        states = (
+            f"{_gib(self.kept.weights)} + {_gib(self.kept.gradients)} +"
+            f" {_gib(self.kept.optimizer_states)} GiB"
+        )
         chosen = "with" if self.recompute else "without"
         return {
             "profile": self.profile,
             "on": f"{self.device}, {_gib(self.device_bytes)} GiB, {self.precision}",
             "parameters": f"{self.parameters:,}{active}",
             "weights + gradients + optimizer": states,
-            "activations": f"{_gib(self.kept.activations)} GiB, {_gib(self.recomputed.activations)} with gradient checkpointing",
-            "logits": f"{_gib(self.kept.logits)} GiB",
-            "a step": f"{_gib(self.memory)} GiB, {chosen} gradient checkpointing{'' if self.fits else ': does not fit'}",
-            "largest micro_batch that fits": f"{self.largest_kept}, {self.largest_recomputed} with gradient checkpointing",
-            "operations per token": (
-                f"{self.flops_per_token / 1e9:.2f} GFLOP computed, attention causal and its scores twice, as an HFU counts; "
-                f"{self.model_flops_per_token / 1e9:.2f} needed, as an MFU counts; "
-                f"{self.palm_flops_per_token / 1e9:.2f} in PaLM's convention, 6N + 12LHT"
+            "activations": (
+                f"{_gib(self.kept.activations)} GiB, {_gib(self.recomputed.activations)} with"
+                " gradient checkpointing"
             ),
-            "tokens per second": f"{self.tokens_per_second:,.{0 if self.tokens_per_second >= 10 else 1}f}",
-            "a run": f"{self.max_steps:,} steps of {self.tokens_per_step:,} tokens: {clock(self.seconds)}",
+            "logits": f"{_gib(self.kept.logits)} GiB",
+            "a step": (
+                f"{_gib(self.memory)} GiB, {chosen} gradient"
+                f" checkpointing{'' if self.fits else ': does not fit'}"
+            ),
+            "largest micro_batch that fits": (
+                f"{self.largest_kept}, {self.largest_recomputed} with gradient checkpointing"
+            ),
+            "operations per token": (
+                f"{self.flops_per_token / 1e9:.2f} GFLOP computed, attention causal and its scores"
+                f" twice, as an HFU counts; {self.model_flops_per_token / 1e9:.2f} needed, as an"
+                f" MFU counts; {self.palm_flops_per_token / 1e9:.2f} in PaLM's convention, 6N +"
+                " 12LHT"
+            ),
+            "tokens per second": (
+                f"{self.tokens_per_second:,.{0 if self.tokens_per_second >= 10 else 1}f}"
+            ),
+            "a run": (
+                f"{self.max_steps:,} steps of {self.tokens_per_step:,} tokens:"
+                f" {clock(self.seconds)}"
+            ),
             "assumed": self.assumed,
             **({"warning": self.remark} if self.remark else {}),
         }
@@ -155,12 +197,16 @@ class Estimate:
 
 
 def estimate(profile: Profile, gpu: str = "") -> Estimate:
-    """Sizes and time of training `profile` on this machine, or on one of `GPUS`; nothing of the model is allocated.
+    """Sizes and time of training `profile` on this machine, or on one of `GPUS`; nothing of the
+    model is allocated.
 
     Raises ValueError for a GPU that is not known.
     """
     if gpu and gpu not in GPUS:
-        raise ValueError(f"The GPU {gpu!r} is not known; choose one of {', '.join(GPUS)}, or none for this machine.")
+        raise ValueError(
+            f"The GPU {gpu!r} is not known; choose one of {', '.join(GPUS)}, or none for this"
+            " machine."
+        )
     if gpu:
         sheet, runtime = GPUS[gpu], _runtime_on_a_gpu(profile.runtime)
         device, device_bytes = sheet.name, sheet.memory
@@ -170,13 +216,22 @@ def estimate(profile: Profile, gpu: str = "") -> Estimate:
         device = torch.cuda.get_device_name(runtime.device) if on_gpu else "CPU"
         sheet, device_bytes = data_sheet(device), device_memory(runtime.device)
     precision, compiled = runtime.precision, runtime.compile_blocks
-    kept, recomputed = (step_memory(profile, precision, compiled, recompute) for recompute in (False, True))
-    largest = [largest_micro_batch(profile, device_bytes, precision, compiled, recompute) for recompute in (False, True)]
+    kept, recomputed = (
+        step_memory(profile, precision, compiled, recompute) for recompute in (False, True)
+    )
+    largest = [
+        largest_micro_batch(profile, device_bytes, precision, compiled, recompute)
+        for recompute in (False, True)
+    ]
     recompute = profile.runtime.gradient_checkpointing == "on"
     if profile.runtime.gradient_checkpointing == "auto":
         recompute = largest[0] < profile.data.micro_batch
     count = count_parameters(profile.model)
-    seconds = _seconds_on_gpu(profile, sheet, runtime, recompute) if sheet else _seconds_here(profile, runtime, recompute)
+    seconds = (
+        _seconds_on_gpu(profile, sheet, runtime, recompute)
+        if sheet
+        else _seconds_here(profile, runtime, recompute)
+    )
     return Estimate(
         profile=profile.name,
         device=device,
@@ -201,7 +256,9 @@ def estimate(profile: Profile, gpu: str = "") -> Estimate:
 
 
 def _runtime_on_a_gpu(asked: RuntimeSpec) -> Runtime:
-    """What `choose_runtime` chooses where there is a GPU and no flash-attn; gradient checkpointing is decided by its memory."""
+    """What `choose_runtime` chooses where there is a GPU and no flash-attn; gradient checkpointing
+    is decided by its memory.
+    """
     return Runtime(
         device=torch.device("cuda"),
         precision="bfloat16" if asked.precision == "auto" else asked.precision,
@@ -216,14 +273,27 @@ def _seconds_on_gpu(profile: Profile, gpu: Gpu, runtime: Runtime, recompute: boo
     """Of one optimizer step."""
     spec, rate = profile.model, _rate(gpu, runtime.precision, runtime.tf32)
     moved = (1 + recompute) * _MOVED_FORWARD + _MOVED_BACKWARD
-    moved *= (_MOVED_COMPILED if runtime.compile_blocks else 1.0) * spec.layers * _block_elements(spec) * 2
+    moved *= (
+        (_MOVED_COMPILED if runtime.compile_blocks else 1.0)
+        * spec.layers
+        * _block_elements(spec)
+        * 2
+    )
     if runtime.precision == "float32":
         moved *= 2
     moved += _LOGITS_MOVED * spec.vocabulary
     products, attention = _operations_per_token(profile, runtime, recompute)
-    per_token = products / (_PRODUCTS * rate) + attention / (_ATTENTION * rate) + moved / (_MEMORY * gpu.traffic)
-    iterating = _rate(gpu, profile.optimizer.ns_precision, runtime.tf32)  # in bfloat16 whatever the model's, unless it is named
-    orthogonalising = costs.muon_flops_per_step(spec, profile.optimizer.ns_steps) / (_ATTENTION * iterating)
+    per_token = (
+        products / (_PRODUCTS * rate)
+        + attention / (_ATTENTION * rate)
+        + moved / (_MEMORY * gpu.traffic)
+    )
+    iterating = _rate(
+        gpu, profile.optimizer.ns_precision, runtime.tf32
+    )  # in bfloat16 whatever the model's, unless it is named
+    orthogonalising = costs.muon_flops_per_step(spec, profile.optimizer.ns_steps) / (
+        _ATTENTION * iterating
+    )
     return profile.tokens_per_step * per_token + orthogonalising
 
 
@@ -241,19 +311,26 @@ def _seconds_here(profile: Profile, runtime: Runtime, recompute: bool) -> float:
     return work / (_HERE * _matmul_speed(runtime.device, runtime.precision))
 
 
-def _operations_per_token(profile: Profile, runtime: Runtime, recompute: bool) -> tuple[float, float]:
+def _operations_per_token(
+    profile: Profile, runtime: Runtime, recompute: bool
+) -> tuple[float, float]:
     """Forward and backward, of matrix products and of attention, as they are carried out."""
     spec, seq_len = profile.model, profile.data.seq_len
     forward = costs.forward_flops_per_token(spec, seq_len)
     attention = forward.attention
     if _window_is_a_mask(profile, runtime):
         attention *= seq_len / costs.mean_keys_seen(seq_len, spec.sliding_window)
-    products = (1 + costs.MATMUL_BACKWARD) * (forward.blocks + forward.lm_head) + recompute * forward.blocks
+    products = (1 + costs.MATMUL_BACKWARD) * (
+        forward.blocks + forward.lm_head
+    ) + recompute * forward.blocks
     return products, (1 + costs.ATTENTION_BACKWARD + recompute) * attention
 
 
 def _window_is_a_mask(profile: Profile, runtime: Runtime) -> bool:
-    return 0 < profile.model.sliding_window < profile.data.seq_len and runtime.attention != "flash_attention_2"
+    return (
+        0 < profile.model.sliding_window < profile.data.seq_len
+        and runtime.attention != "flash_attention_2"
+    )
 
 
 def _assumed(profile: Profile, runtime: Runtime) -> str:
@@ -262,17 +339,24 @@ def _assumed(profile: Profile, runtime: Runtime) -> str:
         text += " (this profile pads its segments: fewer tokens have a label)"
     if _window_is_a_mask(profile, runtime):
         window, keys = profile.model.sliding_window, profile.data.seq_len
-        text += f", attention over all {keys:,} keys: without flash-attn the window of {window} is a mask"
+        text += (
+            f", attention over all {keys:,} keys: without flash-attn the window of {window} is a"
+            " mask"
+        )
     return text
 
 
 def _block_elements(spec: ModelSpec) -> float:
-    routed = 7 * spec.hidden * spec.active_experts  # sorted by expert, weighted and sorted back; measured for kl3m-002-520m
+    routed = (
+        7 * spec.hidden * spec.active_experts
+    )  # sorted by expert, weighted and sorted back; measured for kl3m-002-520m
     return 12 * spec.hidden + 3.5 * spec.mlp * max(1, spec.active_experts) + routed
 
 
 def estimate_table(profiles: list[Profile], gpus: list[str]) -> list[dict[str, str]]:
-    """A row per profile and GPU, the figures that are compared: for a table in a notebook or a text."""
+    """A row per profile and GPU, the figures that are compared: for a table in a notebook or a
+    text.
+    """
     rows = []
     for profile in profiles:
         for gpu in gpus:
@@ -283,7 +367,9 @@ def estimate_table(profiles: list[Profile], gpus: list[str]) -> list[dict[str, s
                     "on": needed.device,
                     "GiB a step": _gib(needed.memory),
                     "gradient checkpointing": "yes" if needed.recompute else "no",
-                    "largest micro_batch": str(needed.largest_recomputed if needed.recompute else needed.largest_kept),
+                    "largest micro_batch": str(
+                        needed.largest_recomputed if needed.recompute else needed.largest_kept
+                    ),
                     "tokens/s": f"{needed.tokens_per_second:,.0f}",
                     "days": f"{needed.seconds / 86_400:.1f}",
                 }
@@ -298,7 +384,12 @@ def _gib(size: int) -> str:
 def _matmul_speed(device: torch.device, precision: str) -> float:
     """Operations per second of a matrix product here, the best of four."""
     side = 8192 if device.type == "cuda" else 1024
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    matrix = torch.randn(
+        side,
+        side,
+        device=device,
+        dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32,
+    )
     best = float("inf")
     for _ in range(4):
         began = time.perf_counter()

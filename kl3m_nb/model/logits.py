@@ -1,8 +1,9 @@
-"""From tokens to logits as a model's family does it, whatever stands between the last hidden state and the logits.
+"""From tokens to logits as a model's family does it, whatever stands between the last hidden state
+and the logits.
 
-Most families apply their output embedding to the last hidden state and nothing else; logits are then computed for a few tokens at
-a time. Others scale them, cap them or add a layer (Granite, Cohere, Gemma 2, BERT). Which it is, a model is asked: once, with a
-few tokens, and to the bit.
+Most families apply their output embedding to the last hidden state and nothing else; logits are
+then computed for a few tokens at a time. Others scale them, cap them or add a layer (Granite,
+Cohere, Gemma 2, BERT). Which it is, a model is asked: once, with a few tokens, and to the bit.
 """
 
 from __future__ import annotations
@@ -13,22 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MixtralForCausalLM, PreTrainedModel
 
-OWN_FAMILIES = (LlamaForCausalLM, MixtralForCausalLM)  # what the project trains; their code needs no asking
+OWN_FAMILIES = (
+    LlamaForCausalLM,
+    MixtralForCausalLM,
+)  # what the project trains; their code needs no asking
 
 
 _PROBE_TOKENS = 8
 
 
-_CAUSAL_WITHIN = 1e-3  # of the largest logit; what sees the next token moves its logits by about their size
+_CAUSAL_WITHIN = (
+    1e-3  # of the largest logit; what sees the next token moves its logits by about their size
+)
 
 
 _asked: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def head_is_all(model: PreTrainedModel) -> bool:
-    """Whether the logits of `model` are its output embedding applied to its body's last hidden state.
+    """Whether the logits of `model` are its output embedding applied to its body's last hidden
+    state.
 
-    Call it in evaluation mode, without gradients. Raises ValueError for a model that sees the tokens it is to predict.
+    Call it in evaluation mode, without gradients. Raises ValueError for a model that sees the
+    tokens it is to predict.
     """
     if type(model) in OWN_FAMILIES:
         return True
@@ -38,12 +46,16 @@ def head_is_all(model: PreTrainedModel) -> bool:
 
 
 def before_head(model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, nn.Module]:
-    """What goes into the head, [batch, seq_len, width], and the head: logits themselves and no head where it is not all.
+    """What goes into the head, [batch, seq_len, width], and the head: logits themselves and no head
+    where it is not all.
 
     input_ids: int64 [batch, seq_len], e.g. [8, 256]. To be called as `head_is_all`.
     """
     if head_is_all(model):
-        return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state, model.get_output_embeddings()
+        return (
+            model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state,
+            model.get_output_embeddings(),
+        )
     return model(input_ids=input_ids, use_cache=False).logits, nn.Identity()
 
 
@@ -66,7 +78,9 @@ def _require_causal(model: PreTrainedModel, tokens: Tensor, logits: Tensor) -> N
     """Refuses a model whose logits at a position change with what follows it, tokens or padding."""
     shorter = model(input_ids=tokens[:, : _PROBE_TOKENS // 2], use_cache=False).logits.float()
     longer = logits[:, : _PROBE_TOKENS // 2].float()
-    if not torch.allclose(longer, shorter, rtol=0.0, atol=_CAUSAL_WITHIN * shorter.abs().max().item(), equal_nan=True):
+    if not torch.allclose(
+        longer, shorter, rtol=0.0, atol=_CAUSAL_WITHIN * shorter.abs().max().item(), equal_nan=True
+    ):
         raise ValueError(
             f"A {type(model).__name__} as it is set up sees the tokens that it is to predict; "
             "give a causal language model (in config.json of the BERT family: is_decoder true)."

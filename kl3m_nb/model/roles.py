@@ -1,7 +1,9 @@
-"""The names of tensors, and the role each plays: the only module that knows how Llama and Mixtral call their parameters.
+"""The names of tensors, and the role each plays: the only module that knows how Llama and Mixtral
+call their parameters.
 
-Roles are those of Llama (`q_proj` … `down_proj`, `lm_head`); Mixtral's experts have the same roles. When embedding and LM head are
-tied, the shared matrix has the role `lm_head`."""
+Roles are those of Llama (`q_proj` … `down_proj`, `lm_head`); Mixtral's experts have the same roles.
+When embedding and LM head are tied, the shared matrix has the role `lm_head`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ MUON_ROLES = frozenset(ATTENTION_ROLES + MLP_ROLES)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
-    """{parameter name: role}. A head tied to the embedding is one parameter, and its role is `lm_head`.
+    """{parameter name: role}. A head tied to the embedding is one parameter, and its role is
+    `lm_head`.
 
     Raises ValueError for a parameter that belongs to no role of the family.
     """
@@ -36,11 +39,16 @@ def _role(name: str, parameter: nn.Parameter, tied: bool) -> str:
         return "norm"
     if module == "gate":  # the linear map that scores a Mixtral's experts
         return "router"
-    raise ValueError(f"The parameter {name} of shape {tuple(parameter.shape)} has no role; Llama and Mixtral decoders are known.")
+    raise ValueError(
+        f"The parameter {name} of shape {tuple(parameter.shape)} has no role; Llama and Mixtral"
+        " decoders are known."
+    )
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Parameters by component: embedding (with a tied head), attention, mlp, norms, lm_head when untied, and the total."""
+    """Parameters by component: embedding (with a tied head), attention, mlp, norms, lm_head when
+    untied, and the total.
+    """
     components = {"embedding": 0, "attention": 0, "mlp": 0, "norms": 0, "lm_head": 0}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():

@@ -1,4 +1,6 @@
-"""Tensors as they lie in safetensors files: found by the files' headers, read piece by piece as bytes."""
+"""Tensors as they lie in safetensors files: found by the files' headers, read piece by piece as
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ LONGEST_HEADER = 100_000_000  # bytes; the safetensors library refuses a longer 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies. `dtype` is the format's own name, a key of `DTYPES` for floats that torch computes with."""
+    """Where a tensor lies. `dtype` is the format's own name, a key of `DTYPES` for floats that
+    torch computes with.
+    """
 
     path: Path
     dtype: str
@@ -46,15 +50,21 @@ class StoredTensor:
     def holds_the_same(self, other: StoredTensor) -> bool:
         """Whether dtype, shape and bytes are equal."""
         same = (self.dtype, self.shape) == (other.dtype, other.shape)
-        return same and all(mine == theirs for mine, theirs in zip(self.pieces(), other.pieces(), strict=True))
+        return same and all(
+            mine == theirs for mine, theirs in zip(self.pieces(), other.pieces(), strict=True)
+        )
 
     def load(self) -> torch.Tensor:
         """The tensor itself."""
-        return torch.frombuffer(bytearray(b"".join(self.pieces())), dtype=DTYPES[self.dtype]).view(self.shape)
+        return torch.frombuffer(bytearray(b"".join(self.pieces())), dtype=DTYPES[self.dtype]).view(
+            self.shape
+        )
 
 
 def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
-    """Every tensor of whole safetensors files: an 8-byte little-endian length, a JSON header, then the bytes."""
+    """Every tensor of whole safetensors files: an 8-byte little-endian length, a JSON header, then
+    the bytes.
+    """
     tensors = {}
     for path in files:
         with naming(path), open(path, "rb") as file:
@@ -63,5 +73,7 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
         for name, entry in header.items():
             if name != "__metadata__":
                 start, end = entry["data_offsets"]
-                tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+                tensors[name] = StoredTensor(
+                    path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start
+                )
     return tensors

@@ -1,4 +1,6 @@
-"""What one step changes: the objective, Muon and AdamW, the clamp, the schedule, the rule of every parameter."""
+"""What one step changes: the objective, Muon and AdamW, the clamp, the schedule, the rule of every
+parameter.
+"""
 
 import lazy_loader
 

@@ -1,7 +1,8 @@
-"""The role of every parameter, and what follows from it: optimizer, learning rate, weight decay, clamp.
+"""The role of every parameter, and what follows from it: optimizer, learning rate, weight decay,
+clamp.
 
-One table decides for all of them. It can be printed, is shown in notebook 02, and a parameter that no rule knows is an error
-rather than a silent default.
+One table decides for all of them. It can be printed, is shown in notebook 02, and a parameter that
+no rule knows is an error rather than a silent default.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from kl3m_nb.profiles import MLP_ROLES, Profile
 
 @dataclass(frozen=True)
 class ParameterRule:
-    """How one parameter is trained. `lr` is the peak of its schedule; `max_condition` 0.0 says it is never clamped."""
+    """How one parameter is trained. `lr` is the peak of its schedule; `max_condition` 0.0 says it
+    is never clamped.
+    """
 
     name: str
     role: str
@@ -33,7 +36,9 @@ class ParameterRule:
 
     @property
     def fused(self) -> int:
-        """How many matrices are stacked along dim -2: a Mixtral keeps gate and up of an expert in one tensor."""
+        """How many matrices are stacked along dim -2: a Mixtral keeps gate and up of an expert in
+        one tensor.
+        """
         return 2 if self.role == "gate_up_proj" else 1
 
     @property
@@ -74,8 +79,12 @@ def role_table(model: nn.Module, profile: Profile) -> list[ParameterRule]:
     return rules
 
 
-def build_optimizers(model: nn.Module, rules: list[ParameterRule], profile: Profile) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon and AdamW over the groups of the table; every group carries its peak LR as `peak_lr` for the schedule."""
+def build_optimizers(
+    model: nn.Module, rules: list[ParameterRule], profile: Profile
+) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon and AdamW over the groups of the table; every group carries its peak LR as `peak_lr` for
+    the schedule.
+    """
     spec = profile.optimizer
     parameters = dict(model.named_parameters())
     groups: dict[str, dict[tuple, dict]] = {"muon": {}, "adamw": {}}
@@ -85,7 +94,7 @@ def build_optimizers(model: nn.Module, rules: list[ParameterRule], profile: Prof
             settings["fused"] = rule.fused
         group = groups[rule.optimizer].setdefault(
             tuple(settings.values()), {"params": [], "peak_lr": rule.lr, **settings}
-        )  # fmt: skip
+        )
         group["params"].append(parameters[rule.name])
     muon = Muon(
         list(groups["muon"].values()),
@@ -97,23 +106,46 @@ def build_optimizers(model: nn.Module, rules: list[ParameterRule], profile: Prof
         coefficients=spec.ns_coefficients,
         precision=spec.ns_precision,
     )
-    aux = torch.optim.AdamW(list(groups["adamw"].values()), lr=spec.aux_lr, betas=(spec.aux_beta1, spec.aux_beta2), foreach=True)
+    aux = torch.optim.AdamW(
+        list(groups["adamw"].values()),
+        lr=spec.aux_lr,
+        betas=(spec.aux_beta1, spec.aux_beta2),
+        foreach=True,
+    )
     return muon, aux
 
 
-def clamp_targets(model: nn.Module, rules: list[ParameterRule], profile: Profile) -> list[ClampTarget]:
+def clamp_targets(
+    model: nn.Module, rules: list[ParameterRule], profile: Profile
+) -> list[ClampTarget]:
     """The matrices that the spectral clamp walks, each with the ceiling of its role."""
     parameters = dict(model.named_parameters())
     return [
-        ClampTarget(rule.name, parameters[rule.name], rule.max_condition, profile.clamp.sigma_floor, rule.fused)
+        ClampTarget(
+            rule.name,
+            parameters[rule.name],
+            rule.max_condition,
+            profile.clamp.sigma_floor,
+            rule.fused,
+        )
         for rule in rules
         if rule.max_condition
     ]
 
 
 def clamp_columns(events: Sequence[ClampEvent], rules: Sequence[ParameterRule]) -> dict[str, list]:
-    """A clamp as columns to log, an entry for each matrix: the event's fields; role, layer and ceiling of its parameter."""
-    columns = {column.name: [getattr(event, column.name) for event in events] for column in dataclasses.fields(ClampEvent)}
+    """A clamp as columns to log, an entry for each matrix: the event's fields; role, layer and
+    ceiling of its parameter.
+    """
+    columns = {
+        column.name: [getattr(event, column.name) for event in events]
+        for column in dataclasses.fields(ClampEvent)
+    }
     rule_of = {rule.name: rule for rule in rules}
-    parents = [rule_of[event.name.partition("[")[0]] for event in events]  # name[expert] is a matrix of the parameter name
-    return columns | {column: [getattr(rule, column) for rule in parents] for column in ("role", "layer", "max_condition")}
+    parents = [
+        rule_of[event.name.partition("[")[0]] for event in events
+    ]  # name[expert] is a matrix of the parameter name
+    return columns | {
+        column: [getattr(rule, column) for rule in parents]
+        for column in ("role", "layer", "max_condition")
+    }

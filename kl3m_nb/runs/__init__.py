@@ -1,4 +1,6 @@
-"""What lies on disk: run folders, metrics, checkpoints, model cards, and where a model comes from."""
+"""What lies on disk: run folders, metrics, checkpoints, model cards, and where a
+model comes from.
+"""
 
 import lazy_loader
 

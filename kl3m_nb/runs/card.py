@@ -1,6 +1,7 @@
 """The model card of a checkpoint: written from the run into its README.md.
 
-A card states what was done and measured, in the sections that the cards of the KL3M family have."""
+A card states what was done and measured, in the sections that the cards of the KL3M family have.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +31,11 @@ _CITATION = """```bibtex
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says of a run beyond its profile. Losses are in nats per token; NaN stands for one that was not measured.
+    """What a card says of a run beyond its profile. Losses are in nats per token; NaN stands for
+    one that was not measured.
 
-    `conditions` is what the last clamp knew. `stack` says how the model was grown, as `stack_facts` gives it.
+    `conditions` is what the last clamp knew. `stack` says how the model was grown, as `stack_facts`
+    gives it.
     """
 
     counts: Counts
@@ -47,11 +50,11 @@ class CardFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a card says of the model itself, by its own configuration and tokenizer: a start may differ from the profile in more
-    than `models.check_fits` refuses.
+    """What a card says of the model itself, by its own configuration and tokenizer: a start may
+    differ from the profile in more than `models.check_fits` refuses.
 
-    `scaling` says how positions are scaled, as `models.position_scaling` does; `start` is empty for a tokenizer without that
-    token.
+    `scaling` says how positions are scaled, as `models.position_scaling` does; `start` is empty for
+    a tokenizer without that token.
     """
 
     spec: ModelSpec
@@ -69,8 +72,9 @@ def model_facts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> M
 def published_name(profile: Profile, step: int) -> str:
     """The family's way of naming a checkpoint: kl3m-007-500m-step37000.
 
-    A model that is not as deep as the profile's name says, such as the source it is grown from, is named after the profile of its
-    own shape, kl3m-006-170m-step63000; where there is none its depth stands in the name, tiny-3-layers-step240.
+    A model that is not as deep as the profile's name says, such as the source it is grown from, is
+    named after the profile of its own shape, kl3m-006-170m-step63000; where there is none its depth
+    stands in the name, tiny-3-layers-step240.
     """
     name, named = profile.name, PROFILES.get(profile.name)
     if named and named.model.layers != profile.model.layers:
@@ -102,14 +106,17 @@ def model_card(profile: Profile, facts: CardFacts, model: ModelFacts) -> str:
         "Usage": _usage(name, advised),
         "Generation": f"Recommended sampling: {_advice(advised)}.",
         "Limitations": (
-            "A small base model: it continues text in the manner of its data and does not know whether a sentence is true. "
-            "Nothing it writes is legal advice."
+            "A small base model: it continues text in the manner of its data and does not know"
+            " whether a sentence is true. Nothing it writes is legal advice."
         ),
         "Citation": _CITATION if grown else "",
         "License": "Apache 2.0. The text it was trained on has its own terms.",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {name}\n\n{_summary(facts, model.spec)}\n\n{body}\n"
+    return (
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n#"
+        f" {name}\n\n{_summary(facts, model.spec)}\n\n{body}\n"
+    )
 
 
 def _summary(facts: CardFacts, spec: ModelSpec) -> str:
@@ -118,8 +125,8 @@ def _summary(facts: CardFacts, spec: ModelSpec) -> str:
     layers = _source_layers(facts)
     grown = f", grown from {layers} layers by {_manner(facts.stack)}" if layers else ""
     return (
-        f"A {kind} language model of {_millions(total)} parameters and {spec.layers} layers{grown}, after "
-        f"{facts.counts.step:,} training steps."
+        f"A {kind} language model of {_millions(total)} parameters and {spec.layers} layers{grown},"
+        f" after {facts.counts.step:,} training steps."
     )
 
 
@@ -131,7 +138,10 @@ def _details(profile: Profile, facts: CardFacts, spec: ModelSpec) -> str:
     return _items(
         {
             "Architecture": "Mixtral" if spec.experts else "Llama with grouped-query attention",
-            "Parameters": f"{count.total:,}{active}; {count.total - vocabulary:,} without embedding and LM head ({tied})",
+            "Parameters": (
+                f"{count.total:,}{active}; {count.total - vocabulary:,} without embedding and LM"
+                f" head ({tied})"
+            ),
             "Layers": str(spec.layers),
             "Started from": public_name(facts.init),
             "Training status": f"{facts.counts.step:,} of {profile.schedule.max_steps:,} steps",
@@ -161,13 +171,22 @@ def _architecture(model: ModelFacts) -> str:
         "Attention heads": f"{spec.heads} ({spec.kv_heads} KV heads, {spec.head_size} each)",
         "Intermediate size": f"{spec.mlp:,}",
         "Vocabulary": f"{spec.vocabulary:,} tokens",
-        "Context": f"{spec.context:,} tokens" + (f", sliding window {spec.sliding_window}" if spec.sliding_window else ""),
-        "RoPE theta": f"{spec.rope_theta:,.0f}" + (f", positions scaled ({model.scaling})" if model.scaling else ""),
+        "Context": (
+            f"{spec.context:,} tokens"
+            + (f", sliding window {spec.sliding_window}" if spec.sliding_window else "")
+        ),
+        "RoPE theta": (
+            f"{spec.rope_theta:,.0f}"
+            + (f", positions scaled ({model.scaling})" if model.scaling else "")
+        ),
     }
     if spec.attention_bias or spec.mlp_bias:
         rows["Biases"] = ", ".join(["attention"] * spec.attention_bias + ["MLP"] * spec.mlp_bias)
     if spec.experts:
-        rows["Experts"] = f"{spec.experts} per layer, {spec.active_experts} active, router loss weight {spec.router_aux_loss:g}"
+        rows["Experts"] = (
+            f"{spec.experts} per layer, {spec.active_experts} active, router loss weight"
+            f" {spec.router_aux_loss:g}"
+        )
     return _items(rows)
 
 
@@ -183,9 +202,15 @@ def _manner(stack: dict) -> str:
 def _stacking(profile: Profile, facts: CardFacts) -> str:
     stack, layers = facts.stack, _source_layers(facts)
     times = profile.model.layers // layers
-    blocks = f"The model has {times} times the {layers} blocks of its source (G_stack, arXiv:2405.15319)."
+    blocks = (
+        f"The model has {times} times the {layers} blocks of its source (G_stack,"
+        " arXiv:2405.15319)."
+    )
     if stack.get("order") == "random":
-        blocks = f"The first {layers} of its {profile.model.layers} blocks are its source's, the others were drawn at random."
+        blocks = (
+            f"The first {layers} of its {profile.model.layers} blocks are its source's, the others"
+            " were drawn at random."
+        )
     if "source" not in stack:  # a card has told of it
         return f"{blocks} This run continues the grown model with a fresh optimizer."
     order, noise = stack["order"], stack["noise"]
@@ -196,7 +221,10 @@ def _stacking(profile: Profile, facts: CardFacts) -> str:
         changed = f"every matrix of the copied blocks was mixed with {noise:.0%} of noise"
     rows = {"Source": public_name(stack["source"]), "Order": order, "Noise": f"{noise:.0%}"}
     rows |= {f"SHA-256 of {name}": digest for name, digest in stack["source_sha256"].items()}
-    text = f"{blocks} Embedding, final norm and LM head were copied once, {changed}, and the optimizer started fresh."
+    text = (
+        f"{blocks} Embedding, final norm and LM head were copied once, {changed}, and the optimizer"
+        " started fresh."
+    )
     return f"{text}\n\n{_items(rows)}"
 
 
@@ -207,34 +235,47 @@ def _configuration(profile: Profile) -> str:
     spec, clamp, objective = profile.optimizer, profile.clamp, profile.objective
     optimizer = _items(
         {
-            "Muon": f"learning rate {profile.muon_lr:.5g} = {spec.base_lr:g} × √(16/{profile.model.layers}), momentum "
-            f"{spec.momentum}, {spec.ns_steps} Newton-Schulz steps, weight decay {spec.weight_decay:g}",
-            "AdamW": f"learning rate {spec.aux_lr:g} for embedding, LM head, norms and router, weight decay "
-            f"{spec.aux_weight_decay:g}",
-            "Multipliers": f"q/o {spec.attention_outer_multiplier:g}, k/v {spec.attention_inner_multiplier:g}, "
-            f"MLP {spec.mlp_multiplier:g}, LM head {spec.lm_head_multiplier:g}",
+            "Muon": (
+                f"learning rate {profile.muon_lr:.5g} = {spec.base_lr:g} ×"
+                f" √(16/{profile.model.layers}), momentum {spec.momentum}, {spec.ns_steps}"
+                f" Newton-Schulz steps, weight decay {spec.weight_decay:g}"
+            ),
+            "AdamW": (
+                f"learning rate {spec.aux_lr:g} for embedding, LM head, norms and router, weight"
+                f" decay {spec.aux_weight_decay:g}"
+            ),
+            "Multipliers": (
+                f"q/o {spec.attention_outer_multiplier:g}, k/v {spec.attention_inner_multiplier:g},"
+                f" MLP {spec.mlp_multiplier:g}, LM head {spec.lm_head_multiplier:g}"
+            ),
         }
     )
     ceilings = "off"
     if clamp.clamp_every:
         ceilings = (
-            f"every {clamp.clamp_every} steps to a condition of at most {clamp.attention_max_condition:g} (attention), "
-            f"{clamp.mlp_max_condition:g} (MLP), {clamp.lm_head_max_condition:g} (LM head); floor {clamp.sigma_floor:g}"
+            f"every {clamp.clamp_every} steps to a condition of at most"
+            f" {clamp.attention_max_condition:g} (attention), {clamp.mlp_max_condition:g} (MLP),"
+            f" {clamp.lm_head_max_condition:g} (LM head); floor {clamp.sigma_floor:g}"
         )
     regularization = _items(
         {
             "Spectral clamping": ceilings,
             "Label smoothing": f"{objective.label_smoothing:g}",
-            "Entropy": f"bonus {objective.entropy_bonus:g}, target {objective.entropy_target_bits:g} bits "
-            f"{_TARGET_OF[objective.entropy_target_over]} with weight {objective.entropy_target_weight:g}",
+            "Entropy": (
+                f"bonus {objective.entropy_bonus:g}, target {objective.entropy_target_bits:g} bits"
+                f" {_TARGET_OF[objective.entropy_target_over]} with weight"
+                f" {objective.entropy_target_weight:g}"
+            ),
             "Activation norm": f"{objective.activation_norm:g}",
         }
     )
     data = profile.data
     batch = _items(
         {
-            "Batch": f"{data.micro_batch} × {data.grad_accumulation} sequences of {data.seq_len:,} tokens, "
-            f"{profile.tokens_per_step:,} tokens a step",
+            "Batch": (
+                f"{data.micro_batch} × {data.grad_accumulation} sequences of {data.seq_len:,}"
+                f" tokens, {profile.tokens_per_step:,} tokens a step"
+            ),
         }
     )
     return "\n".join((optimizer, regularization, batch))
@@ -247,14 +288,24 @@ def _training_details(profile: Profile, facts: CardFacts, model: ModelFacts) -> 
         marks = f"padded segments, `{model.start}` and `{model.end}` at a document's own borders"
     if data.p_sft:
         trained_on = "their responses" if data.sft_loss == "response" else "all their tokens"
-        marks += f"; {100 * data.p_sft:g}% of the segments are instruction pairs, trained on {trained_on}"
+        marks += (
+            f"; {100 * data.p_sft:g}% of the segments are instruction pairs, trained on"
+            f" {trained_on}"
+        )
     return _items(
         {
-            "Data": f"{data.source}, tokenizer {public_name(data.tokenizer)}, shuffle buffer {data.shuffle_buffer}, {marks}",
-            "Schedule": f"linear warmup over {schedule.warmup_steps} steps, cosine to {schedule.min_lr_ratio:g} of the peak at "
-            f"step {schedule.max_steps:,}",
-            "Gradient clipping": f"{schedule.clip_mode}, maximum {schedule.clip_max_norm:g}, coefficient "
-            f"{schedule.clip_coefficient:g}, beta {schedule.clip_beta:g}",
+            "Data": (
+                f"{data.source}, tokenizer {public_name(data.tokenizer)}, shuffle buffer"
+                f" {data.shuffle_buffer}, {marks}"
+            ),
+            "Schedule": (
+                f"linear warmup over {schedule.warmup_steps} steps, cosine to"
+                f" {schedule.min_lr_ratio:g} of the peak at step {schedule.max_steps:,}"
+            ),
+            "Gradient clipping": (
+                f"{schedule.clip_mode}, maximum {schedule.clip_max_norm:g}, coefficient "
+                f"{schedule.clip_coefficient:g}, beta {schedule.clip_beta:g}"
+            ),
             "Runtime": facts.runtime,
         }
     )
@@ -263,21 +314,35 @@ def _training_details(profile: Profile, facts: CardFacts, model: ModelFacts) -> 
 def _spectra(facts: CardFacts) -> str:
     groups = facts.conditions.groups.items()
     if not groups:
-        return "The condition of the weight matrices is not known: no clamp has come since this run began or was last continued."
+        return (
+            "The condition of the weight matrices is not known: no clamp has come since this run"
+            " began or was last continued."
+        )
     steps = facts.counts.step - facts.conditions.step
-    since = f", {steps:,} training step{'s' if steps > 1 else ''} before this checkpoint" if steps else ""
-    title = f"Condition σ₁/σ_min of the weight matrices, as the clamp of step {facts.conditions.step:,} left them{since}:"
-    header = "| matrices | measured | median of these | maximum of these | not measured, proved to be below their ceiling |"
+    since = (
+        f", {steps:,} training step{'s' if steps > 1 else ''} before this checkpoint"
+        if steps
+        else ""
+    )
+    title = (
+        f"Condition σ₁/σ_min of the weight matrices, as the clamp of step {facts.conditions.step:,}"
+        f" left them{since}:"
+    )
+    header = (
+        "| matrices | measured | median of these | maximum of these | not measured, proved to be"
+        " below their ceiling |"
+    )
     rows = (
-        f"| {name} | {known.measured} of {known.matrices} | {_condition(known.median)} | {_condition(known.maximum)} | "
-        f"{'all' if known.certified == known.matrices else known.certified} |"
+        f"| {name} | {known.measured} of {known.matrices} | {_condition(known.median)} |"
+        f" {_condition(known.maximum)} |"
+        f" {'all' if known.certified == known.matrices else known.certified} |"
         for name, known in groups
     )
     text = "\n".join((f"{title}\n", header, "|---|---|---|---|---|", *rows))
     if estimated := sum(known.estimated for _, known in groups):
         text += (
-            f"\n\nOf the measured conditions {estimated} are estimates from below, good to some percent; these matrices, too, "
-            "were proved to be below their ceiling."
+            f"\n\nOf the measured conditions {estimated} are estimates from below, good to some"
+            " percent; these matrices, too, were proved to be below their ceiling."
         )
     if zero := sum(known.zero for _, known in groups):
         text += f"\n\nMatrices that are all zero and have no condition: {zero}."
@@ -290,7 +355,9 @@ def _condition(value: float) -> str:
 
 def _usage(name: str, advised: Mapping[str, object]) -> str:
     # The examples print one text, however many the family's card asks for.
-    arguments = ", ".join(f"{key}={value}" for key, value in advised.items() if key != "num_return_sequences")
+    arguments = ", ".join(
+        f"{key}={value}" for key, value in advised.items() if key != "num_return_sequences"
+    )
     return f'''```python
 from transformers import pipeline
 
@@ -319,9 +386,11 @@ def _advice(advised: Mapping[str, object]) -> str:
 
 
 def public_name(name: str) -> str:
-    """A hub id or a path in the project as it is; any other path without its place, since a card is read elsewhere.
+    """A hub id or a path in the project as it is; any other path without its place, since a card is
+    read elsewhere.
 
-    What is left is the last part, of a run's checkpoint or a stack's what begins with the run's name: demo-stack/checkpoint.
+    What is left is the last part, of a run's checkpoint or a stack's what begins with the run's
+    name: demo-stack/checkpoint.
     """
     path = Path(name)
     if not path.is_absolute():

@@ -1,8 +1,10 @@
-"""Checkpoints: ordinary Hugging Face folders plus `training_state/`, written so that a half-written one is never found.
+"""Checkpoints: ordinary Hugging Face folders plus `training_state/`, written so that a half-written
+one is never found.
 
-A checkpoint is built under a temporary name, synced, and renamed; its manifest names the run, and every file with its size and
-SHA-256. Nothing in it can run code: weights are safetensors, the state is read with `weights_only=True`. Training waits only
-for a `Snapshot` in host memory; `BackgroundWriter` puts it on the disk meanwhile.
+A checkpoint is built under a temporary name, synced, and renamed; its manifest names the run, and
+every file with its size and SHA-256. Nothing in it can run code: weights are safetensors, the state
+is read with `weights_only=True`. Training waits only for a `Snapshot` in host memory;
+`BackgroundWriter` puts it on the disk meanwhile.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ MANIFEST = Path(STATE_FOLDER) / "manifest.json"
 _TEMPORARY = re.compile(r"\.(saving|removing)-step-\d+-(\w+)")
 
 
-_OWN = uuid.uuid4().hex[:12]  # in the temporary names of this process; its number may have been another's before
+_OWN = uuid.uuid4().hex[
+    :12
+]  # in the temporary names of this process; its number may have been another's before
 
 
 class CheckpointFailed(RuntimeError):
@@ -51,7 +55,8 @@ class CheckpointFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy in host memory of all that a checkpoint holds; what training does meanwhile does not reach it.
+    """A copy in host memory of all that a checkpoint holds; what training does meanwhile does not
+    reach it.
 
     `bytes`: what its tensors take in memory, and about as much on the disk.
     """
@@ -63,9 +68,11 @@ class Snapshot:
 
 
 def take_snapshot(step: int, model: torch.nn.Module, state: dict) -> Snapshot | None:
-    """Copies the weights of `model` and `state` (numbers, strings, tensors, dicts, lists of one kind) to host memory.
+    """Copies the weights of `model` and `state` (numbers, strings, tensors, dicts, lists of one
+    kind) to host memory.
 
-    In a distributed run all ranks call it, because shards are gathered; only rank 0 keeps a copy, the others get None.
+    In a distributed run all ranks call it, because shards are gathered; only rank 0 keeps a copy,
+    the others get None.
     """
     copied: dict[tuple, Tensor] = {}  # tied weights share memory in the copy too
     weights, state = _host_copy(dict(model.state_dict()), copied), _host_copy(state, copied)
@@ -84,11 +91,13 @@ def write_checkpoint(
     keep: int,
     keep_every: int = 0,
 ) -> Path:
-    """Writes `snapshot` to `run_dir/checkpoints/step-NNNNNN` and returns the folder. Weights are stored as float32.
+    """Writes `snapshot` to `run_dir/checkpoints/step-NNNNNN` and returns the folder. Weights are
+    stored as float32.
 
-    `model` gives its configuration only; `card` becomes the README.md. `identity` names the run, whose run.json is copied for
-    the case that it gets lost. The `keep` newest checkpoints stay, and those whose step is a multiple of `keep_every` (0: no
-    others). Raises CheckpointFailed when the disk is full or the folder read-only; earlier checkpoints are untouched then.
+    `model` gives its configuration only; `card` becomes the README.md. `identity` names the run,
+    whose run.json is copied for the case that it gets lost. The `keep` newest checkpoints stay, and
+    those whose step is a multiple of `keep_every` (0: no others). Raises CheckpointFailed when the
+    disk is full or the folder read-only; earlier checkpoints are untouched then.
     """
     folder = Path(run_dir) / "checkpoints"
     name = f"step-{snapshot.step:06d}"
@@ -98,16 +107,26 @@ def write_checkpoint(
         free = shutil.disk_usage(folder).free
         if free < snapshot.bytes:
             raise OSError(f"it needs {_gigabytes(snapshot.bytes)} and {_gigabytes(free)} are free")
-        _write_files(temporary, snapshot, model, tokenizer, card, identity, Path(run_dir) / RUN_FILE)
-        if (metrics := Path(run_dir) / FILE_NAME).is_file():  # the checkpoint counts on what was logged up to here
+        _write_files(
+            temporary, snapshot, model, tokenizer, card, identity, Path(run_dir) / RUN_FILE
+        )
+        if (
+            metrics := Path(run_dir) / FILE_NAME
+        ).is_file():  # the checkpoint counts on what was logged up to here
             _sync(metrics)
         if target.exists():
             _remove(target)
         os.rename(temporary, target)
         _sync(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own for a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors have errors of their own for a full disk
         reason = why(error).rstrip(".") if isinstance(error, OSError) else error
-        raise CheckpointFailed(f"The checkpoint {target} could not be written: {reason}.") from error
+        raise CheckpointFailed(
+            f"The checkpoint {target} could not be written: {reason}."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in whole_checkpoints(run_dir)[:-keep]:
@@ -115,7 +134,11 @@ def write_checkpoint(
             try:
                 _remove(old)
             except OSError as error:
-                warnings.warn(f"The checkpoint {old} is no longer needed and could not be removed: {why(error)}", stacklevel=2)
+                warnings.warn(
+                    f"The checkpoint {old} is no longer needed and could not be removed:"
+                    f" {why(error)}",
+                    stacklevel=2,
+                )
     return target
 
 
@@ -124,17 +147,23 @@ class BackgroundWriter:
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pool.submit(int).result()  # begins the thread: the system may have none left when a run is to be saved
+        self._pool.submit(
+            int
+        ).result()  # begins the thread: the system may have none left when a run is to be saved
         self._job: Future[Path] | None = None
 
     def start(self, write: Callable[..., Path], *arguments) -> None:
         """Calls `write(*arguments)` in the thread. The one before has to be collected first."""
         if self._job is not None:
-            raise RuntimeError("A checkpoint is still being written; collect it before the next is started.")
+            raise RuntimeError(
+                "A checkpoint is still being written; collect it before the next is started."
+            )
         self._job = self._pool.submit(write, *arguments)
 
     def collect(self, waiting: bool) -> Path | None:
-        """The checkpoint that was written since the last call, or None. Raises CheckpointFailed when writing failed."""
+        """The checkpoint that was written since the last call, or None. Raises CheckpointFailed
+        when writing failed.
+        """
         if self._job is None or not (waiting or self._job.done()):
             return None
         wait([self._job])
@@ -147,7 +176,9 @@ class BackgroundWriter:
 
 
 def whole_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first; anything cut off or foreign is passed over. Contents are not read."""
+    """The complete checkpoints of a run, oldest first; anything cut off or foreign is passed over.
+    Contents are not read.
+    """
     return [path for path in _candidates(run_dir) if _has_all_files(path)]
 
 
@@ -158,7 +189,8 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def require_checkpoint(run_dir: Path) -> Path:
-    """The newest checkpoint whose every byte is as it was written. A damaged one is passed over with a warning that names it.
+    """The newest checkpoint whose every byte is as it was written. A damaged one is passed over
+    with a warning that names it.
 
     Raises ValueError that says what to run when there is none, OSError like `flaw_of`.
     """
@@ -166,12 +198,18 @@ def require_checkpoint(run_dir: Path) -> Path:
     for flaw in flaws.values():
         warnings.warn(f"{flaw}; it is passed over.", stacklevel=2)
     if checkpoint is None:
-        raise ValueError(f"The run {run_dir} has no whole checkpoint; train it first (notebooks 00 and 02), or name another run.")
+        raise ValueError(
+            f"The run {run_dir} has no whole checkpoint; train it first (notebooks 00 and 02), or"
+            " name another run."
+        )
     return checkpoint
 
 
-def newest_sound_checkpoint(run_dir: Path, identity: str | None = None) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint without a flaw, and the flaws of those that are newer. None when none is sound.
+def newest_sound_checkpoint(
+    run_dir: Path, identity: str | None = None
+) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint without a flaw, and the flaws of those that are newer. None when none
+    is sound.
 
     Raises OSError like `flaw_of`: going on from an older one would train again what is saved.
     """
@@ -185,10 +223,11 @@ def newest_sound_checkpoint(run_dir: Path, identity: str | None = None) -> tuple
 
 
 def flaw_of(checkpoint: Path, identity: str | None = None) -> str | None:
-    """What keeps `checkpoint` from being loaded, in one sentence; None when each file is as it was written.
+    """What keeps `checkpoint` from being loaded, in one sentence; None when each file is as it was
+    written.
 
-    `identity`: the run it has to belong to. Raises OSError when a file is there and cannot be read: the disk, the network or
-    permissions may be at fault, and the checkpoint sound.
+    `identity`: the run it has to belong to. Raises OSError when a file is there and cannot be read:
+    the disk, the network or permissions may be at fault, and the checkpoint sound.
     """
     try:
         manifest = json_object(checkpoint / MANIFEST)
@@ -200,8 +239,9 @@ def flaw_of(checkpoint: Path, identity: str | None = None) -> str | None:
         return f"{checkpoint} is no whole checkpoint: it has no readable {MANIFEST}"
     except OSError as error:
         raise OSError(
-            f"{error.filename or checkpoint} could not be read ({error.strerror or error}), which need not mean damage; "
-            f"see to its disk or permissions and try again, or move {checkpoint} away to go on without it."
+            f"{error.filename or checkpoint} could not be read ({error.strerror or error}), which"
+            " need not mean damage; see to its disk or permissions and try again, or move"
+            f" {checkpoint} away to go on without it."
         ) from error
     return f"{checkpoint} belongs to another run" if identity not in (None, run) else None
 
@@ -215,11 +255,16 @@ def _flaw_of_file(path: Path, entry: dict) -> str | None:
         return f"{path} is no regular file"
     if size != entry["bytes"]:
         return f"{path} has {size} bytes instead of {entry['bytes']}"
-    return None if sha256(path) == entry["sha256"] else f"{path} is damaged: it is not what was written"
+    return (
+        None
+        if sha256(path) == entry["sha256"]
+        else f"{path} is damaged: it is not what was written"
+    )
 
 
 def check_sound(folder: Path) -> None:
-    """Raises ValueError when `folder` is a checkpoint of a run and a file of it is not as it was written; others pass.
+    """Raises ValueError when `folder` is a checkpoint of a run and a file of it is not as it was
+    written; others pass.
 
     Raises OSError like `flaw_of`.
     """
@@ -228,7 +273,9 @@ def check_sound(folder: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Renames a damaged checkpoint, so that it neither counts as one of those to keep nor is in the way of a new one."""
+    """Renames a damaged checkpoint, so that it neither counts as one of those to keep nor is in the
+    way of a new one.
+    """
     number = 0
     while (aside := checkpoint.with_name(f"{checkpoint.name}.damaged{number or ''}")).exists():
         number += 1
@@ -236,7 +283,9 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Removes what killed processes have left half written. To be called by the one process that trains there."""
+    """Removes what killed processes have left half written. To be called by the one process that
+    trains there.
+    """
     for path in (Path(run_dir) / "checkpoints").glob(".*"):
         match = _TEMPORARY.fullmatch(path.name)
         if match and match[2] != _OWN:
@@ -249,12 +298,15 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def load_state(checkpoint: Path) -> dict:
-    """The training state saved with `checkpoint`, which `newest_sound_checkpoint` has looked through."""
+    """The training state saved with `checkpoint`, which `newest_sound_checkpoint` has looked
+    through.
+    """
     return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
 
 
 def stack_record(folder: Path) -> dict:
-    """The `stack.json` of a model, for a run's checkpoint from its training state; empty where there is none.
+    """The `stack.json` of a model, for a run's checkpoint from its training state; empty where
+    there is none.
 
     Raises ValueError for a file that is broken.
     """
@@ -266,12 +318,16 @@ def stack_record(folder: Path) -> dict:
 
 
 def stream_state(checkpoint: Path) -> dict:
-    """Where the training stream of a run stood at its checkpoint: the state of `streams.open_stream`'s stream."""
+    """Where the training stream of a run stood at its checkpoint: the state of
+    `streams.open_stream`'s stream.
+    """
     return _unread_state(checkpoint)["stream"]
 
 
 def start_record(checkpoint: Path) -> dict:
-    """What the run of a checkpoint took over of how its start was grown; with `trained_steps` when that had been trained."""
+    """What the run of a checkpoint took over of how its start was grown; with `trained_steps` when
+    that had been trained.
+    """
     return _unread_state(checkpoint).get("stack", {})  # an earlier version did not keep it
 
 
@@ -281,20 +337,32 @@ def _unread_state(checkpoint: Path) -> dict:
 
 
 def _candidates(run_dir: Path) -> list[Path]:
-    found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    found = [
+        path
+        for path in (Path(run_dir) / "checkpoints").glob("step-*")
+        if _NAME.fullmatch(path.name)
+    ]
     return sorted(found, key=checkpoint_step)
 
 
 def _has_all_files(checkpoint: Path) -> bool:
     try:
         files = json_object(checkpoint / MANIFEST)["files"]
-        return all((checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+        return all(
+            (checkpoint / name).stat().st_size == entry["bytes"] for name, entry in files.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _write_files(
-    folder: Path, snapshot: Snapshot, model: PreTrainedModel, tokenizer, card: str, identity: str, run_file: Path
+    folder: Path,
+    snapshot: Snapshot,
+    model: PreTrainedModel,
+    tokenizer,
+    card: str,
+    identity: str,
+    run_file: Path,
 ) -> None:
     model.save_pretrained(folder, state_dict=dict(snapshot.weights))
     save_tokenizer(tokenizer, folder)
@@ -303,10 +371,15 @@ def _write_files(
     torch.save(snapshot.state, folder / _STATE)
     if run_file.is_file():
         shutil.copy(run_file, folder / _STATE.parent)
-    for weights in folder.glob("*.safetensors"):  # safetensors lets nobody but the owner read what it writes
+    for weights in folder.glob(
+        "*.safetensors"
+    ):  # safetensors lets nobody but the owner read what it writes
         shutil.copymode(folder / "README.md", weights)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    described = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    described = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in files
+    }
     manifest = {"step": snapshot.step, "run": identity, "files": described}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*files, folder / MANIFEST, folder / _STATE.parent, folder]:
@@ -314,10 +387,14 @@ def _write_files(
 
 
 def _host_copy(value, copied: dict[tuple, Tensor]):
-    """`value` with a copy of each tensor on the CPU; on ranks other than the first they are gathered and dropped."""
+    """`value` with a copy of each tensor on the CPU; on ranks other than the first they are
+    gathered and dropped.
+    """
     if isinstance(value, dict):
         return {key: _host_copy(entry, copied) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)) and any(isinstance(entry, (Tensor, dict, list, tuple)) for entry in value[:1]):
+    if isinstance(value, (list, tuple)) and any(
+        isinstance(entry, (Tensor, dict, list, tuple)) for entry in value[:1]
+    ):
         return type(value)(_host_copy(entry, copied) for entry in value)
     if not isinstance(value, Tensor):  # a list of tokens too: it is a copy already, and long
         return value
@@ -325,7 +402,9 @@ def _host_copy(value, copied: dict[tuple, Tensor]):
     place = shard.data_ptr(), value.shape
     if place not in copied or shard.numel() == 0:
         gathered = distributed.whole(value.detach())
-        copied[place] = gathered.to("cpu", copy=True) if distributed.world().is_first else gathered.new_empty(0)
+        copied[place] = (
+            gathered.to("cpu", copy=True) if distributed.world().is_first else gathered.new_empty(0)
+        )
     return copied[place]
 
 

@@ -1,8 +1,10 @@
-"""A checkpoint as a model for others: copied under the name that the family gives it or another, or uploaded to the hub.
+"""A checkpoint as a model for others: copied under the name that the family gives it or another, or
+uploaded to the hub.
 
-Only the files of a model, known by their names, leave the folder; training state, kept spectra and whatever else lies there stay,
-and what a link points to does too. What the state tells of the stack that the model was trained from goes along, as
-stack.json. A checkpoint that is not as it was written is refused, and no model is written over.
+Only the files of a model, known by their names, leave the folder; training state, kept spectra and
+whatever else lies there stay, and what a link points to does too. What the state tells of the stack
+that the model was trained from goes along, as stack.json. A checkpoint that is not as it was
+written is refused, and no model is written over.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.utils import httpx  # the library it asks with, which is another in its second version
+from huggingface_hub.utils import (
+    httpx,
+)  # the library it asks with, which is another in its second version
 
 from kl3m_nb.common import paths
 from kl3m_nb.common.files import written_whole
@@ -31,32 +35,43 @@ _STEP_ENDING = re.compile(r"-step\d+$")
 
 
 def export_model(checkpoint: str | Path, folder: str | Path, name: str | None = None) -> Path:
-    """Copies `checkpoint` to `folder`/NAME and returns that folder. NAME is `name`, else the one that its card has.
+    """Copies `checkpoint` to `folder`/NAME and returns that folder. NAME is `name`, else the one
+    that its card has.
 
-    What is copied has the layout of a published model, with NAME in its card: it loads with transformers alone, and `init`
-    continues from it. Raises ValueError when the checkpoint is damaged or has no card, the name is none or the target exists,
-    OSError when there is no room; nothing half copied stays then.
+    What is copied has the layout of a published model, with NAME in its card: it loads with
+    transformers alone, and `init` continues from it. Raises ValueError when the checkpoint is
+    damaged or has no card, the name is none or the target exists, OSError when there is no room;
+    nothing half copied stays then.
     """
     checkpoint = paths.resolve(checkpoint)
     checkpoints.check_sound(checkpoint)
     name = _checked_name(checkpoint, name)
     target = paths.resolve(folder) / name
     if target.exists():
-        raise ValueError(f"{target} exists; remove it, choose another folder, or give the model another name (--name).")
+        raise ValueError(
+            f"{target} exists; remove it, choose another folder, or give the model another name"
+            " (--name)."
+        )
     files = _published(checkpoint, name)
     try:
         with written_whole(target) as folder:
             for file, content in files.items():
                 _write(folder / file, content)
     except OSError as error:
-        raise OSError(f"{checkpoint} could not be copied to {target}: {error.strerror or error}.") from error
+        raise OSError(
+            f"{checkpoint} could not be copied to {target}: {error.strerror or error}."
+        ) from error
     return target
 
 
-def push_to_hub(checkpoint: str | Path, owner: str, private: bool = True, name: str | None = None) -> str:
-    """Uploads to OWNER/NAME on the hub what `export_model` would copy, in one commit, and returns that id.
+def push_to_hub(
+    checkpoint: str | Path, owner: str, private: bool = True, name: str | None = None
+) -> str:
+    """Uploads to OWNER/NAME on the hub what `export_model` would copy, in one commit, and returns
+    that id.
 
-    Nothing else in the project uploads anything. The login is huggingface_hub's own. Raises ValueError as `free_repository`.
+    Nothing else in the project uploads anything. The login is huggingface_hub's own. Raises
+    ValueError as `free_repository`.
     """
     repository = free_repository(checkpoint, owner, name)
     files = _published(paths.resolve(checkpoint), repository.rpartition("/")[2])
@@ -71,8 +86,9 @@ def push_to_hub(checkpoint: str | Path, owner: str, private: bool = True, name: 
 def free_repository(checkpoint: str | Path, owner: str, name: str | None = None) -> str:
     """The id OWNER/NAME that `push_to_hub` uploads `checkpoint` to.
 
-    Raises ValueError when the checkpoint is damaged or has no card, the name is none, or the repository holds a model already,
-    this one or another; one without weights may be there. Raises ConnectionError when the hub does not answer or refuses.
+    Raises ValueError when the checkpoint is damaged or has no card, the name is none, or the
+    repository holds a model already, this one or another; one without weights may be there. Raises
+    ConnectionError when the hub does not answer or refuses.
     """
     checkpoint = paths.resolve(checkpoint)
     checkpoints.check_sound(checkpoint)
@@ -81,8 +97,9 @@ def free_repository(checkpoint: str | Path, owner: str, name: str | None = None)
         held = api.list_repo_files(repository) if api.repo_exists(repository) else []
     if weights := [file for file in held if file.endswith(WEIGHT_ENDINGS)]:
         raise ValueError(
-            f"The repository {repository} on the hub holds a model already ({weights[0]}), which is not written over; give this "
-            "one another name (--name), or delete the repository first."
+            f"The repository {repository} on the hub holds a model already ({weights[0]}), which is"
+            " not written over; give this one another name (--name), or delete the repository"
+            " first."
         )
     return repository
 
@@ -94,7 +111,8 @@ def _asking_the_hub(repository: str) -> Iterator[None]:
     except httpx.HTTPError as error:  # no answer, or an error for an answer
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConnectionError(
-            f"The hub could not be asked for {repository} ({reason}); check the network, and the login with `hf auth whoami`."
+            f"The hub could not be asked for {repository} ({reason}); check the network, and the"
+            " login with `hf auth whoami`."
         ) from error
 
 
@@ -102,32 +120,41 @@ def card_name(checkpoint: Path) -> str:
     """The name that a checkpoint's card gives it. Raises ValueError when it has none."""
     match = re.search(r"^model_name: (\S+)$", read_card(checkpoint), re.MULTILINE)
     if match is None:
-        raise ValueError(f"{checkpoint} holds no {CARD_FILE} with a model_name; name a checkpoint folder of a run.")
+        raise ValueError(
+            f"{checkpoint} holds no {CARD_FILE} with a model_name; name a checkpoint folder of a"
+            " run."
+        )
     return match[1]
 
 
 def _checked_name(checkpoint: Path, name: str | None) -> str:
-    """`name`, or that of the card. ValueError when it is no name, or says other steps than the card's."""
+    """`name`, or that of the card. ValueError when it is no name, or says other steps than the
+    card's.
+    """
     own = card_name(checkpoint)
     if name is None:
         return own
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"The model cannot be named {name!r}; a name of a folder and repository is made of letters and digits, with single "
-            ". _ or - between them."
+            f"The model cannot be named {name!r}; a name of a folder and repository is made of"
+            " letters and digits, with single . _ or - between them."
         )
     ending = _STEP_ENDING.search(own)
     if ending and not name.endswith(ending[0]):
         raise ValueError(
-            f"The model cannot be named {name!r}; give a name that ends in {ending[0]}, because training that continues from it "
-            "counts on from there."
+            f"The model cannot be named {name!r}; give a name that ends in {ending[0]}, because"
+            " training that continues from it counts on from there."
         )
     return name
 
 
 def _published(checkpoint: Path, name: str) -> dict[str, Path | bytes]:
-    """What others get of a checkpoint: by its path in the model's folder, the file to copy or the content."""
-    files: dict[str, Path | bytes] = {path.relative_to(checkpoint).as_posix(): path for path in model_files(checkpoint)}
+    """What others get of a checkpoint: by its path in the model's folder, the file to copy or the
+    content.
+    """
+    files: dict[str, Path | bytes] = {
+        path.relative_to(checkpoint).as_posix(): path for path in model_files(checkpoint)
+    }
     files[CARD_FILE] = _named_card(read_card(checkpoint), card_name(checkpoint), name).encode()
     record = checkpoints.stack_record(checkpoint)
     if "source" in record:  # what only a card told stands in the card
@@ -138,7 +165,12 @@ def _published(checkpoint: Path, name: str) -> dict[str, Path | bytes]:
 
 def _named_card(card: str, own: str, name: str) -> str:
     """The card with `name` where it names its model; a start of the same name stays."""
-    return re.sub(rf'(^model_name: |^# |["`]){re.escape(own)}(?=$|["`])', rf"\g<1>{name}", card, flags=re.MULTILINE)
+    return re.sub(
+        rf'(^model_name: |^# |["`]){re.escape(own)}(?=$|["`])',
+        rf"\g<1>{name}",
+        card,
+        flags=re.MULTILINE,
+    )
 
 
 def _write(path: Path, content: Path | bytes) -> None:

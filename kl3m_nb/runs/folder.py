@@ -1,7 +1,9 @@
-"""The folder of a run: run.json says what is trained there, run.lock who is training, `save-now` asks for a checkpoint.
+"""The folder of a run: run.json says what is trained there, run.lock who is training, `save-now`
+asks for a checkpoint.
 
-The lock is the operating system's (flock): it ends with the process that holds it, however that ends. What a killed process
-leaves behind is only the file with its name in it, which the next one takes over. No clock is asked.
+The lock is the operating system's (flock): it ends with the process that holds it, however that
+ends. What a killed process leaves behind is only the file with its name in it, which the next one
+takes over. No clock is asked.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ from kl3m_nb.runs.metrics import FILE_NAME
 RUN_FILE, LOCK_FILE, SAVE_REQUEST = "run.json", "run.lock", "save-now"
 
 
-MICRO_BATCHES = ("micro_batch", "grad_accumulation")  # how a step goes through the model; their product is the step itself
+MICRO_BATCHES = (
+    "micro_batch",
+    "grad_accumulation",
+)  # how a step goes through the model; their product is the step itself
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -40,7 +45,9 @@ class RunIsBusy(ValueError):
 
 
 class RunLock:
-    """Held by the one process that may write to a run folder. Not reentrant: a second lock in the same process is refused too."""
+    """Held by the one process that may write to a run folder. Not reentrant: a second lock in the
+    same process is refused too.
+    """
 
     def __init__(self, run_dir: Path):
         self.path = run_dir / LOCK_FILE
@@ -62,37 +69,52 @@ class RunLock:
         return self._descriptor is not None
 
     def acquire(self) -> None:
-        """Makes the folder if need be and takes the lock, or raises RunIsBusy naming the process that has it.
+        """Makes the folder if need be and takes the lock, or raises RunIsBusy naming the process
+        that has it.
 
-        Warns when a killed process had it before. Raises ValueError for a folder that cannot be written to, and for a lock file
-        that is a link, a pipe or a device.
+        Warns when a killed process had it before. Raises ValueError for a folder that cannot be
+        written to, and for a lock file that is a link, a pipe or a device.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor, holder = self._take()
         except OSError as error:
-            raise ValueError(f"{self.path.parent} cannot be written to ({error.strerror}); choose another run folder.") from error
+            raise ValueError(
+                f"{self.path.parent} cannot be written to ({error.strerror}); choose another run"
+                " folder."
+            ) from error
         if holder:
-            warnings.warn(f"{holder} trained in {self.path.parent} and was killed; its lock is taken over.", stacklevel=2)
+            warnings.warn(
+                f"{holder} trained in {self.path.parent} and was killed; its lock is taken over.",
+                stacklevel=2,
+            )
         self._descriptor = descriptor
 
     def keep(self) -> None:
-        """To be called before anything is written: takes the lock again where somebody has removed its file.
+        """To be called before anything is written: takes the lock again where somebody has removed
+        its file.
 
-        Raises RunIsBusy when another process was there first. Does nothing where no lock is held, and none can be seen.
+        Raises RunIsBusy when another process was there first. Does nothing where no lock is held,
+        and none can be seen.
         """
         if self._descriptor is None or _is_same_file(self._descriptor, self.path):
             return
         try:
             descriptor, _ = self._take()
-        except OSError:  # the file system does not say just now; what cannot be written is a failed checkpoint
+        except (
+            OSError
+        ):  # the file system does not say just now; what cannot be written is a failed checkpoint
             return
-        warnings.warn(f"{self.path} was removed while this process held it; it is made anew.", stacklevel=2)
+        warnings.warn(
+            f"{self.path} was removed while this process held it; it is made anew.", stacklevel=2
+        )
         os.close(self._descriptor)
         self._descriptor = descriptor
 
     def _take(self) -> tuple[int, str]:
-        """A descriptor that holds the lock of the file at the path, and who had it before. Raises RunIsBusy and OSError."""
+        """A descriptor that holds the lock of the file at the path, and who had it before. Raises
+        RunIsBusy and OSError.
+        """
         while True:
             descriptor = open_plain(self.path, os.O_RDWR | os.O_CREAT)
             holder = os.read(descriptor, 4096).decode(errors="replace").strip()
@@ -106,19 +128,25 @@ class RunLock:
                     error.filename = str(self.path)
                     raise
                 warnings.warn(
-                    f"The file system of {self.path} has no locks; see to it that one process trains there.", stacklevel=2
+                    f"The file system of {self.path} has no locks; see to it that one process"
+                    " trains there.",
+                    stacklevel=2,
                 )
             if _is_same_file(descriptor, self.path):
                 break
             os.close(descriptor)  # its holder has just ended and removed it
-        with contextlib.suppress(OSError):  # a full disk has no room for the name; the lock is there
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk has no room for the name; the lock is there
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         return descriptor, holder
 
 
 def request_checkpoint(run_dir: str | Path) -> None:
-    """Asks whoever trains in `run_dir` to save a checkpoint after the present step; `touch runs/NAME/save-now` does the same."""
+    """Asks whoever trains in `run_dir` to save a checkpoint after the present step; `touch
+    runs/NAME/save-now` does the same.
+    """
     folder = paths.resolve(run_dir)
     if not (folder / RUN_FILE).is_file():
         raise ValueError(f"{folder} is no run folder, it holds no {RUN_FILE}; name another run.")
@@ -126,7 +154,9 @@ def request_checkpoint(run_dir: str | Path) -> None:
 
 
 def take_save_request(run_dir: Path) -> bool:
-    """True when a checkpoint was asked for since the last call; not while the file system does not say."""
+    """True when a checkpoint was asked for since the last call; not while the file system does not
+    say.
+    """
     try:
         (run_dir / SAVE_REQUEST).unlink()
     except OSError:
@@ -135,7 +165,9 @@ def take_save_request(run_dir: Path) -> bool:
 
 
 def read_run_profile(run_dir: str | Path) -> Profile:
-    """The profile a run folder was trained with. Raises ValueError when it is no run folder, or one of another version."""
+    """The profile a run folder was trained with. Raises ValueError when it is no run folder, or one
+    of another version.
+    """
     return profiles.profile_from_dict(_record(run_dir)["profile"])
 
 
@@ -151,7 +183,9 @@ def read_run_runtime(run_dir: str | Path) -> str:
 
 
 def run_identity(run_dir: Path) -> str | None:
-    """The random name that run.json and the run's checkpoints share; None before the run has begun."""
+    """The random name that run.json and the run's checkpoints share; None before the
+    run has begun.
+    """
     return _record(run_dir)["identity"] if (run_dir / RUN_FILE).is_file() else None
 
 
@@ -160,7 +194,11 @@ def init_name(init: str | Path | None) -> str:
     if init is None:
         return "random weights"
     path = paths.resolve(init)
-    return str(path.relative_to(paths.project_root())) if path.is_relative_to(paths.project_root()) else str(init)
+    return (
+        str(path.relative_to(paths.project_root()))
+        if path.is_relative_to(paths.project_root())
+        else str(init)
+    )
 
 
 def has_checkpoints(run_dir: Path) -> bool:
@@ -169,16 +207,20 @@ def has_checkpoints(run_dir: Path) -> bool:
 
 
 def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -> None:
-    """Raises ValueError when `run_dir` belongs to a run with other settings; how it is carried out may differ, and so may the
-    files that are left out of its source: a damaged one does not end it.
+    """Raises ValueError when `run_dir` belongs to a run with other settings; how it is carried out
+    may differ, and so may the files that are left out of its source: a damaged one does not end it.
 
-    The windows of a step may go through the model in other micro-batches, so that a run can move to a smaller GPU. A run that
-    ended before it began, for instance because its source was not found, may be begun with others.
+    The windows of a step may go through the model in other micro-batches, so that a run can move to
+    a smaller GPU. A run that ended before it began, for instance because its source was not found,
+    may be begun with others.
     """
     begun = any((run_dir / name).exists() for name in (FILE_NAME, "checkpoints", LOCK_FILE))
     if not (run_dir / RUN_FILE).is_file():
         if has_checkpoints(run_dir):
-            raise ValueError(f"{run_dir} holds checkpoints and no {RUN_FILE} that says of which run; {_remedy(run_dir)}.")
+            raise ValueError(
+                f"{run_dir} holds checkpoints and no {RUN_FILE} that says of which run;"
+                f" {_remedy(run_dir)}."
+            )
         return
     if not begun:
         return
@@ -186,67 +228,103 @@ def check_run_folder(run_dir: Path, profile: Profile, init: str | Path | None) -
     was, now = _settings(record["profile"]), _settings(profile.to_dict())
     for key, value in now.items():
         if remark := REMOVED.get((key, was[key])):
-            raise ValueError(f"The run of {run_dir} cannot be continued: {remark}, and use another run folder.")
-        remedy = "use the same source, from which files may be left out, or" if key == "source" else "use the same settings or"
+            raise ValueError(
+                f"The run of {run_dir} cannot be continued: {remark}, and use another run folder."
+            )
+        remedy = (
+            "use the same source, from which files may be left out, or"
+            if key == "source"
+            else "use the same settings or"
+        )
         if was[key] != value and not (key == "source" and may_go_on_with(was[key], value)):
             raise ValueError(
-                f"The run folder {run_dir} belongs to the profile {was['name']} with {key} = {was[key]!r}, now it is {value!r}; "
-                f"{remedy} another run folder."
+                f"The run folder {run_dir} belongs to the profile {was['name']} with {key} ="
+                f" {was[key]!r}, now it is {value!r}; {remedy} another run folder."
             )
     if record["init"] != init_name(init):
         raise ValueError(
-            f"The run folder {run_dir} was started from {record['init']}, now from {init_name(init)}; use another run folder."
+            f"The run folder {run_dir} was started from {record['init']}, now from"
+            f" {init_name(init)}; use another run folder."
         )
     for key, value in _stack_facts(init).items():
         if record["stack"].get(key, value) != value:
             raise ValueError(
-                f"The run folder {run_dir} was started from another stack than {record['init']} is now: its {key} was "
-                f"{record['stack'][key]!r} and is {value!r}; use another run folder."
+                f"The run folder {run_dir} was started from another stack than {record['init']} is"
+                f" now: its {key} was {record['stack'][key]!r} and is {value!r}; use another run"
+                " folder."
             )
 
 
 def _settings(profile: dict) -> dict[str, object]:
-    """What a profile, as `to_dict` gives it, sets by name and has to stay: no `runtime`, and of the micro-batches the product."""
-    sections = ({name: value} if not isinstance(value, dict) else value for name, value in profile.items() if name != "runtime")
+    """What a profile, as `to_dict` gives it, sets by name and has to stay: no `runtime`, and of the
+    micro-batches the product.
+    """
+    sections = (
+        {name: value} if not isinstance(value, dict) else value
+        for name, value in profile.items()
+        if name != "runtime"
+    )
     settings = {key: value for section in sections for key, value in section.items()}
-    return settings | {" × ".join(MICRO_BATCHES): math.prod(settings.pop(key) for key in MICRO_BATCHES)}
+    return settings | {
+        " × ".join(MICRO_BATCHES): math.prod(settings.pop(key) for key in MICRO_BATCHES)
+    }
 
 
-def write_run_file(run_dir: Path, profile: Profile, init: str | Path | None, runtime: str, step: int | None = None) -> str:
-    """Writes run.json and returns the run's identity, which stays what it was, as do the facts of the stack it started from.
+def write_run_file(
+    run_dir: Path, profile: Profile, init: str | Path | None, runtime: str, step: int | None = None
+) -> str:
+    """Writes run.json and returns the run's identity, which stays what it was, as do the facts of
+    the stack it started from.
 
-    With the `step` that training goes on from, run.json notes on what, and in which micro-batches, and a change is warned of.
+    With the `step` that training goes on from, run.json notes on what, and in which micro-batches,
+    and a change is warned of.
     """
     before = _record(run_dir) if (run_dir / RUN_FILE).is_file() else {}
     identity = before.get("identity") or uuid.uuid4().hex
     record = {
         "profile": profile.to_dict(),
         "init": init_name(init),
-        "stack": _stack_facts(init) or (before["stack"] if before.get("init") == init_name(init) else {}),
+        "stack": (
+            _stack_facts(init) or (before["stack"] if before.get("init") == init_name(init) else {})
+        ),
         "runtime": runtime,
         "identity": identity,
         "carried_out": before.get("carried_out", []),
     }
     if step is not None:
-        entry = {"step": step, "runtime": runtime} | {key: getattr(profile.data, key) for key in MICRO_BATCHES}
+        entry = {"step": step, "runtime": runtime} | {
+            key: getattr(profile.data, key) for key in MICRO_BATCHES
+        }
         record["carried_out"] = _noted(record["carried_out"], entry, run_dir)
     replace_text(run_dir / RUN_FILE, json.dumps(record, indent=2) + "\n", durable=True)
     return identity
 
 
 def _noted(entries: list[dict], entry: dict, run_dir: Path) -> list[dict]:
-    """`entries` before the step of `entry`, and that one where it says anything new. Warns of what is new."""
-    kept = [earlier for earlier in entries if earlier["step"] < entry["step"]]  # later steps are not in the checkpoint
+    """`entries` before the step of `entry`, and that one where it says anything new. Warns of what
+    is new.
+    """
+    kept = [
+        earlier for earlier in entries if earlier["step"] < entry["step"]
+    ]  # later steps are not in the checkpoint
     if not kept:
         return [entry]
     was, now = _conditions(kept[-1]), _conditions(entry)
     if was == now:
         return kept
-    new, old = (", ".join(part for part in one if part not in other) for one, other in ((now, was), (was, now)))
+    new, old = (
+        ", ".join(part for part in one if part not in other)
+        for one, other in ((now, was), (was, now))
+    )
     warnings.warn(
-        f"{run_dir} goes on from step {entry['step']:,} with {new or 'nothing'} instead of {old or 'nothing'}: it is given the "
-        "same data in the same order, but rounds otherwise, so it does not end with the same bits"
-        + (", and a mixture's router is balanced within other micro-batches." if was[-1] != now[-1] else "."),
+        f"{run_dir} goes on from step {entry['step']:,} with {new or 'nothing'} instead of"
+        f" {old or 'nothing'}: it is given the same data in the same order, but rounds otherwise,"
+        " so it does not end with the same bits"
+        + (
+            ", and a mixture's router is balanced within other micro-batches."
+            if was[-1] != now[-1]
+            else "."
+        ),
         stacklevel=3,
     )
     return [*kept, entry]
@@ -255,16 +333,23 @@ def _noted(entries: list[dict], entry: dict, run_dir: Path) -> list[dict]:
 def _conditions(entry: dict) -> list[str]:
     """What decides how sums are rounded, in words; the micro-batches last."""
     micro_batch, grad_accumulation = (entry[key] for key in MICRO_BATCHES)
-    return [*entry["runtime"].split(" · "), f"{grad_accumulation} micro-batches of {micro_batch} windows"]
+    return [
+        *entry["runtime"].split(" · "),
+        f"{grad_accumulation} micro-batches of {micro_batch} windows",
+    ]
 
 
 def _is_entry(entry: object) -> bool:
     kinds = {"step": int, "runtime": str} | dict.fromkeys(MICRO_BATCHES, int)
-    return isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(key), kind) for key, kind in kinds.items()
+    )
 
 
 def _stack_facts(init: str | Path | None) -> dict:
-    """What tells one stack from another that is made in its place; empty for any other start, and where it is gone."""
+    """What tells one stack from another that is made in its place; empty for any other start, and
+    where it is gone.
+    """
     try:
         record = read_stack(paths.resolve(init)) if init else {}
     except ValueError:  # a run that begins refuses it; one that has begun does not need it
@@ -279,7 +364,10 @@ def _record(run_dir: str | Path) -> dict:
     """
     path = paths.resolve(run_dir) / RUN_FILE
     if not path.is_file():
-        raise ValueError(f"{path.parent} is no run folder, it holds no {RUN_FILE}; train it first, or name another run.")
+        raise ValueError(
+            f"{path.parent} is no run folder, it holds no {RUN_FILE}; train it first, or name"
+            " another run."
+        )
     try:
         record = json_object(path)
         for key in ("init", "runtime", "identity"):
@@ -308,7 +396,9 @@ def _remedy(run_dir: Path) -> str:
 
 
 def lock_exclusively(descriptor: int) -> None:
-    """Locks an open file or raises BlockingIOError. Tried for half a second: whoever asks who has it takes it for a moment."""
+    """Locks an open file or raises BlockingIOError. Tried for half a second: whoever asks who has
+    it takes it for a moment.
+    """
     for _ in range(9):
         with contextlib.suppress(BlockingIOError):
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -320,7 +410,10 @@ def _busy(run_dir: Path, holder: str) -> str:
     busy = f"The run folder {run_dir} is in use by {holder or 'another process'}"
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and not distributed.is_under_torchrun():
-        return f"{busy}, and srun has started {tasks} such processes; have it start torchrun, once on each machine."
+        return (
+            f"{busy}, and srun has started {tasks} such processes; have it start torchrun, once on"
+            " each machine."
+        )
     return f"{busy}; wait for it, stop it, or use another folder."
 
 

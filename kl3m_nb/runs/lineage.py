@@ -1,7 +1,9 @@
-"""Where a model comes from: the steps and tokens it carries, the stack it was grown by, the source of that stack.
+"""Where a model comes from: the steps and tokens it carries, the stack it was grown by, the source
+of that stack.
 
-Growth is told by stack.json, by the training state or by the model card, never by a name: the project's own exports are all named
-like the family's models, and many were never grown."""
+Growth is told by stack.json, by the training state or by the model card, never by a name: the
+project's own exports are all named like the family's models, and many were never grown.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,22 @@ _KNOWN_BY_CARD = ("source_layers", "factor")
 _KNOWN_BY_RECORD = (*_KNOWN_BY_CARD, "source_sha256", "order", "noise")
 
 
-_GROWN = re.compile(r"^(\s*- g_stack|tags:.*\bg_stack\b.*|#*\s*G_stack( Methodology)?)\s*$", re.MULTILINE)  # a tag or a section
+_GROWN = re.compile(
+    r"^(\s*- g_stack|tags:.*\bg_stack\b.*|#*\s*G_stack( Methodology)?)\s*$", re.MULTILINE
+)  # a tag or a section
 
 
 _GROWN_FROM = re.compile(r"(?:grown|stacked) from (\d+)")
 
 
 def carried_stack(init: str | Path | None, profile: Profile) -> dict:
-    """What a run started from `init`, a folder or hub id, takes over of how that was grown; {} when it was not.
+    """What a run started from `init`, a folder or hub id, takes over of how that was grown; {} when
+    it was not.
 
-    It is the stack's `stack.json`, which a model trained from the stack has too. Of a start without one its own card says whether
-    it was grown, and from how many layers; where the card does not name them, `profile` does. Then there is `source_layers` and
-    `factor`, and `order` if it is random, but no `source`. Raises ValueError for a `stack.json` that is broken.
+    It is the stack's `stack.json`, which a model trained from the stack has too. Of a start without
+    one its own card says whether it was grown, and from how many layers; where the card does not
+    name them, `profile` does. Then there is `source_layers` and `factor`, and `order` if it is
+    random, but no `source`. Raises ValueError for a `stack.json` that is broken.
     """
     if init is None:
         return {}
@@ -44,19 +50,28 @@ def carried_stack(init: str | Path | None, profile: Profile) -> dict:
     record = checkpoints.stack_record(folder)
     if not record:
         return _told_by(read_card(folder), profile)
-    if missing := [key for key in (_KNOWN_BY_RECORD if "source" in record else _KNOWN_BY_CARD) if key not in record]:
+    if missing := [
+        key
+        for key in (_KNOWN_BY_RECORD if "source" in record else _KNOWN_BY_CARD)
+        if key not in record
+    ]:
         raise ValueError(
-            f"The {STACK_RECORD} of {init} has no {missing[0]!r}; put back the one that stacking wrote, or remove it."
+            f"The {STACK_RECORD} of {init} has no {missing[0]!r}; put back the one that stacking"
+            " wrote, or remove it."
         )
     return record
 
 
 def _folder_of(init: str | Path) -> Path:
-    """The folder of a start. Of a hub id that which its record and its card are kept in, as far as the hub can be reached."""
+    """The folder of a start. Of a hub id that which its record and its card are kept in, as far as
+    the hub can be reached.
+    """
     folder = paths.resolve(init)
     if not folder.is_dir():
         for name in (STACK_RECORD, CARD_FILE):
-            with contextlib.suppress(EntryNotFoundError):  # offline too: weights that are kept here can be trained all the same
+            with contextlib.suppress(
+                EntryNotFoundError
+            ):  # offline too: weights that are kept here can be trained all the same
                 folder = Path(hf_hub_download(str(init), name)).parent
     return folder
 
@@ -79,7 +94,9 @@ CARD_FILE = "README.md"
 _STEP_IN_NAME = re.compile(r"-(?:step|checkpoint-)(\d+)$")
 
 
-_COUNT = r"{}\W*:\W*([\d,]+)"  # "**Valid Tokens**: 3,914,825,728", with or without Markdown around it
+_COUNT = (  # "**Valid Tokens**: 3,914,825,728", with or without Markdown around it
+    r"{}\W*:\W*([\d,]+)"
+)
 
 
 @dataclass(frozen=True)
@@ -92,24 +109,32 @@ class Counts:
 
 
 def carried_counts(init: str | Path | None) -> Counts:
-    """The steps and tokens that a run started from `init` carries on, a folder or hub id; all zero for any other start.
+    """The steps and tokens that a run started from `init` carries on, a folder or hub id; all zero
+    for any other start.
 
-    A name that ends in -stepN or -checkpoint-N, as the family's do, says that N steps are behind the model, and its card how many
-    tokens. Every other checkpoint is a beginning. Raises ValueError when such a model's card does not name its tokens.
+    A name that ends in -stepN or -checkpoint-N, as the family's do, says that N steps are behind
+    the model, and its card how many tokens. Every other checkpoint is a beginning. Raises
+    ValueError when such a model's card does not name its tokens.
     """
     steps = _steps_by_name(init)
     if steps == 0:
         return Counts()
     folder = paths.find(init)
     text = read_card(folder) if folder.is_dir() else _fetch_card(str(init))
-    found = {name: re.search(_COUNT.format(name), text, re.IGNORECASE) for name in ("Tokens Processed", "Valid Tokens")}
+    found = {
+        name: re.search(_COUNT.format(name), text, re.IGNORECASE)
+        for name in ("Tokens Processed", "Valid Tokens")
+    }
     if found["Tokens Processed"] is None:
         raise ValueError(
-            f"{init} has {steps} steps behind it by its name, and its {CARD_FILE} has no line 'Tokens Processed: …' to go on "
-            "counting from; add it, or rename the folder so that counting starts at 0."
+            f"{init} has {steps} steps behind it by its name, and its {CARD_FILE} has no line"
+            " 'Tokens Processed: …' to go on counting from; add it, or rename the folder so that"
+            " counting starts at 0."
         )
     tokens = _number(found["Tokens Processed"])
-    return Counts(steps, tokens, _number(found["Valid Tokens"]) if found["Valid Tokens"] else tokens)
+    return Counts(
+        steps, tokens, _number(found["Valid Tokens"]) if found["Valid Tokens"] else tokens
+    )
 
 
 def _steps_by_name(init: str | Path | None) -> int:
@@ -131,7 +156,9 @@ def _fetch_card(hub_id: str) -> str:
     try:
         return Path(hf_hub_download(hub_id, CARD_FILE)).read_text(encoding="utf-8")
     except LocalEntryNotFoundError as error:
-        raise ValueError(f"The card of {hub_id} cannot be reached; go online, or name a local folder.") from error
+        raise ValueError(
+            f"The card of {hub_id} cannot be reached; go online, or name a local folder."
+        ) from error
     except EntryNotFoundError:
         return ""
 
@@ -145,8 +172,8 @@ _STEP_NAME = re.compile(r"step-(\d+)")
 def model_step(model_or_checkpoint: ModelOrCheckpoint) -> int:
     """Optimizer steps behind a checkpoint, -1 where nothing says.
 
-    It is the number in `step-000200`, 0 for a fresh stack, and what `stack.json` says of a model that was trained from one.
-    Raises ValueError for a `stack.json` that is broken.
+    It is the number in `step-000200`, 0 for a fresh stack, and what `stack.json` says of a model
+    that was trained from one. Raises ValueError for a `stack.json` that is broken.
     """
     if isinstance(model_or_checkpoint, torch.nn.Module):
         return UNKNOWN_STEP
@@ -154,4 +181,8 @@ def model_step(model_or_checkpoint: ModelOrCheckpoint) -> int:
     folder = path.parent if path.is_file() else path
     if match := _STEP_NAME.fullmatch(folder.resolve().name):
         return int(match[1])
-    return read_stack(folder).get(TRAINED_STEPS, 0) if (folder / STACK_RECORD).is_file() else UNKNOWN_STEP
+    return (
+        read_stack(folder).get(TRAINED_STEPS, 0)
+        if (folder / STACK_RECORD).is_file()
+        else UNKNOWN_STEP
+    )

@@ -17,7 +17,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "ill_matrices",
         ],
         "history": ["clamp_history", "over_checkpoints"],
-        "singular_values": ["analyse_model", "model_spectra", "spectra_frame", "spectrum_key", "spectrum_of"],
+        "singular_values": [
+            "analyse_model",
+            "model_spectra",
+            "spectra_frame",
+            "spectrum_key",
+            "spectrum_of",
+        ],
         "subject": ["find_grown"],
     },
 )

@@ -1,6 +1,8 @@
-"""What the numbers of an analysis say, in sentences: computed, never written by hand, and which matrices deserve a page.
+"""What the numbers of an analysis say, in sentences: computed, never written by hand, and which
+matrices deserve a page.
 
-Every sentence stands on one column of one table and names its numbers, so it can be checked against the CSV beside it.
+Every sentence stands on one column of one table and names its numbers, so it can be checked against
+the CSV beside it.
 """
 
 from __future__ import annotations
@@ -27,13 +29,17 @@ _OUTLIER_SPREADS = 6.0  # deviations, in units of the role's own, from which a m
 _OUTLIER_FACTOR = 4.0  # and by so much at least: 120 equal layers have no spread to speak of
 
 
-def ill_matrices(table: pd.DataFrame, ceilings: Mapping[str, float], since_clamp: int = 0) -> pd.DataFrame:
-    """The rows of `table` (from `spectra.model_spectra`) that need a look, with columns `reason` and `metric`, worst first.
+def ill_matrices(
+    table: pd.DataFrame, ceilings: Mapping[str, float], since_clamp: int = 0
+) -> pd.DataFrame:
+    """The rows of `table` (from `spectra.model_spectra`) that need a look, with columns `reason`
+    and `metric`, worst first.
 
-    In this order: not finite; zero or singular; more than 15% above its clamp ceiling (`ceilings` by role, 0 for none); condition
-    or σ₁ far from what is usual in its role (6 times the median deviation of its logarithm and a factor of 4). Sitting at the
-    ceiling is what the clamp is for and no reason, nor is a condition that cannot be trusted. Nor is one above it with
-    `since_clamp` steps behind it in which there was no clamp: conditions drift until the next.
+    In this order: not finite; zero or singular; more than 15% above its clamp ceiling (`ceilings`
+    by role, 0 for none); condition or σ₁ far from what is usual in its role (6 times the median
+    deviation of its logarithm and a factor of 4). Sitting at the ceiling is what the clamp is for
+    and no reason, nor is a condition that cannot be trusted. Nor is one above it with `since_clamp`
+    steps behind it in which there was no clamp: conditions drift until the next.
     """
     if since_clamp:
         ceilings = {}
@@ -46,16 +52,24 @@ def ill_matrices(table: pd.DataFrame, ceilings: Mapping[str, float], since_clamp
 
 
 def _usual(of_role: pd.DataFrame) -> dict[str, tuple[float, float]]:
-    """Median and median deviation of the logarithms of condition and σ₁, as far as they have one."""
+    """Median and median deviation of the logarithms of condition and σ₁, as far as
+    they have one.
+    """
     usual = {}
     for column in _OUTLIER_METRICS:
-        known = (of_role[column] > 0) & np.isfinite(of_role[column]) & (of_role["condition_reliable"] | (column != "condition"))
+        known = (
+            (of_role[column] > 0)
+            & np.isfinite(of_role[column])
+            & (of_role["condition_reliable"] | (column != "condition"))
+        )
         logs = np.log(of_role.loc[known, column])
         usual[column] = logs.median(), (logs - logs.median()).abs().median()
     return usual
 
 
-def _finding(row, ceilings: Mapping[str, float], usual: Mapping[str, tuple[float, float]]) -> tuple[float, str, str]:
+def _finding(
+    row, ceilings: Mapping[str, float], usual: Mapping[str, tuple[float, float]]
+) -> tuple[float, str, str]:
     """How bad it is (0: not at all), the metric that shows it, and why in words."""
     if not row.finite:
         return np.inf, "condition", "holds NaN or infinite values"
@@ -74,12 +88,22 @@ def _finding(row, ceilings: Mapping[str, float], usual: Mapping[str, tuple[float
         (median, spread), value = usual[column], getattr(row, column)
         distance = abs(np.log(value) - median)
         if distance > max(_OUTLIER_SPREADS * spread, np.log(_OUTLIER_FACTOR)):
-            return distance, column, f"stands out in its role: {name} {size_text(value)}, usual is {size_text(np.exp(median))}"
+            return (
+                distance,
+                column,
+                (
+                    f"stands out in its role: {name} {size_text(value)}, usual is"
+                    f" {size_text(np.exp(median))}"
+                ),
+            )
     return 0.0, "", ""
 
 
-def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float], since_clamp: int = 0) -> list[str]:
-    """Sentences on one checkpoint: what it is made of, what cannot be trusted, ceilings, conditions, ranks, ill matrices.
+def describe_model(
+    table: pd.DataFrame, ceilings: Mapping[str, float], since_clamp: int = 0
+) -> list[str]:
+    """Sentences on one checkpoint: what it is made of, what cannot be trusted, ceilings,
+    conditions, ranks, ill matrices.
 
     ceilings, since_clamp: as for `ill_matrices`.
     """
@@ -91,20 +115,25 @@ def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float], since_cla
     sentences = [f"{layers} layers{made}: {len(table):,} matrices in {dtypes}."]
     if not (unreliable := table[table["finite"] & ~table["condition_reliable"]]).empty:
         sentences.append(
-            f"The values of {len(unreliable):,} matrices are 16-bit: their condition numbers and smallest singular values are "
-            "those of a rounded copy, not of the model that was trained, and are not judged."
+            f"The values of {len(unreliable):,} matrices are 16-bit: their condition numbers and"
+            " smallest singular values are those of a rounded copy, not of the model that was"
+            " trained, and are not judged."
         )
     for group, roles in GROUPS.items():
         sentences += _describe_group(group, blocks[blocks["role"].isin(roles)], ceilings, layers)
     for head in table[table["layer"] == HEAD_LAYER].itertuples():
         if head.finite:
-            condition = f"condition {size_text(head.condition)} and " if head.condition_reliable else ""
+            condition = (
+                f"condition {size_text(head.condition)} and " if head.condition_reliable else ""
+            )
             share = head.effective_rank / min(head.rows, head.cols)
-            sentences.append(f"The LM head has {condition}an effective rank of {share:.0%} of its shorter side.")
+            sentences.append(
+                f"The LM head has {condition}an effective rank of {share:.0%} of its shorter side."
+            )
     if since_clamp and (table["condition"] > table["role"].map(ceilings)).any():
         sentences.append(
-            f"{since_clamp:,} step{'s' * (since_clamp > 1)} without a clamp lie behind it; what has drifted above its ceiling is "
-            "put back by the next."
+            f"{since_clamp:,} step{'s' * (since_clamp > 1)} without a clamp lie behind it; what has"
+            " drifted above its ceiling is put back by the next."
         )
     ill = ill_matrices(table, ceilings, since_clamp)
     if ill.empty:
@@ -116,38 +145,60 @@ def describe_model(table: pd.DataFrame, ceilings: Mapping[str, float], since_cla
     return sentences
 
 
-def _describe_group(group: str, rows: pd.DataFrame, ceilings: Mapping[str, float], layers: int) -> list[str]:
+def _describe_group(
+    group: str, rows: pd.DataFrame, ceilings: Mapping[str, float], layers: int
+) -> list[str]:
     known = rows[rows["condition_reliable"] & rows["condition"].notna()]
-    limits = pd.Series([ceilings.get(role, 0.0) for role in known["role"]], known.index, dtype=float)
+    limits = pd.Series(
+        [ceilings.get(role, 0.0) for role in known["role"]], known.index, dtype=float
+    )
     share = (known["condition"] / limits).where(limits > 0)
     sentences = []
     if limits.any():
         at = known[share >= AT_CEILING]
         counts = at["role"].value_counts().items()
-        roles = ", ".join(f"{count} {role} matri{'x' if count == 1 else 'ces'}" for role, count in counts)
-        where = f"in {at['layer'].nunique()} of {layers} layers ({roles})" if roles else "in no layer"
+        roles = ", ".join(
+            f"{count} {role} matri{'x' if count == 1 else 'ces'}" for role, count in counts
+        )
+        where = (
+            f"in {at['layer'].nunique()} of {layers} layers ({roles})" if roles else "in no layer"
+        )
         far = known[share > FAR_ABOVE_CEILING]["layer"].nunique()
-        above = f", more than {FAR_ABOVE_CEILING - 1:.0%} above it in {far} of these layers" if far else ""
-        sentences.append(f"{group[0].upper()}{group[1:]} sits at or above the ceiling {where}{above}.")
+        above = (
+            f", more than {FAR_ABOVE_CEILING - 1:.0%} above it in {far} of these layers"
+            if far
+            else ""
+        )
+        sentences.append(
+            f"{group[0].upper()}{group[1:]} sits at or above the ceiling {where}{above}."
+        )
     if not known.empty:
         worst = known.loc[known["condition"].idxmax()]
         sentences.append(
-            f"The median condition of the {group} is {size_text(known['condition'].median())}, the largest "
-            f"{size_text(worst['condition'])} ({matrix_name(worst)})."
+            f"The median condition of the {group} is {size_text(known['condition'].median())}, the"
+            f" largest {size_text(worst['condition'])} ({matrix_name(worst)})."
         )
     ranks = (rows["effective_rank"] / rows[["rows", "cols"]].min(axis=1)).dropna()
     if not ranks.empty:
-        sentences.append(f"The effective rank of the {group} is {ranks.median():.0%} of a matrix's shorter side in the median.")
+        sentences.append(
+            f"The effective rank of the {group} is {ranks.median():.0%} of a matrix's shorter side"
+            " in the median."
+        )
     return sentences
 
 
 def describe_divergence(divergence: pd.DataFrame) -> list[str]:
-    """Sentences on a table of `copies.copy_divergence` at one checkpoint: means, as `spectral_plots.plot_divergence` draws."""
+    """Sentences on a table of `copies.copy_divergence` at one checkpoint: means, as
+    `spectral_plots.plot_divergence` draws.
+    """
     known = divergence.dropna(subset=["distance"])
     sentences = []
     if len(known) < len(divergence):
         lost = len(divergence) - len(known)
-        sentences.append(f"{lost:,} of {len(divergence):,} pairs of copies hold NaN or infinite values and cannot be compared.")
+        sentences.append(
+            f"{lost:,} of {len(divergence):,} pairs of copies hold NaN or infinite values and"
+            " cannot be compared."
+        )
     if known.empty:
         return sentences
     distance = known["distance"]
@@ -155,22 +206,35 @@ def describe_divergence(divergence: pd.DataFrame) -> list[str]:
         return [*sentences, "All copies of every source block are still equal."]
     by_role = known.groupby("role")["distance"].mean().sort_values()
     least, most = (_percent(by_role.iloc[place]) for place in (0, -1))
-    extremes = f"; those of {by_role.index[-1]} lie furthest apart ({most}), those of {by_role.index[0]} least ({least})"
+    extremes = (
+        f"; those of {by_role.index[-1]} lie furthest apart ({most}), those of {by_role.index[0]}"
+        f" least ({least})"
+    )
     sentences.append(
-        f"Two copies of a block lie {_percent(distance.mean())} of their norm apart on average (independent matrices: 141%)"
-        f"{extremes if most != least else ''}."
+        f"Two copies of a block lie {_percent(distance.mean())} of their norm apart on average"
+        f" (independent matrices: 141%){extremes if most != least else ''}."
     )
     if "movement_cosine" in known and known["movement_cosine"].notna().any():
         cosine, chance = known["movement_cosine"].mean(), 3 * known["chance_cosine"].mean()
-        kind = "much the same way" if cosine > 0.5 else "partly the same way" if cosine > chance else "independent ways"
+        kind = (
+            "much the same way"
+            if cosine > 0.5
+            else "partly the same way"
+            if cosine > chance
+            else "independent ways"
+        )
         if cosine < -chance:
             kind = "opposite ways" if cosine < -0.5 else "partly opposite ways"
         sentences.append(
-            f"They moved {kind}: the cosine between their movements is {cosine:.2g} on average (independent ones: within "
-            f"±{chance:.1g})."
+            f"They moved {kind}: the cosine between their movements is {cosine:.2g} on average"
+            f" (independent ones: within ±{chance:.1g})."
         )
     sides = {"leading": known["top_overlap"].dropna(), "trailing": known["bottom_overlap"].dropna()}
-    told = [f"their {side} directions overlap by {overlap.mean():.2f}" for side, overlap in sides.items() if len(overlap)]
+    told = [
+        f"their {side} directions overlap by {overlap.mean():.2f}"
+        for side, overlap in sides.items()
+        if len(overlap)
+    ]
     if told:
         low, high = known["chance_overlap"].min(), known["chance_overlap"].max()
         chance = f"{low:.2f}" + (f" to {high:.2f}" if high > low else "")
@@ -179,8 +243,9 @@ def describe_divergence(divergence: pd.DataFrame) -> list[str]:
     for side, overlap in sides.items():
         if len(overlap) < len(known):
             sentences.append(
-                f"In {len(known) - len(overlap):,} of {len(known):,} pairs the {side} directions are not distinct from the next "
-                "and not compared: singular values there differ by less than 0.1%, as where the clamp has raised several to one."
+                f"In {len(known) - len(overlap):,} of {len(known):,} pairs the {side} directions"
+                " are not distinct from the next and not compared: singular values there differ by"
+                " less than 0.1%, as where the clamp has raised several to one."
             )
     return sentences
 
@@ -191,19 +256,27 @@ def describe_inheritance(inherited: pd.DataFrame) -> list[str]:
     sentences = []
     if len(known) < len(inherited):
         sentences.append(
-            f"{len(inherited) - len(known):,} of {len(inherited):,} matrices, or their source's, are zero or not finite: they "
-            "have no spectrum to compare."
+            f"{len(inherited) - len(known):,} of {len(inherited):,} matrices, or their source's,"
+            " are zero or not finite: they have no spectrum to compare."
         )
     if known.empty:
         return sentences
     if known["rmse"].max() < 1e-9:
-        return [*sentences, "Every spectrum is exactly its source's, as it is right after stacking by construction."]
+        return [
+            *sentences,
+            (
+                "Every spectrum is exactly its source's, as it is right after stacking by"
+                " construction."
+            ),
+        ]
     most = known.loc[known["rmse"].idxmax()]
     return [
         *sentences,
-        "Relative to σ₁, singular values differ from their source's by a factor of "
-        f"{_factor(known['rmse'].median())} (root mean square of the logarithm) in the median matrix, most in "
-        f"{matrix_name(most)} (a factor of {_factor(most['rmse'])}).",
+        (
+            "Relative to σ₁, singular values differ from their source's by a factor of"
+            f" {_factor(known['rmse'].median())} (root mean square of the logarithm) in the median"
+            f" matrix, most in {matrix_name(most)} (a factor of {_factor(most['rmse'])})."
+        ),
     ]
 
 
@@ -224,14 +297,17 @@ def describe_clamp(history: pd.DataFrame) -> list[str]:
     by_role = raised.groupby("role")["raised"].sum().sort_values(ascending=False)
     share = history["route"].value_counts(normalize=True).get("certified", 0.0)
     return [
-        f"{steps} it raised {int(raised['raised'].sum()):,} singular values in {raised['name'].nunique()} of "
-        f"{history['name'].nunique()} matrices, most in {by_role.index[0]} ({int(by_role.iloc[0]):,} of them); a certificate "
-        f"spared {share:.0%} of the matrices from being looked at."
+        f"{steps} it raised {int(raised['raised'].sum()):,} singular values in"
+        f" {raised['name'].nunique()} of {history['name'].nunique()} matrices, most in"
+        f" {by_role.index[0]} ({int(by_role.iloc[0]):,} of them); a certificate spared {share:.0%}"
+        " of the matrices from being looked at."
     ]
 
 
 def describe_function(similarity: pd.DataFrame, swaps: pd.DataFrame) -> list[str]:
-    """Sentences on the tables of `block_function.block_similarity` and `block_function.swap_loss`."""
+    """Sentences on the tables of `block_function.block_similarity` and
+    `block_function.swap_loss`.
+    """
     sentences = []
     if similarity["update_cka"].notna().any():
         sentences.append(
@@ -244,12 +320,19 @@ def describe_function(similarity: pd.DataFrame, swaps: pd.DataFrame) -> list[str
         return [*sentences, "The held-out loss is not finite, so swapping copies tells nothing."]
     most = known.loc[known["change"].abs().idxmax()]
     effective = known["effective"].iloc[0]
-    rest = f"The intervals rest on {effective:.1f} document families in effect." if effective > 1 else "One family: no intervals."
+    rest = (
+        f"The intervals rest on {effective:.1f} document families in effect."
+        if effective > 1
+        else "One family: no intervals."
+    )
     return [
         *sentences,
-        f"Swapping two copies changes the held-out loss of {known['loss'].iloc[0]:.3f} by {known['change'].median():+.3f} nats "
-        f"in the median; the largest change is {most['change']:+.3f} (source block {int(most['source_layer'])}, copies "
-        f"{int(most['copy_a'])} and {int(most['copy_b'])}).",
+        (
+            f"Swapping two copies changes the held-out loss of {known['loss'].iloc[0]:.3f} by"
+            f" {known['change'].median():+.3f} nats in the median; the largest change is"
+            f" {most['change']:+.3f} (source block {int(most['source_layer'])}, copies"
+            f" {int(most['copy_a'])} and {int(most['copy_b'])})."
+        ),
         rest,
     ]
 
@@ -260,7 +343,10 @@ def _percent(share: float) -> str:
 
 
 def matrix_name(row) -> str:
-    """ "layer 7, k_proj", with the expert of a mixture; "the LM head". `row` is a row of a table, as tuple or series."""
+    """Name a matrix, such as "layer 7, k_proj", with the expert of a mixture, or "the LM head".
+
+    `row` is a row of a table, as tuple or series.
+    """
     if row.layer == HEAD_LAYER:
         return "the LM head"
     expert = getattr(row, "expert", -1)

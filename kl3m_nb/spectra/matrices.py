@@ -1,8 +1,10 @@
-"""The weight matrices of a model or checkpoint: found by name, described from the file's header, read one at a time.
+"""The weight matrices of a model or checkpoint: found by name, described from the file's header,
+read one at a time.
 
-A folder is never loaded as a model: `find_matrices` opens its safetensors files and keeps, for each matrix, where it lies. Roles
-are those of Llama (`q_proj` … `down_proj`, `lm_head`); Mixtral's experts, fused or one by one, are matrices of the same roles
-with an `expert` number. Tied weights have one vocabulary matrix, and it is the LM head.
+A folder is never loaded as a model: `find_matrices` opens its safetensors files and keeps, for each
+matrix, where it lies. Roles are those of Llama (`q_proj` … `down_proj`, `lm_head`); Mixtral's
+experts, fused or one by one, are matrices of the same roles with an `expert` number. Tied weights
+have one vocabulary matrix, and it is the LM head.
 """
 
 from __future__ import annotations
@@ -23,7 +25,15 @@ from safetensors import SafetensorError, safe_open
 from kl3m_nb.common import paths
 from kl3m_nb.model.folder import ModelOrCheckpoint, read_config, weight_files
 from kl3m_nb.model.loading import TensorsDiffer, check_loads, with_defaults
-from kl3m_nb.model.roles import BLOCK_ROLES, DENSE_NAME, EXPERT_NAME, EXPERT_ROLES, FUSED_NAME, HEAD_LAYER, SEVERAL_ROLES
+from kl3m_nb.model.roles import (
+    BLOCK_ROLES,
+    DENSE_NAME,
+    EXPERT_NAME,
+    EXPERT_ROLES,
+    FUSED_NAME,
+    HEAD_LAYER,
+    SEVERAL_ROLES,
+)
 
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
@@ -34,7 +44,9 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-_IN_A_BLOCK = re.compile(r"layers\.\d+\.(?:\w+\.)*?((?:\w+\.)?\w+?)(?:\.weight)?$")  # the last names of a block's tensor
+_IN_A_BLOCK = re.compile(
+    r"layers\.\d+\.(?:\w+\.)*?((?:\w+\.)?\w+?)(?:\.weight)?$"
+)  # the last names of a block's tensor
 
 
 _ROUTER = re.compile(r"(gate|router|wg)(\.\w+)?\.weight$")
@@ -42,7 +54,9 @@ _ROUTER = re.compile(r"(gate|router|wg)(\.\w+)?\.weight$")
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight matrix that is known but not yet read. `layer` is -1 for the LM head, `expert` -1 outside a mixture."""
+    """A weight matrix that is known but not yet read. `layer` is -1 for the LM head, `expert` -1
+    outside a mixture.
+    """
 
     layer: int
     role: str
@@ -53,7 +67,8 @@ class Matrix:
 
 
 def content_hash(weight: torch.Tensor) -> str:
-    """128 bits of XXH3 over a matrix's dtype, shape and bytes: equal for equal weights, wherever they are stored.
+    """128 bits of XXH3 over a matrix's dtype, shape and bytes: equal for equal weights, wherever
+    they are stored.
 
     It guards against mistakes, not against forgery, and takes a tenth of the time of SHA-256.
     """
@@ -64,15 +79,18 @@ def content_hash(weight: torch.Tensor) -> str:
 
 
 def find_matrices(model_or_checkpoint: ModelOrCheckpoint) -> list[Matrix]:
-    """The matrices of a Llama or Mixtral, ordered by layer and role, the LM head last; tied weights make the embedding the head.
+    """The matrices of a Llama or Mixtral, ordered by layer and role, the LM head last; tied weights
+    make the embedding the head.
 
-    Takes a Hugging Face folder (one or several safetensors files), a .safetensors file, a hub id OWNER/NAME (downloaded into
-    the hub's own cache) or a module. Of a whole model that has other matrices too, or none of some role, those of the known roles
-    are given and a warning names the rest.
+    Takes a Hugging Face folder (one or several safetensors files), a .safetensors file, a hub id
+    OWNER/NAME (downloaded into the hub's own cache) or a module. Of a whole model that has other
+    matrices too, or none of some role, those of the known roles are given and a warning names the
+    rest.
 
-    Raises ValueError for what is not there, not readable, not such a decoder, stored in other than floating-point numbers, or
-    lacks a layer or one matrix of a layer; for several roles in one matrix, experts stored as [experts, columns, rows], layers
-    that are not alike, and for more than one stack of layers.
+    Raises ValueError for what is not there, not readable, not such a decoder, stored in other than
+    floating-point numbers, or lacks a layer or one matrix of a layer; for several roles in one
+    matrix, experts stored as [experts, columns, rows], layers that are not alike, and for more than
+    one stack of layers.
     """
     if isinstance(model_or_checkpoint, torch.nn.Module):
         source, promised, folder = f"The module {type(model_or_checkpoint).__name__}", 0, None
@@ -101,7 +119,9 @@ def find_matrices(model_or_checkpoint: ModelOrCheckpoint) -> list[Matrix]:
     absent = [role for role in BLOCK_ROLES if role not in {matrix.role for matrix in matrices}]
     headless = "lm_head" not in heads and folder is not None and not _is_tied(folder)
     if absent or headless or _first_gap(matrices):
-        is_whole = isinstance(model_or_checkpoint, torch.nn.Module) or (folder is not None and _loads(folder))
+        is_whole = isinstance(model_or_checkpoint, torch.nn.Module) or (
+            folder is not None and _loads(folder)
+        )
         _check_alike(source, matrices, absent, headless, is_whole)
     _warn_of_the_rest(source, matrices, absent, list(others))
     matrices.sort(key=lambda matrix: (matrix.layer, BLOCK_ROLES.index(matrix.role), matrix.expert))
@@ -109,7 +129,8 @@ def find_matrices(model_or_checkpoint: ModelOrCheckpoint) -> list[Matrix]:
 
 
 def local_checkpoint(checkpoint: str | os.PathLike) -> Path:
-    """The folder or file a checkpoint's name stands for; a hub id OWNER/NAME that is no folder here is downloaded first.
+    """The folder or file a checkpoint's name stands for; a hub id OWNER/NAME that is no folder here
+    is downloaded first.
 
     Raises ValueError when the hub cannot be reached or has no such model.
     """
@@ -119,23 +140,38 @@ def local_checkpoint(checkpoint: str | os.PathLike) -> Path:
     if not _HUB_ID.fullmatch(os.fspath(checkpoint)):
         return Path(checkpoint)
     try:
-        return Path(huggingface_hub.snapshot_download(os.fspath(checkpoint), allow_patterns=list(_HUB_FILES)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                os.fspath(checkpoint), allow_patterns=list(_HUB_FILES)
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"There is no folder {checkpoint}, and the hub gave no model of that name ({type(error).__name__}); "
-            "give a checkpoint folder, a .safetensors file, or the id of a model that can be downloaded."
+            f"There is no folder {checkpoint}, and the hub gave no model of that name"
+            f" ({type(error).__name__}); give a checkpoint folder, a .safetensors file, or the id"
+            " of a model that can be downloaded."
         ) from error
 
 
-def _split_experts(layer: int, name: str, shape: tuple[int, ...], dtype: str, read: Callable) -> list[Matrix]:
-    # Mixtral's fused experts: gate_up_proj is (experts, 2·mlp, hidden) with the gate first, down_proj (experts, hidden, mlp).
+def _split_experts(
+    layer: int, name: str, shape: tuple[int, ...], dtype: str, read: Callable
+) -> list[Matrix]:
+    # Mixtral's fused experts: gate_up_proj is (experts, 2·mlp, hidden) with the gate first,
+    # down_proj (experts, hidden, mlp).
     experts, rows, cols = shape
     parts = {"down_proj": slice(0, rows)}
     if name == "gate_up_proj":
         rows //= 2
         parts = {"gate_proj": slice(0, rows), "up_proj": slice(rows, 2 * rows)}
     return [
-        Matrix(layer, role, expert, (rows, cols), dtype, lambda expert=expert, part=part: read((expert, part)))
+        Matrix(
+            layer,
+            role,
+            expert,
+            (rows, cols),
+            dtype,
+            lambda expert=expert, part=part: read((expert, part)),
+        )
         for role, part in parts.items()
         for expert in range(experts)
     ]
@@ -144,7 +180,11 @@ def _split_experts(layer: int, name: str, shape: tuple[int, ...], dtype: str, re
 def _promised_layers(place: Path) -> int:
     """The depth that the config.json of a checkpoint gives; 0 where there is none."""
     folder = place.parent if place.is_file() else place
-    return read_config(folder).get("num_hidden_layers") or 0 if (folder / "config.json").is_file() else 0
+    return (
+        read_config(folder).get("num_hidden_layers") or 0
+        if (folder / "config.json").is_file()
+        else 0
+    )
 
 
 def _check_names(source: str, tensors: dict) -> None:
@@ -159,15 +199,17 @@ def _check_names(source: str, tensors: dict) -> None:
                 )
     if len(places) > 1:
         raise ValueError(
-            f"{source} has more than one stack of layers ({' and '.join(list(places.values())[:2])}); give one decoder's weights."
+            f"{source} has more than one stack of layers"
+            f" ({' and '.join(list(places.values())[:2])}); give one decoder's weights."
         )
 
 
 def _check_whole(source: str, matrices: list[Matrix], heads: dict, promised: int) -> None:
     if not matrices or not heads:
         raise ValueError(
-            f"{source} is not a decoder this analysis knows: it needs `layers.N.self_attn` and `layers.N.mlp` projections "
-            "and an embedding, named as Hugging Face's Llama and Mixtral name them."
+            f"{source} is not a decoder this analysis knows: it needs `layers.N.self_attn` and"
+            " `layers.N.mlp` projections and an embedding, named as Hugging Face's Llama and"
+            " Mixtral name them."
         )
     for matrix in (*matrices, *heads.values()):
         if matrix.dtype not in _FLOAT_DTYPES.values():
@@ -176,11 +218,16 @@ def _check_whole(source: str, matrices: list[Matrix], heads: dict, promised: int
                 "spectra need float64, float32, float16 or bfloat16 weights, not a quantised copy."
             )
     if promised > (last := max(matrix.layer for matrix in matrices)) + 1:
-        raise ValueError(f"{source} ends at layer {last}, its config.json speaks of {promised} layers; give the whole model.")
+        raise ValueError(
+            f"{source} ends at layer {last}, its config.json speaks of {promised} layers; give the"
+            " whole model."
+        )
 
 
 def _first_gap(matrices: list[Matrix]) -> tuple[int, str] | None:
-    """The first layer that lacks what another has, and the role that it lacks: empty for a layer without any matrix."""
+    """The first layer that lacks what another has, and the role that it lacks: empty for a layer
+    without any matrix.
+    """
     layers: dict[int, set] = {}
     for matrix in matrices:
         layers.setdefault(matrix.layer, set()).add((matrix.role, matrix.expert))
@@ -191,38 +238,68 @@ def _first_gap(matrices: list[Matrix]) -> tuple[int, str] | None:
     return None
 
 
-def _check_alike(source: str, matrices: list[Matrix], absent: list[str], headless: bool, is_whole: bool) -> None:
-    """Refuses layers that are not alike, or not all there; a role that no layer has is the family's way where all is there."""
+def _check_alike(
+    source: str, matrices: list[Matrix], absent: list[str], headless: bool, is_whole: bool
+) -> None:
+    """Refuses layers that are not alike, or not all there; a role that no layer has is the family's
+    way where all is there.
+    """
     gap = _first_gap(matrices)
     if is_whole:
         if gap:
-            lacking = f"no {gap[1]} in layer {gap[0]}, where others have one" if gap[1] else f"no known matrix in layer {gap[0]}"
-            raise ValueError(f"{source} is whole, but has {lacking}; spectra need a model whose layers are alike.")
+            lacking = (
+                f"no {gap[1]} in layer {gap[0]}, where others have one"
+                if gap[1]
+                else f"no known matrix in layer {gap[0]}"
+            )
+            raise ValueError(
+                f"{source} is whole, but has {lacking}; spectra need a model whose layers are"
+                " alike."
+            )
         if headless:
-            raise ValueError(f"{source} is whole, but its head is not named lm_head; give a model whose head is.")
+            raise ValueError(
+                f"{source} is whole, but its head is not named lm_head; give a model whose head is."
+            )
         return
     if gap and not gap[1]:
         raise ValueError(
-            f"{source} has no layer {gap[0]}, though it has a layer {layer_count(matrices) - 1}; give the whole model."
+            f"{source} has no layer {gap[0]}, though it has a layer {layer_count(matrices) - 1};"
+            " give the whole model."
         )
     if gap or absent:
         layer, role = gap or (0, min(absent))
-        raise ValueError(f"{source} has no {role} in layer {layer}; give the whole model, a folder with its config.json.")
-    raise ValueError(f"{source} has no lm_head, and its config.json ties none to the embedding; give the whole model.")
+        raise ValueError(
+            f"{source} has no {role} in layer {layer}; give the whole model, a folder with its"
+            " config.json."
+        )
+    raise ValueError(
+        f"{source} has no lm_head, and its config.json ties none to the embedding; give the whole"
+        " model."
+    )
 
 
-def _warn_of_the_rest(source: str, matrices: list[Matrix], absent: list[str], others: list[str]) -> None:
+def _warn_of_the_rest(
+    source: str, matrices: list[Matrix], absent: list[str], others: list[str]
+) -> None:
     """Says of a whole model which matrices the analysis does not see."""
     if absent:
         found = ", ".join(role for role in BLOCK_ROLES if role not in absent)
-        warnings.warn(f"{source} is whole, but has no {', '.join(absent)}; spectra are those of its {found}.", stacklevel=3)
+        warnings.warn(
+            f"{source} is whole, but has no {', '.join(absent)}; spectra are those of its {found}.",
+            stacklevel=3,
+        )
     if others:
         named = ", ".join(others[:4]) + (", …" if len(others) > 4 else "")
-        warnings.warn(f"{source} has matrices of other roles, which the spectra leave out: {named}.", stacklevel=3)
+        warnings.warn(
+            f"{source} has matrices of other roles, which the spectra leave out: {named}.",
+            stacklevel=3,
+        )
 
 
 def _loads(folder: Path) -> bool:
-    """Whether transformers finds all of the model in `folder`; False where it does not know it. Raises TensorsDiffer."""
+    """Whether transformers finds all of the model in `folder`; False where it does not know it.
+    Raises TensorsDiffer.
+    """
     try:
         check_loads(folder)
     except TensorsDiffer:
@@ -233,19 +310,26 @@ def _loads(folder: Path) -> bool:
 
 
 def _is_tied(folder: Path) -> bool:
-    """Whether the head is the embedding by config.json, or by what its family does where that says nothing."""
+    """Whether the head is the embedding by config.json, or by what its family does where that says
+    nothing.
+    """
     return with_defaults(read_config(folder)).get("tie_word_embeddings") is not False
 
 
 def _check_fused(source: str, tensors: dict) -> None:
-    """Refuses fused experts of another layout than Mixtral's, [experts, 2·mlp, hidden] and [experts, hidden, mlp]."""
+    """Refuses fused experts of another layout than Mixtral's, [experts, 2·mlp, hidden] and
+    [experts, hidden, mlp].
+    """
     for name, (shape, *_) in tensors.items():
         if (match := FUSED_NAME.search(name)) and match[2] == "gate_up_proj":
-            down = tensors.get(name.replace("gate_up_proj", "down_proj"), ((0, shape[2], shape[1] // 2),))[0]
+            down = tensors.get(
+                name.replace("gate_up_proj", "down_proj"), ((0, shape[2], shape[1] // 2),)
+            )[0]
             if (shape[1], shape[2]) != (2 * down[2], down[1]):
                 raise ValueError(
-                    f"{source} stores the matrices of its experts the other way round ({name} of shape {list(shape)}), as "
-                    "Llama 4 and GPT-OSS do; give a model that stores them as [experts, rows, columns], as Mixtral does."
+                    f"{source} stores the matrices of its experts the other way round ({name} of"
+                    f" shape {list(shape)}), as Llama 4 and GPT-OSS do; give a model that stores"
+                    " them as [experts, rows, columns], as Mixtral does."
                 )
 
 
@@ -267,12 +351,18 @@ def _file_tensors(path: Path) -> dict[str, tuple]:
         try:
             handle = safe_open(file, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file ({error}); give a finished checkpoint.") from error
+            raise ValueError(
+                f"{file} is not a whole safetensors file ({error}); give a finished checkpoint."
+            ) from error
         names = handle.keys()
         for name in names:
             view = handle.get_slice(name)
             dtype = _FLOAT_DTYPES.get(view.get_dtype(), view.get_dtype().lower())
-            tensors[name] = (tuple(view.get_shape()), dtype, lambda index=slice(None), view=view: view[index])
+            tensors[name] = (
+                tuple(view.get_shape()),
+                dtype,
+                lambda index=slice(None), view=view: view[index],
+            )
     return tensors
 
 
@@ -284,12 +374,17 @@ def layer_count(matrices: list[Matrix]) -> int:
 def check_source_layers(layers: int, source_layers: int) -> int:
     """`source_layers` if `layers` is a multiple of it; raises ValueError otherwise."""
     if source_layers < 1 or layers % source_layers:
-        raise ValueError(f"A model of {layers} layers is not made of copies of {source_layers}; give a divisor of {layers}.")
+        raise ValueError(
+            f"A model of {layers} layers is not made of copies of {source_layers}; give a divisor"
+            f" of {layers}."
+        )
     return source_layers
 
 
 def model_name(model_or_checkpoint: ModelOrCheckpoint) -> str:
-    """What a figure calls this model: its class, its folder's name, or the file's name without suffix."""
+    """What a figure calls this model: its class, its folder's name, or the file's name without
+    suffix.
+    """
     if isinstance(model_or_checkpoint, torch.nn.Module):
         return type(model_or_checkpoint).__name__
     path = paths.find(model_or_checkpoint)

@@ -1,8 +1,9 @@
-"""What a report on a checkpoint can compare it with: its run, the stack it was begun from, the source of the stack.
+"""What a report on a checkpoint can compare it with: its run, the stack it was begun from, the
+source of the stack.
 
-The run folder is the truth: run.json names what a run was begun from, stack.json what a stack was made of; an exported model has
-that of the stack it was trained from. Where neither stands beside a checkpoint, the model that is given for comparison decides by
-its depth.
+The run folder is the truth: run.json names what a run was begun from, stack.json what a stack was
+made of; an exported model has that of the stack it was trained from. Where neither stands beside a
+checkpoint, the model that is given for comparison decides by its depth.
 """
 
 from __future__ import annotations
@@ -21,19 +22,26 @@ from kl3m_nb.runs.folder import RUN_FILE, read_run_init, read_run_profile
 from kl3m_nb.runs.lineage import UNKNOWN_STEP, model_step
 from kl3m_nb.runs.metrics import first_step
 from kl3m_nb.spectra.history import trajectory
-from kl3m_nb.spectra.matrices import check_source_layers, find_matrices, layer_count, local_checkpoint, model_name
+from kl3m_nb.spectra.matrices import (
+    check_source_layers,
+    find_matrices,
+    layer_count,
+    local_checkpoint,
+    model_name,
+)
 
 
 @dataclass(frozen=True)
 class Subject:
     """A checkpoint and what is known of its past.
 
-    `source_layers` is the number of layers when it is no stack. `start` (same depth) and `source` (source_layers deep) are empty
-    strings where nothing names them. `steps` holds the checkpoints of its run by step up to this one, and before them the start:
-    at the step at which the run began, or at its own when it is not what the run was begun from. It is empty without a run or a
-    start. `run_dir` and `profile` are those of the run it belongs to, if any; `clamp` is the run's, the kl3m-007 card's where
-    there is no run. `order` and `noise` are those of the stack; copies and source of one that is not cyclic are not looked for.
-    `name` is what a title calls it.
+    `source_layers` is the number of layers when it is no stack. `start` (same depth) and `source`
+    (source_layers deep) are empty strings where nothing names them. `steps` holds the checkpoints
+    of its run by step up to this one, and before them the start: at the step at which the run
+    began, or at its own when it is not what the run was begun from. It is empty without a run or a
+    start. `run_dir` and `profile` are those of the run it belongs to, if any; `clamp` is the run's,
+    the kl3m-007 card's where there is no run. `order` and `noise` are those of the stack; copies
+    and source of one that is not cyclic are not looked for. `name` is what a title calls it.
     """
 
     name: str
@@ -56,14 +64,22 @@ class Subject:
 
     @property
     def last_step(self) -> float:
-        """The optimizer step of the checkpoint; infinite where its name does not say, so that all of its run counts."""
+        """The optimizer step of the checkpoint; infinite where its name does not say, so that all
+        of its run counts.
+        """
         step = model_step(self.checkpoint)
         return math.inf if step == UNKNOWN_STEP else step
 
     @property
     def steps_since_clamp(self) -> int:
-        """Optimizer steps without a clamp that lie behind it; 0 right after one, where nothing is clamped or no step is known."""
-        return int(self.last_step % self.clamp.clamp_every) if self.ceilings and math.isfinite(self.last_step) else 0
+        """Optimizer steps without a clamp that lie behind it; 0 right after one, where nothing is
+        clamped or no step is known.
+        """
+        return (
+            int(self.last_step % self.clamp.clamp_every)
+            if self.ceilings and math.isfinite(self.last_step)
+            else 0
+        )
 
     @property
     def reference_ceilings(self) -> dict[str, float]:
@@ -77,14 +93,18 @@ class Subject:
 
 
 def find_subject(checkpoint: str | Path, against: str = "", source_layers: int = 0) -> Subject:
-    """What `checkpoint` (run folder, checkpoint folder, .safetensors file, hub id) is and can be compared with.
+    """What `checkpoint` (run folder, checkpoint folder, .safetensors file, hub id) is and can be
+    compared with.
 
-    `against` names the stack at step 0 (as deep) or the source (less deep); empty: what run.json and stack.json name.
-    `source_layers` 0: as those say, or the depth of a less deep `against`. Raises ValueError as `find_matrices`, for a model in
-    `against` whose depth fits neither, and for source layers of a stack that is not cyclic.
+    `against` names the stack at step 0 (as deep) or the source (less deep); empty: what run.json
+    and stack.json name. `source_layers` 0: as those say, or the depth of a less deep `against`.
+    Raises ValueError as `find_matrices`, for a model in `against` whose depth fits neither, and for
+    source layers of a stack that is not cyclic.
     """
     place = local_checkpoint(checkpoint).absolute()
-    name = model_name(place) if place == paths.find(checkpoint) else str(checkpoint)  # a hub id is not its folder's name
+    name = (
+        model_name(place) if place == paths.find(checkpoint) else str(checkpoint)
+    )  # a hub id is not its folder's name
     run_dir = _run_folder(place)
     start_step = (first_step(run_dir) or 0) if run_dir else 0
     if run_dir == place:
@@ -106,17 +126,20 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
                 start, start_step = other, max(model_step(other), 0)
         elif layers % depth:
             raise ValueError(
-                f"{against} has {depth} layers and {checkpoint} has {layers}; give the stack it was begun from, as deep as it, "
-                "or the source, whose depth divides it."
+                f"{against} has {depth} layers and {checkpoint} has {layers}; give the stack it was"
+                " begun from, as deep as it, or the source, whose depth divides it."
             )
         else:
             source, source_layers = other, source_layers or depth
-    record = next((record for path in (start, begun) if path and (record := _record(Path(path)))), own)
+    record = next(
+        (record for path in (start, begun) if path and (record := _record(Path(path)))), own
+    )
     noise = record.get("noise", 0.0)
     if (order := record.get("order", "cyclic")) != "cyclic":
         if source_layers:
             raise ValueError(
-                f"{checkpoint} was begun from an {order} stack; copies and sources are compared for cyclic stacks only."
+                f"{checkpoint} was begun from an {order} stack; copies and sources are compared for"
+                " cyclic stacks only."
             )
         record = {}
     if not source and (made_of := stack_source(record)):
@@ -127,17 +150,36 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     steps: dict[int, ModelOrCheckpoint] = {}
     if run_dir and start and place in checkpoints.whole_checkpoints(run_dir):
         here = checkpoints.checkpoint_step(place)
-        steps = {step: folder for step, folder in trajectory(run_dir, start, start_step).items() if step <= here}
+        steps = {
+            step: folder
+            for step, folder in trajectory(run_dir, start, start_step).items()
+            if step <= here
+        }
     clamp = profile.clamp if profile else ClampSpec()
     if run_dir:
         name = f"{run_dir.name}, {place.name}"
-    return Subject(name, place, layers, source_layers, clamp, start, source, steps, run_dir, profile, order, noise)
+    return Subject(
+        name,
+        place,
+        layers,
+        source_layers,
+        clamp,
+        start,
+        source,
+        steps,
+        run_dir,
+        profile,
+        order,
+        noise,
+    )
 
 
 def find_grown(trained: str | Path, stack: str | Path, source_layers: int) -> Subject:
-    """`find_subject` of a model that was trained from `stack`; `source_layers` is what the source had where no record tells.
+    """`find_subject` of a model that was trained from `stack`; `source_layers` is what the source
+    had where no record tells.
 
-    Raises ValueError like `find_subject`, but not for a stack that is not cyclic: that has no copies to be compared.
+    Raises ValueError like `find_subject`, but not for a stack that is not cyclic: that has no
+    copies to be compared.
     """
     subject = find_subject(trained, str(stack))
     told = subject.copies > 1 or subject.order != "cyclic"
@@ -146,7 +188,10 @@ def find_grown(trained: str | Path, stack: str | Path, source_layers: int) -> Su
 
 def _run_folder(place: Path) -> Path | None:
     folder = place.parent if place.is_file() else place
-    return next((path for path in (folder, *folder.absolute().parents[:2]) if (path / RUN_FILE).is_file()), None)
+    return next(
+        (path for path in (folder, *folder.absolute().parents[:2]) if (path / RUN_FILE).is_file()),
+        None,
+    )
 
 
 def _begun_from(run_dir: Path) -> str:

@@ -1,9 +1,11 @@
-"""The training loop: one optimizer step after another, logged, evaluated, clamped, checkpointed, and resumable at any step.
+"""The training loop: one optimizer step after another, logged, evaluated, clamped, checkpointed,
+and resumable at any step.
 
-`train` is what notebooks and the shell call. It knows no plot and no widget: callbacks get the same rows that go to
-metrics.jsonl. An interrupt (Ctrl-C, the notebook's stop button, SIGTERM) ends the current micro-batch, saves a checkpoint of
-the last whole step and then raises KeyboardInterrupt; calling `train` again continues with the very next token. Under torchrun
-all ranks call it alike: rank 0 logs and saves, and what one rank is asked for is agreed on between two steps.
+`train` is what notebooks and the shell call. It knows no plot and no widget: callbacks get the same
+rows that go to metrics.jsonl. An interrupt (Ctrl-C, the notebook's stop button, SIGTERM) ends the
+current micro-batch, saves a checkpoint of the last whole step and then raises KeyboardInterrupt;
+calling `train` again continues with the very next token. Under torchrun all ranks call it alike:
+rank 0 logs and saves, and what one rank is asked for is agreed on between two steps.
 """
 
 from __future__ import annotations
@@ -56,8 +58,9 @@ MOST_SKIPS_IN_A_ROW = 10
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on: steps or weights are not finite, the data broke off, or an unexpected error came between two steps.
-    The newest checkpoint is a good one."""
+    """Training cannot go on: steps or weights are not finite, the data broke off, or an unexpected
+    error came between two steps. The newest checkpoint is a good one.
+    """
 
 
 def train(
@@ -67,25 +70,32 @@ def train(
     resume: str = "auto",
     callbacks: Iterable[Callback] = (),
 ) -> TrainResult:
-    """Trains `profile` in the folder `run_dir` up to its max_steps and returns where the run stands.
+    """Trains `profile` in the folder `run_dir` up to its max_steps and returns where the run
+    stands.
 
-    `init` names a checkpoint to start from with fresh optimizers; without it the weights are random. One of the family, a folder
-    or hub id whose name ends in -stepN, is continued: steps and tokens are counted on from its card, the schedule goes on there
-    after a warmup of its own, and the data begins anew. With `resume="auto"` a run folder that holds a checkpoint is continued,
-    at once finished when it is complete; `resume="never"` refuses such a folder.
+    `init` names a checkpoint to start from with fresh optimizers; without it the weights are
+    random. One of the family, a folder or hub id whose name ends in -stepN, is continued: steps and
+    tokens are counted on from its card, the schedule goes on there after a warmup of its own, and
+    the data begins anew. With `resume="auto"` a run folder that holds a checkpoint is continued, at
+    once finished when it is complete; `resume="never"` refuses such a folder.
 
-    Raises ValueError before anything is written when the pieces do not fit, a weight is not finite or another process trains
-    there, TrainingStopped when steps or weights are not finite, the data breaks off or an unexpected error comes between two
-    steps, CheckpointFailed when the last checkpoint cannot be written, KeyboardInterrupt after the checkpoint of an interrupted
-    run is saved.
+    Raises ValueError before anything is written when the pieces do not fit, a weight is not finite
+    or another process trains there, TrainingStopped when steps or weights are not finite, the data
+    breaks off or an unexpected error comes between two steps, CheckpointFailed when the last
+    checkpoint cannot be written, KeyboardInterrupt after the checkpoint of an interrupted run is
+    saved.
     """
     run_dir, init = paths.resolve(run_dir), paths.located(init) if init else None
     if resume not in ("auto", "never"):
         raise ValueError(f"resume is {resume!r}; it accepts auto and never.")
     with distributed.process_group(), RunLock(run_dir) as lock:
         distributed.check_alike({**profiles.fields_of(profile), "init": init, "resume": resume})
-        checkpoint = distributed.on_first_rank(lambda: find_checkpoint(run_dir, profile, init, resume, lock))
-        if checkpoint and distributed.on_first_rank(lambda: is_complete(run_dir, checkpoint, profile)):
+        checkpoint = distributed.on_first_rank(
+            lambda: find_checkpoint(run_dir, profile, init, resume, lock)
+        )
+        if checkpoint and distributed.on_first_rank(
+            lambda: is_complete(run_dir, checkpoint, profile)
+        ):
             return finished_result(run_dir, checkpoint)
         if checkpoint:
             check_shared(checkpoint / checkpoints.MANIFEST)
@@ -95,22 +105,38 @@ def train(
 class _Run:
     """Everything one run holds between its steps."""
 
-    def __init__(self, profile: Profile, run_dir: Path, init, checkpoint: Path | None, callbacks: list[Callback], lock: RunLock):
+    def __init__(
+        self,
+        profile: Profile,
+        run_dir: Path,
+        init,
+        checkpoint: Path | None,
+        callbacks: list[Callback],
+        lock: RunLock,
+    ):
         self.profile, self.run_dir, self.init, self.callbacks = profile, run_dir, init, callbacks
         self.lock = lock
         self.world = distributed.world()
-        windows.check_shares(profile.data.micro_batch * profile.data.grad_accumulation, self.world.size)
+        windows.check_shares(
+            profile.data.micro_batch * profile.data.grad_accumulation, self.world.size
+        )
         self.runtime = choose_runtime(profile)
-        distributed.check_alike({"device": self.runtime.device.type, "precision": self.runtime.precision})
+        distributed.check_alike(
+            {"device": self.runtime.device.type, "precision": self.runtime.precision}
+        )
         carried = lineage.Counts() if checkpoint else lineage.carried_counts(init)
         if carried.step >= profile.schedule.max_steps:
             raise ValueError(
-                f"{init} has {carried.step:,} steps behind it and max_steps is {profile.schedule.max_steps:,}; raise max_steps."
+                f"{init} has {carried.step:,} steps behind it and max_steps is"
+                f" {profile.schedule.max_steps:,}; raise max_steps."
             )
         named = profile.data.tokenizer, profile.data.source, profile.model.vocabulary
-        # The checkpoint's own: text that was added to the source since would give another, or the named one may be gone.
+        # The checkpoint's own: text that was added to the source since would give another, or the
+        # named one may be gone.
         self.tokenizer = read_tokenizer(str(checkpoint)) if checkpoint else load_tokenizer(*named)
-        self.stream = PrefetchedStream(open_stream(profile.data, self.tokenizer), profile.runtime.prefetch_batches)
+        self.stream = PrefetchedStream(
+            open_stream(profile.data, self.tokenizer), profile.runtime.prefetch_batches
+        )
         self.held_out = held_out_windows(profile.data, self.tokenizer)
         start = checkpoint or init
         self.model = starting_model(start, profile, self.tokenizer, self.runtime.attention)
@@ -123,28 +149,56 @@ class _Run:
         self.clamp = SpectralClamp(clamp_targets(self.model, rules, profile))
         self.clip = AdaptiveClip(profile.schedule)
         self.counters = {
-            "first_step": carried.step, "step": carried.step, "tokens": carried.tokens, "valid_tokens": carried.valid_tokens,
-            "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0, "clipped_since_row": 0,
+            "first_step": carried.step,
+            "step": carried.step,
+            "tokens": carried.tokens,
+            "valid_tokens": carried.valid_tokens,
+            "seconds": 0.0,
+            "skipped": 0,
+            "skipped_in_a_row": 0,
+            "clipped_since_row": 0,
             "clamped_step": carried.step,
-        }  # fmt: skip
+        }
         self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
-        self.losses = {"held_out_loss": float("nan"), "held_out_step": carried.step, "cross_entropy": float("nan")}
+        self.losses = {
+            "held_out_loss": float("nan"),
+            "held_out_step": carried.step,
+            "cross_entropy": float("nan"),
+        }
         self.conditions, self.idle_experts = ClampConditions(), experts.IdleExperts()
         self.stack = {} if checkpoint else carried_stack(init, profile)
         state = checkpoints.load_state(checkpoint) if checkpoint else None
         if state:
             self._load_state(state)
         if bad := first_bad_weight(self.model):
-            raise ValueError(f"The weight {bad} of {start or 'the new model'} is not finite; start from an earlier checkpoint.")
-        self._is_whole, self._stream_state = True, self.stream.state_dict()  # behind the last whole step
+            raise ValueError(
+                f"The weight {bad} of {start or 'the new model'} is not finite; start from an"
+                " earlier checkpoint."
+            )
+        self._is_whole, self._stream_state = (
+            True,
+            self.stream.state_dict(),
+        )  # behind the last whole step
         self._begins = state is None or state["metrics_position"] == 0
         identity = distributed.on_first_rank(lambda: self._open_folder(init))
         check_shared(run_dir / folder.RUN_FILE)
         self.saver = CheckpointSaver(
-            run_dir, identity, self.model, self.tokenizer, profile.runtime, checkpoint, self._record_checkpoint
+            run_dir,
+            identity,
+            self.model,
+            self.tokenizer,
+            profile.runtime,
+            checkpoint,
+            self._record_checkpoint,
         )
-        position, tail = (state["metrics_position"], state.get("metrics_tail", "")) if state else (0, "")
-        self.log = MetricsLog(run_dir, position, self.counters["step"], tail.encode()) if self.world.is_first else None
+        position, tail = (
+            (state["metrics_position"], state.get("metrics_tail", "")) if state else (0, "")
+        )
+        self.log = (
+            MetricsLog(run_dir, position, self.counters["step"], tail.encode())
+            if self.world.is_first
+            else None
+        )
         self._saved_position = position  # in the log, of the checkpoint that is being written
 
     def to_the_end(self) -> TrainResult:
@@ -153,8 +207,15 @@ class _Run:
 
     def _to_the_end(self, stop: StopRequest) -> TrainResult:
         runtime, schedule = self.profile.runtime, self.profile.schedule
-        self._tell({"kind": "start", "step": self.counters["step"], "max_steps": schedule.max_steps, "run": self.run_dir.name,
-                    "runtime": self._described()})  # fmt: skip
+        self._tell(
+            {
+                "kind": "start",
+                "step": self.counters["step"],
+                "max_steps": schedule.max_steps,
+                "run": self.run_dir.name,
+                "runtime": self._described(),
+            }
+        )
         try:
             if self.counters["step"] > self.counters["first_step"]:
                 self._finish_step()
@@ -167,9 +228,14 @@ class _Run:
                 try:
                     whole_step = not stopping and self._step(stop)
                 except SourceBroke as broken:
-                    reason = f"the data of step {self.counters['step'] + 1} could not be read ({broken})"
+                    reason = (
+                        f"the data of step {self.counters['step'] + 1} could not be read ({broken})"
+                    )
                     if self._begins and self.counters["step"] == self.counters["first_step"]:
-                        stopped = TrainingStopped(f"Training has not begun: {reason}. Another source takes another run folder.")
+                        stopped = TrainingStopped(
+                            f"Training has not begun: {reason}. Another source takes another run"
+                            " folder."
+                        )
                     else:
                         stopped = self._stopped(reason)
                     raise stopped from broken.__cause__
@@ -180,7 +246,11 @@ class _Run:
                 self._finish_step()
                 if self.counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
                     raise self._given_up()
-                if step % runtime.checkpoint_every == 0 and not is_last and not self._checkpoint_as_good_as_now():
+                if (
+                    step % runtime.checkpoint_every == 0
+                    and not is_last
+                    and not self._checkpoint_as_good_as_now()
+                ):
                     self.saver.save(step, self._contents)
             checkpoint = self._save_and_wait()
             if any(self._requests(stop)[:1]):
@@ -195,15 +265,27 @@ class _Run:
             self.stream.close()
             if self.log is not None:
                 self.log.close()
-            self._tell({"kind": "end", "step": self.counters["step"], "max_steps": schedule.max_steps})
+            self._tell(
+                {"kind": "end", "step": self.counters["step"], "max_steps": schedule.max_steps}
+            )
         return TrainResult(
-            self.run_dir, checkpoint, self.counters["step"], self.losses["held_out_loss"], self.counters["seconds"]
+            self.run_dir,
+            checkpoint,
+            self.counters["step"],
+            self.losses["held_out_loss"],
+            self.counters["seconds"],
         )
 
     def _parallel_model(self) -> distributed.ParallelModel:
-        """The model, held as the profile says. FSDP2 shards it before it is moved, as it may be too large for one device."""
+        """The model, held as the profile says. FSDP2 shards it before it is moved, as it may be too
+        large for one device.
+        """
         runtime, blocks = self.profile.runtime, self.model.model.layers
-        sharded = distributed.ParallelModel(self.model, blocks, "fsdp") if runtime.parallel == "fsdp" else None
+        sharded = (
+            distributed.ParallelModel(self.model, blocks, "fsdp")
+            if runtime.parallel == "fsdp"
+            else None
+        )
         prepare_model(self.model, self.runtime)
         return sharded or distributed.ParallelModel(self.model, blocks, "ddp")
 
@@ -211,33 +293,51 @@ class _Run:
         if not self.lock.held:
             self.lock.acquire()
             if checkpoints.latest_checkpoint(self.run_dir):
-                raise ValueError(f"Another process has trained in {self.run_dir} meanwhile; train again to go on from there.")
-        return folder.write_run_file(self.run_dir, self.profile, init, self._described(), self.counters["step"])
+                raise ValueError(
+                    f"Another process has trained in {self.run_dir} meanwhile; train again to go on"
+                    " from there."
+                )
+        return folder.write_run_file(
+            self.run_dir, self.profile, init, self._described(), self.counters["step"]
+        )
 
     def _described(self) -> str:
-        ranks = f" · {self.world.size} processes, {self.profile.runtime.parallel}" if self.world.size > 1 else ""
+        ranks = (
+            f" · {self.world.size} processes, {self.profile.runtime.parallel}"
+            if self.world.size > 1
+            else ""
+        )
         return self.runtime.describe() + ranks
 
     def _requests(self, stop: StopRequest) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save now: what any rank was asked for by a signal, and rank 0 through the folder."""
+        """Whether to stop, and whether to save now: what any rank was asked for by a signal, and
+        rank 0 through the folder.
+        """
         saving = self.world.is_first and self.saver.is_due(self.counters["step"])
         stopping, saving = distributed.sum_over_ranks([stop.requested, saving])
         return bool(stopping), bool(saving)
 
     def _step(self, stop: StopRequest) -> bool:
-        """One optimizer step over all its micro-batches. False when a stop was requested before they were read and through."""
+        """One optimizer step over all its micro-batches. False when a stop was requested before
+        they were read and through.
+        """
         began = time.perf_counter()
-        # All micro-batches are divided by the labels of the whole step: a mean of means would weigh short ones too high.
+        # All micro-batches are divided by the labels of the whole step: a mean of means would weigh
+        # short ones too high.
         with record_function("kl3m_nb data"):
             share = take_share(self.stream, self.profile.data, stop)
         if share is None:
             return False
-        factor = lr_factor(self.counters["step"], self.profile.schedule, self.counters["first_step"])
+        factor = lr_factor(
+            self.counters["step"], self.profile.schedule, self.counters["first_step"]
+        )
         for group in (*self.muon.param_groups, *self.aux.param_groups):
             group["lr"] = group["peak_lr"] * factor
         terms: dict[str, torch.Tensor] = {}
         for batch in share.micro_batches:
-            if stop.requested and self.world.size == 1:  # several ranks have to agree first, which they do between steps
+            if (
+                stop.requested and self.world.size == 1
+            ):  # several ranks have to agree first, which they do between steps
                 self._zero_gradients()
                 return False
             with self.parallel.averaging_gradients(now=batch is share.micro_batches[-1]):
@@ -245,18 +345,29 @@ class _Run:
             for name, value in values.items():
                 terms[name] = terms[name] + value if name in terms else value
         expert_counts = terms.pop("expert_counts")
-        norm = global_norm([distributed.local(parameter.grad) for parameter in self.parameters if parameter.grad is not None])
-        # One transfer a step, after everything is queued: until here a GPU never waits for the host, nor the host for it.
+        norm = global_norm(
+            [
+                distributed.local(parameter.grad)
+                for parameter in self.parameters
+                if parameter.grad is not None
+            ]
+        )
+        # One transfer a step, after everything is queued: until here a GPU never waits for the
+        # host, nor the host for it.
         *numbers, norm = torch.stack([*terms.values(), norm]).tolist()
         values = dict(zip(terms, distributed.sum_over_ranks(numbers), strict=True))
         with self._changing_weights():
-            clipped = self.clip.clip_(self.parameters, distributed.whole_norm(norm, self.parameters), values["loss"])
+            clipped = self.clip.clip_(
+                self.parameters, distributed.whole_norm(norm, self.parameters), values["loss"]
+            )
             if clipped.finite:
                 with record_function("kl3m_nb optimizer"):
                     self.muon.step()
                     self.aux.step()
                 bounds = self.muon.movement_bounds()
-                self.clamp.note_movement({self.names[parameter]: bound for parameter, bound in bounds.items()})
+                self.clamp.note_movement(
+                    {self.names[parameter]: bound for parameter, bound in bounds.items()}
+                )
                 self.first_bad = ""
             else:
                 self._require_finite_weights()  # no later step could be finite
@@ -276,39 +387,56 @@ class _Run:
         if counters["step"] % self.profile.runtime.log_every == 0 or is_last or not clipped.finite:
             self._record(
                 {
-                    "kind": "train", **_progress(self.counters), "valid_tokens": counters["valid_tokens"], **values,
-                    "lr_muon": self.profile.muon_lr * factor, "lr_aux": self.profile.optimizer.aux_lr * factor,
-                    "grad_norm": clipped.norm, "clip_threshold": clipped.threshold, "clipped": counters["clipped_since_row"],
-                    "skipped": int(not clipped.finite), "tokens_per_second": self.profile.tokens_per_step / seconds,
+                    "kind": "train",
+                    **_progress(self.counters),
+                    "valid_tokens": counters["valid_tokens"],
+                    **values,
+                    "lr_muon": self.profile.muon_lr * factor,
+                    "lr_aux": self.profile.optimizer.aux_lr * factor,
+                    "grad_norm": clipped.norm,
+                    "clip_threshold": clipped.threshold,
+                    "clipped": counters["clipped_since_row"],
+                    "skipped": int(not clipped.finite),
+                    "tokens_per_second": self.profile.tokens_per_step / seconds,
                     "epoch": self.stream.epoch,
                 }
-            )  # fmt: skip
+            )
             counters["clipped_since_row"] = 0
         if clipped.finite:
             self.losses["cross_entropy"] = values["cross_entropy"]
         if expert_counts.numel() and self._evaluates_after(counters["step"]):
-            counts = torch.tensor(distributed.sum_over_ranks(expert_counts.flatten().tolist())).view_as(expert_counts)
-            self._record({"kind": "experts", **_progress(self.counters), **experts.expert_columns(counts)})
+            counts = torch.tensor(
+                distributed.sum_over_ranks(expert_counts.flatten().tolist())
+            ).view_as(expert_counts)
+            self._record(
+                {"kind": "experts", **_progress(self.counters), **experts.expert_columns(counts)}
+            )
             self.idle_experts.warn(counts, counters["step"])
         return True
 
     @contextlib.contextmanager
     def _changing_weights(self) -> Iterator[None]:
-        """What is in memory is no whole step until the block has ended; an error inside leaves it so."""
+        """What is in memory is no whole step until the block has ended; an error inside leaves it
+        so.
+        """
         self._is_whole = False
         yield
         self._is_whole = True
 
     def _save_what_is_whole(self, error: Exception) -> None:
-        """Raises TrainingStopped from an unexpected `error` between two steps, once the last whole one is saved.
+        """Raises TrainingStopped from an unexpected `error` between two steps, once the last whole
+        one is saved.
 
-        Returns where there is nothing to save: the weights may be half changed, no step was trained yet, or the other processes
-        do not know of the error and would not take part.
+        Returns where there is nothing to save: the weights may be half changed, no step was trained
+        yet, or the other processes do not know of the error and would not take part.
         """
         step, place = self.counters["step"], traceback.extract_tb(error.__traceback__)[-1]
         if not self._is_whole or step == self.counters["first_step"] or self.world.size > 1:
             return
-        reason = f"{type(error).__name__}: {str(error).rstrip('.')} ({Path(place.filename).name}, line {place.lineno})"
+        reason = (
+            f"{type(error).__name__}: {str(error).rstrip('.')} ({Path(place.filename).name}, line"
+            f" {place.lineno})"
+        )
         try:
             stopped = self._stopped(reason)
         except CheckpointFailed as failed:
@@ -319,22 +447,28 @@ class _Run:
         """The error to end with, once the last whole step is saved."""
         checkpoint = self._save_and_wait()
         return TrainingStopped(
-            f"Training has stopped: {reason}. The last good state is in {checkpoint}; training again continues there."
+            f"Training has stopped: {reason}. The last good state is in {checkpoint}; training"
+            " again continues there."
         )
 
     def _given_up(self) -> TrainingStopped:
         """The error after too many bad steps in a row."""
         reason = (
-            f"{self.counters['skipped_in_a_row']} steps in a row were not finite, first in {self.first_bad}; see their data, or "
-            "begin another run from a checkpoint of this one with a lower learning rate"
+            f"{self.counters['skipped_in_a_row']} steps in a row were not finite, first in"
+            f" {self.first_bad}; see their data, or begin another run from a checkpoint of this one"
+            " with a lower learning rate"
         )
         if newest := self._checkpoint_as_good_as_now():
-            return TrainingStopped(f"Training has stopped: {reason}. Nothing has been learned since {newest}.")
+            return TrainingStopped(
+                f"Training has stopped: {reason}. Nothing has been learned since {newest}."
+            )
         self.counters["skipped_in_a_row"] = 0  # training again gets as many tries
         return self._stopped(reason)
 
     def _checkpoint_as_good_as_now(self) -> Path | None:
-        """The newest checkpoint, if every step since was skipped: another would only push out an earlier one."""
+        """The newest checkpoint, if every step since was skipped: another would only push out an
+        earlier one.
+        """
         step, skipped = self.counters["step"], self.counters["skipped_in_a_row"]
         newest = distributed.on_first_rank(lambda: self.saver.newest(step)) if skipped else None
         return newest if newest and checkpoints.checkpoint_step(newest) >= step - skipped else None
@@ -343,15 +477,25 @@ class _Run:
         """Adds the gradients of one micro-batch, returns its terms of the loss."""
         with record_function("kl3m_nb forward"), self.runtime.autocast():
             total, values = self.parallel(
-                training_loss, self.model, batch.to(self.runtime.device), share.valid_tokens, share.routed_tokens, self.profile,
-                self.runtime.recompute, self.runtime.compile_blocks,
-            )  # fmt: skip
+                training_loss,
+                self.model,
+                batch.to(self.runtime.device),
+                share.valid_tokens,
+                share.routed_tokens,
+                self.profile,
+                self.runtime.recompute,
+                self.runtime.compile_blocks,
+            )
         with record_function("kl3m_nb backward"):
-            (total * self.world.size).backward()  # the mean over the ranks is then the sum of their parts
+            (
+                total * self.world.size
+            ).backward()  # the mean over the ranks is then the sum of their parts
         return values
 
     def _finish_step(self) -> None:
-        """The clamp and the evaluation that are due after the present step, unless the run was continued behind them."""
+        """The clamp and the evaluation that are due after the present step, unless the run was
+        continued behind them.
+        """
         step, every = self.counters["step"], self.profile.clamp.clamp_every
         if every and step % every == 0 and self.counters["clamped_step"] < step:
             self._clamp()
@@ -359,7 +503,9 @@ class _Run:
             self._evaluate()
 
     def _evaluates_after(self, step: int) -> bool:
-        return step % self.profile.runtime.eval_every == 0 or step == self.profile.schedule.max_steps
+        return (
+            step % self.profile.runtime.eval_every == 0 or step == self.profile.schedule.max_steps
+        )
 
     def _zero_gradients(self) -> None:
         self.muon.zero_grad(set_to_none=True)
@@ -371,8 +517,13 @@ class _Run:
             self.saver.close()
             earlier = distributed.on_first_rank(lambda: checkpoints.latest_checkpoint(self.run_dir))
             raise TrainingStopped(
-                f"Training has stopped: the weight {bad} is not finite after step {self.counters['step']}, so nothing is saved; "
-                + (f"training again continues from {earlier}." if earlier else "there is no checkpoint, lower the learning rate.")
+                f"Training has stopped: the weight {bad} is not finite after step"
+                f" {self.counters['step']}, so nothing is saved; "
+                + (
+                    f"training again continues from {earlier}."
+                    if earlier
+                    else "there is no checkpoint, lower the learning rate."
+                )
             )
 
     def _clamp(self) -> None:
@@ -382,30 +533,46 @@ class _Run:
             self.counters["clamped_step"] = self.counters["step"]
         seconds = time.perf_counter() - began
         self.counters["seconds"] += seconds
-        row = {"kind": "clamp", **_progress(self.counters), "clamp_seconds": seconds, **clamp_columns(events, self.rules)}
+        row = {
+            "kind": "clamp",
+            **_progress(self.counters),
+            "clamp_seconds": seconds,
+            **clamp_columns(events, self.rules),
+        }
         self._record(row)
         self.conditions = ClampConditions.after(row)
 
     def _evaluate(self) -> None:
         precision = torch.bfloat16 if self.runtime.precision == "bfloat16" else None
-        held_out = self.parallel.evaluate(scoring.held_out_loss, self.model, self.held_out, 8, precision)
+        held_out = self.parallel.evaluate(
+            scoring.held_out_loss, self.model, self.held_out, 8, precision
+        )
         self.losses |= {"held_out_loss": held_out.loss, "held_out_step": self.counters["step"]}
         operations = run_flops(
-            dataclasses.replace(self.profile, model=self.described.spec), self.counters["step"], self.counters["tokens"]
+            dataclasses.replace(self.profile, model=self.described.spec),
+            self.counters["step"],
+            self.counters["tokens"],
         )
         self._record(
             {
-                "kind": "held_out", **_progress(self.counters), "flops": operations,
-                "held_out_loss": held_out.loss, "held_out_entropy_bits": held_out.entropy_bits,
+                "kind": "held_out",
+                **_progress(self.counters),
+                "flops": operations,
+                "held_out_loss": held_out.loss,
+                "held_out_entropy_bits": held_out.entropy_bits,
             }
-        )  # fmt: skip
+        )
 
     def _save_and_wait(self) -> Path:
-        """The checkpoint of the last whole step, with the stream as it was before the one that was not."""
+        """The checkpoint of the last whole step, with the stream as it was before the one that was
+        not.
+        """
         return self.saver.save_and_wait(self.counters["step"], self._contents)
 
     def _contents(self) -> tuple[dict, str]:
-        """What a checkpoint holds beside the weights, and its card. Raises TrainingStopped when a weight is not finite."""
+        """What a checkpoint holds beside the weights, and its card. Raises TrainingStopped when a
+        weight is not finite.
+        """
         self._require_finite_weights()
         self._keep_lock()
         self._saved_position = self.log.position if self.log else 0
@@ -438,15 +605,21 @@ class _Run:
         )
 
     def _load_state(self, state: dict) -> None:
-        # Earlier versions kept neither the steps of the last clamp and evaluation, which they had always done, nor the stack.
+        # Earlier versions kept neither the steps of the last clamp and evaluation, which they had
+        # always done, nor the stack.
         step = state["counters"]["step"]
         self.counters |= {"clamped_step": step} | state["counters"]
         self.losses |= {"held_out_step": step} | state.get("losses", {})
-        self.conditions, self.stack = ClampConditions.from_state(state["conditions"]), state.get("stack", {})
+        self.conditions, self.stack = (
+            ClampConditions.from_state(state["conditions"]),
+            state.get("stack", {}),
+        )
         distributed.load_optimizer_state(self.muon, state["muon"])
         distributed.load_optimizer_state(self.aux, state["aux"])
         self.clip.load_state_dict(state["clip"])
-        experts.warn_of_another_loss(self.profile.model, state.get("router_loss"), self.counters["step"])
+        experts.warn_of_another_loss(
+            self.profile.model, state.get("router_loss"), self.counters["step"]
+        )
         self.clamp.load_state_dict(state["clamp"])
         self.stream.load_state_dict(state["stream"])
         set_random_state(state["random"])
@@ -454,7 +627,9 @@ class _Run:
     def _record_checkpoint(self, counters: dict, waited_seconds: float) -> None:
         if self.log is not None:
             self.log.vouched(self._saved_position)
-        self._record({"kind": "checkpoint", **_progress(counters), "waited_seconds": waited_seconds})
+        self._record(
+            {"kind": "checkpoint", **_progress(counters), "waited_seconds": waited_seconds}
+        )
 
     def _record(self, row: dict) -> None:
         self._keep_lock()
@@ -463,7 +638,9 @@ class _Run:
         self._tell(row)
 
     def _keep_lock(self) -> None:
-        """Raises TrainingStopped when another process has the run folder, because somebody removed this one's lock."""
+        """Raises TrainingStopped when another process has the run folder, because somebody removed
+        this one's lock.
+        """
         try:
             self.lock.keep()
         except RunIsBusy as busy:
@@ -471,8 +648,8 @@ class _Run:
                 self.log.abandon()
                 self.log = None
             raise TrainingStopped(
-                f"Training has stopped after step {self.counters['step']}, and this process writes no more: its lock was "
-                f"removed, and another process goes on with the run. {busy}"
+                f"Training has stopped after step {self.counters['step']}, and this process writes"
+                f" no more: its lock was removed, and another process goes on with the run. {busy}"
             ) from busy
 
     def _tell(self, row: Mapping) -> None:

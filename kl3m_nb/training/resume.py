@@ -1,6 +1,9 @@
-"""What a run continues from: its newest sound checkpoint, the state of the random generators, the starting model.
+"""What a run continues from: its newest sound checkpoint, the state of the random generators, the
+starting model.
 
-Weights and gradients that are not finite are found here by name, before a checkpoint is kept or when a step cannot be used."""
+Weights and gradients that are not finite are found here by name, before a checkpoint is kept or
+when a step cannot be used.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +35,24 @@ SEEN_SECONDS = 60  # so long a network file system may show one machine what ano
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands when `train` returns. `held_out_loss` is in nats per token, on the fixed held-out windows."""
+    """Where a run stands when `train` returns. `held_out_loss` is in nats per token, on the fixed
+    held-out windows.
+    """
 
     run_dir: Path
     checkpoint: Path
     step: int
     held_out_loss: float
-    seconds: float  # spent in training steps over the whole run, evaluations and checkpoints not counted
+    seconds: (
+        float  # spent in training steps over the whole run, evaluations and checkpoints not counted
+    )
 
 
-def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, resume: str, lock: RunLock) -> Path | None:
-    """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set aside.
+def find_checkpoint(
+    run_dir: Path, profile: Profile, init: str | Path | None, resume: str, lock: RunLock
+) -> Path | None:
+    """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set
+    aside.
 
     Warns of a run that is to end before its warmup.
     """
@@ -50,14 +60,21 @@ def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, re
     newest, identity = checkpoints.latest_checkpoint(run_dir), folder.run_identity(run_dir)
     if not folder.has_checkpoints(run_dir) and len(saved := read_metrics(run_dir, "checkpoint")):
         raise ValueError(
-            f"The run {run_dir} has saved step {saved.step.max()} and no checkpoint is there any more; put its checkpoints back, "
-            f"or move {run_dir / FILE_NAME} away to start over."
+            f"The run {run_dir} has saved step {saved.step.max()} and no checkpoint is there any"
+            f" more; put its checkpoints back, or move {run_dir / FILE_NAME} away to start over."
         )
     if newest is None and init is not None:
         checkpoints.check_sound(paths.resolve(init))
     if newest and resume == "never":
-        raise ValueError(f"The run folder {run_dir} already holds {newest.name}; use resume='auto' or another folder.")
-    if newest and is_complete(run_dir, newest, profile) and not checkpoints.flaw_of(newest, identity):
+        raise ValueError(
+            f"The run folder {run_dir} already holds {newest.name}; use resume='auto' or another"
+            " folder."
+        )
+    if (
+        newest
+        and is_complete(run_dir, newest, profile)
+        and not checkpoints.flaw_of(newest, identity)
+    ):
         return newest
     if remark := warmup_remark(profile.schedule):
         warnings.warn(remark, stacklevel=2)
@@ -72,12 +89,16 @@ def find_checkpoint(run_dir: Path, profile: Profile, init: str | Path | None, re
             "put a whole one there, or move these away to start over."
         )
     for path, flaw in flaws.items():
-        warnings.warn(f"{flaw}; it is passed over and kept as {checkpoints.set_aside(path).name}.", stacklevel=2)
+        warnings.warn(
+            f"{flaw}; it is passed over and kept as {checkpoints.set_aside(path).name}.",
+            stacklevel=2,
+        )
     return checkpoint
 
 
 def check_shared(file: Path) -> None:
-    """Raises ValueError, on all ranks, when one does not see rank 0's `file` of the run folder as it is.
+    """Raises ValueError, on all ranks, when one does not see rank 0's `file` of the run folder as
+    it is.
 
     From another machine's disk it could not go on with the run, today or after the next stop.
     """
@@ -103,7 +124,8 @@ def _reads(file: Path, content: bytes) -> bool:
 def starting_model(
     start: str | Path | None, profile: Profile, tokenizer: PreTrainedTokenizerBase, attention: str
 ) -> PreTrainedModel:
-    """The model of the checkpoint `start`, or one with random weights when None, with the special ids of `tokenizer`.
+    """The model of the checkpoint `start`, or one with random weights when None, with the special
+    ids of `tokenizer`.
 
     Raises ValueError where `profile` asks for another, or the tokenizer names no end-of-text token.
     """
@@ -130,20 +152,31 @@ def _checksum(model: PreTrainedModel) -> int:
 
 
 def is_complete(run_dir: Path, checkpoint: Path, profile: Profile) -> bool:
-    """Whether nothing of the run is left to do; an error may have kept it from its last evaluation."""
+    """Whether nothing of the run is left to do; an error may have kept it from its
+    last evaluation.
+    """
     step, evaluated = checkpoints.checkpoint_step(checkpoint), read_metrics(run_dir, "held_out")
-    return step >= profile.schedule.max_steps and (evaluated.empty or evaluated.step.iloc[-1] >= step)
+    return step >= profile.schedule.max_steps and (
+        evaluated.empty or evaluated.step.iloc[-1] >= step
+    )
 
 
 def finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:
     """The result of a run that is complete with `checkpoint`, from what it logged."""
     rows = read_metrics(run_dir, "held_out")
-    loss, seconds = (rows.held_out_loss.iloc[-1], rows.seconds.iloc[-1]) if len(rows) else (float("nan"), float("nan"))
-    return TrainResult(run_dir, checkpoint, checkpoints.checkpoint_step(checkpoint), float(loss), float(seconds))
+    loss, seconds = (
+        (rows.held_out_loss.iloc[-1], rows.seconds.iloc[-1])
+        if len(rows)
+        else (float("nan"), float("nan"))
+    )
+    return TrainResult(
+        run_dir, checkpoint, checkpoints.checkpoint_step(checkpoint), float(loss), float(seconds)
+    )
 
 
 def first_bad_weight(model: nn.Module) -> str | None:
-    """The name of the first weight that is not finite on any rank, the same on all; None when every weight is.
+    """The name of the first weight that is not finite on any rank, the same on all; None when every
+    weight is.
 
     Then it costs one reduction over the model and one number read back from the device.
     """
@@ -155,13 +188,28 @@ def first_bad_weight(model: nn.Module) -> str | None:
 
 
 def why_not_finite(model: nn.Module) -> str:
-    """Where a step went wrong, in words: the first gradient that is not finite, else the loss. All ranks have to call."""
-    bad = _first({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
+    """Where a step went wrong, in words: the first gradient that is not finite, else the loss. All
+    ranks have to call.
+    """
+    bad = _first(
+        {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+    )
     return f"the gradient of {bad}" if bad else "the loss"
 
 
 def _first(tensors: dict[str, torch.Tensor]) -> str | None:
-    return next((name for name, tensor in tensors.items() if not torch.isfinite(distributed.whole(tensor)).all()), None)
+    return next(
+        (
+            name
+            for name, tensor in tensors.items()
+            if not torch.isfinite(distributed.whole(tensor)).all()
+        ),
+        None,
+    )
 
 
 def random_state() -> dict:

@@ -1,7 +1,9 @@
-"""Training in processes of its own, under torchrun: for several GPUs, and for a run that outlives the notebook that started it.
+"""Training in processes of its own, under torchrun: for several GPUs, and for a run that outlives
+the notebook that started it.
 
-The processes belong to no kernel. `train_with_torchrun` only follows their metrics.jsonl: when the kernel or the notebook server
-goes, the run goes on, and the same call finds it again: torchrun and its processes inherit a lock on the log they write to.
+The processes belong to no kernel. `train_with_torchrun` only follows their metrics.jsonl: when the
+kernel or the notebook server goes, the run goes on, and the same call finds it again: torchrun and
+its processes inherit a lock on the log they write to.
 """
 
 from __future__ import annotations
@@ -38,10 +40,13 @@ LOG_FILE, JOB_FILE = "torchrun.log", "torchrun.json"
 POLL_SECONDS = 0.5
 
 
-_SIGNALS = ",".join(number.name for number in STOP_SIGNALS)  # torchrun passes them on to its processes
+_SIGNALS = ",".join(
+    number.name for number in STOP_SIGNALS
+)  # torchrun passes them on to its processes
 
 
-SAVE_SECONDS = "300"  # what the processes get to save and end; torchrun's own 30 are too few for a large model
+# what the processes get to save and end; torchrun's own 30 are too few for a large model
+SAVE_SECONDS = "300"
 
 
 def train_with_torchrun(
@@ -52,11 +57,13 @@ def train_with_torchrun(
     callbacks: Iterable[Callback] = (),
     max_restarts: int = 3,
 ) -> TrainResult:
-    """`training.train` in `processes` processes of this machine, started by torchrun; follows a run that is under way already.
+    """`training.train` in `processes` processes of this machine, started by torchrun; follows a run
+    that is under way already.
 
-    Callbacks get the rows of metrics.jsonl as they come. An interrupt is passed on: the run saves and ends. What the processes
-    print is in the run's torchrun.log. When one dies, all are ended and started again up to `max_restarts` times.
-    Raises ValueError for input that does not fit, TrainingStopped with the last words of the log when the job has failed.
+    Callbacks get the rows of metrics.jsonl as they come. An interrupt is passed on: the run saves
+    and ends. What the processes print is in the run's torchrun.log. When one dies, all are ended
+    and started again up to `max_restarts` times. Raises ValueError for input that does not fit,
+    TrainingStopped with the last words of the log when the job has failed.
     """
     run_dir, init = paths.resolve(run_dir), paths.located(init) if init else None
     check_processes(profile, processes)
@@ -80,12 +87,18 @@ def train_with_torchrun(
     except KeyboardInterrupt:
         _stop(run_dir)
         saved = latest_checkpoint(run_dir)
-        raise (interrupted(checkpoint_step(saved)) if saved else KeyboardInterrupt("no step is saved yet")) from None
+        raise (
+            interrupted(checkpoint_step(saved))
+            if saved
+            else KeyboardInterrupt("no step is saved yet")
+        ) from None
     finally:
         tell(callbacks, {"kind": "end", "step": step, "max_steps": max_steps})
     newest = latest_checkpoint(run_dir)
     if newest is None or checkpoint_step(newest) < max_steps:
-        raise TrainingStopped(f"The processes of {run_dir} have ended before the last step: {_last_words(run_dir)}")
+        raise TrainingStopped(
+            f"The processes of {run_dir} have ended before the last step: {_last_words(run_dir)}"
+        )
     return train(profile, run_dir, init)  # complete: says where it stands
 
 
@@ -94,7 +107,10 @@ def check_processes(profile: Profile, processes: int) -> None:
     if processes < 1:
         raise ValueError(f"processes is {processes}; at least 1 is needed.")
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
-        raise ValueError(f"processes is {processes} and this machine has {torch.cuda.device_count()} GPUs; each needs its own.")
+        raise ValueError(
+            f"processes is {processes} and this machine has {torch.cuda.device_count()} GPUs; each"
+            " needs its own."
+        )
     check_shares(profile.data.micro_batch * profile.data.grad_accumulation, processes)
 
 
@@ -112,12 +128,25 @@ def is_running(run_dir: Path) -> bool:
 
 def _start(run_dir: Path, processes: int, max_restarts: int) -> None:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-        f"--max-restarts={max_restarts}", f"--signals-to-handle={_SIGNALS}",
-        "-m", "kl3m_nb", "train", str(run_dir), "--without-gpu",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        f"--max-restarts={max_restarts}",
+        f"--signals-to-handle={_SIGNALS}",
+        "-m",
+        "kl3m_nb",
+        "train",
+        str(run_dir),
+        "--without-gpu",
+    ]
     python_path = os.pathsep.join([str(paths.project_root()), os.environ.get("PYTHONPATH", "")])
-    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVE_SECONDS, **os.environ, "PYTHONPATH": python_path}
+    environment = {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SAVE_SECONDS,
+        **os.environ,
+        "PYTHONPATH": python_path,
+    }
     with open(open_plain(run_dir / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
         try:
             folder.lock_exclusively(log.fileno())
@@ -125,16 +154,25 @@ def _start(run_dir: Path, processes: int, max_restarts: int) -> None:
             return  # somebody else has started it at this moment; it is followed
         (run_dir / JOB_FILE).unlink(missing_ok=True)
         job = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=run_dir, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            cwd=run_dir,
+            start_new_session=True,
         )
-    replace_text(run_dir / JOB_FILE, json.dumps({"pid": job.pid, "host": socket.gethostname()}) + "\n")
+    replace_text(
+        run_dir / JOB_FILE, json.dumps({"pid": job.pid, "host": socket.gethostname()}) + "\n"
+    )
     threading.Thread(target=job.wait, daemon=True).start()  # or it stays a zombie
 
 
 def _rows(run_dir: Path) -> Iterator[dict]:
     """The rows of metrics.jsonl as they are written, until the job has ended.
 
-    A restart cuts the file back to the last checkpoint: some rows then come twice or are missed, and a line may come in pieces.
+    A restart cuts the file back to the last checkpoint: some rows then come twice or are missed,
+    and a line may come in pieces.
     """
     position, rest = 0, b""
     while True:
@@ -162,24 +200,44 @@ def _stop(run_dir: Path) -> None:
     try:
         job = read_json(run_dir / JOB_FILE, "stop torchrun by hand")
     except FileNotFoundError:
-        raise ValueError(f"Nobody noted the number of the torchrun process that trains in {run_dir}; stop it by hand.") from None
-    if not isinstance(job.get("pid"), int) or job["pid"] < 2:  # the system gives these a meaning of their own
-        raise ValueError(f"{run_dir / JOB_FILE} tells no process; stop the one that trains in {run_dir} by hand.")
+        raise ValueError(
+            f"Nobody noted the number of the torchrun process that trains in {run_dir}; stop it by"
+            " hand."
+        ) from None
+    if (
+        not isinstance(job.get("pid"), int) or job["pid"] < 2
+    ):  # the system gives these a meaning of their own
+        raise ValueError(
+            f"{run_dir / JOB_FILE} tells no process; stop the one that trains in {run_dir} by hand."
+        )
     if job.get("host") != socket.gethostname():
-        raise ValueError(f"{run_dir} is in use by torchrun, process {job['pid']} on {job.get('host')}; stop it there.")
+        raise ValueError(
+            f"{run_dir} is in use by torchrun, process {job['pid']} on {job.get('host')}; stop it"
+            " there."
+        )
     try:
         os.kill(job["pid"], signal.SIGTERM)
     except ProcessLookupError:
         raise ValueError(
-            f"The torchrun process {job['pid']} of {run_dir} is gone, but a process that it started still trains there; "
-            "stop that one by hand."
+            f"The torchrun process {job['pid']} of {run_dir} is gone, but a process that it started"
+            " still trains there; stop that one by hand."
         ) from None
     while is_running(run_dir):
         time.sleep(POLL_SECONDS)
 
 
 def _last_words(run_dir: Path) -> str:
-    """The line of torchrun.log that names the reason, as far as there is one, and where the rest stands."""
-    lines = [line.strip() for line in (run_dir / LOG_FILE).read_text(errors="replace").splitlines() if line.strip()]
-    reasons = [line for line in lines if line.startswith(("kl3m_nb:", "traceback :")) or "Error: " in line]
-    return f"{(reasons or lines or ['nothing was printed'])[-1]} (all of it in {run_dir / LOG_FILE})"
+    """The line of torchrun.log that names the reason, as far as there is one, and where the rest
+    stands.
+    """
+    lines = [
+        line.strip()
+        for line in (run_dir / LOG_FILE).read_text(errors="replace").splitlines()
+        if line.strip()
+    ]
+    reasons = [
+        line for line in lines if line.startswith(("kl3m_nb:", "traceback :")) or "Error: " in line
+    ]
+    return (
+        f"{(reasons or lines or ['nothing was printed'])[-1]} (all of it in {run_dir / LOG_FILE})"
+    )

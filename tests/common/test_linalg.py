@@ -17,14 +17,20 @@ PRECISIONS = [torch.float32, torch.float64]
 def weight_with_condition(condition, short, long, seed=0, largest=1.0):
     generator = torch.Generator().manual_seed(seed)
     left, right = (
-        torch.linalg.qr(torch.randn(size, short, generator=generator, dtype=torch.float64))[0] for size in (short, long)
+        torch.linalg.qr(torch.randn(size, short, generator=generator, dtype=torch.float64))[0]
+        for size in (short, long)
     )
-    return ((left * (largest * condition ** -torch.linspace(0, 1, short, dtype=torch.float64))) @ right.T).float()
+    return (
+        (left * (largest * condition ** -torch.linspace(0, 1, short, dtype=torch.float64)))
+        @ right.T
+    ).float()
 
 
 def prove(weights, max_condition, sigma_floor, precision):
     weights = weights if weights.dim() == 3 else weights.unsqueeze(0)
-    return prove_healthy(gram_matrix(weights, precision), weights.shape[-1], max_condition, sigma_floor)
+    return prove_healthy(
+        gram_matrix(weights, precision), weights.shape[-1], max_condition, sigma_floor
+    )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -33,7 +39,8 @@ def test_the_gram_matrix_is_that_of_the_weight(precision, shape):
     weight = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     expected = weight.double() @ weight.double().mT
     gram = gram_matrix(weight, precision)
-    # Sums of n products: a BLAS kernel may add them one after the other, whose rounding grows with √n.
+    # Sums of n products: a BLAS kernel may add them one after the other, whose rounding grows with
+    # √n.
     rounding = max(20.0, shape[1] ** 0.5) * torch.finfo(precision).eps * expected.abs().max()
     assert gram.dtype == precision and (gram.double() - expected).abs().max() < rounding
     tall = weight[0].T.contiguous()
@@ -60,9 +67,11 @@ def test_what_is_proven_is_true(exponent, ceiling, short, extra, largest, precis
 
 
 def row_summed_wrongly(pieces, share, precision):
-    """One row: a piece of ones, then in each further piece one entry whose square is that `share` of a unit of the sum so far.
+    """One row: a piece of ones, then in each further piece one entry whose square is that `share`
+    of a unit of the sum so far.
 
-    Squares of half a unit and more are rounded up when they are added, less than half is lost. Also σ² as a fraction.
+    Squares of half a unit and more are rounded up when they are added, less than half is lost. Also
+    σ² as a fraction.
     """
     size = linalg.PIECE[precision]
     row = torch.zeros(1, (pieces + 1) * size, dtype=precision)
@@ -80,8 +89,12 @@ def test_a_gram_matrix_that_rounding_has_made_too_large_proves_nothing_false(pre
     assert Fraction(above) ** 2 > square and not prove(row, 10.0, above, precision)[0].holds
 
 
-def test_a_gram_matrix_that_rounding_has_made_too_small_does_not_bound_the_largest_value(monkeypatch):
-    """What is lost has to exceed the two parts in a thousand by which the estimate of σ₁² is raised: pieces of one column."""
+def test_a_gram_matrix_that_rounding_has_made_too_small_does_not_bound_the_largest_value(
+    monkeypatch,
+):
+    """What is lost has to exceed the two parts in a thousand by which the estimate of σ₁² is
+    raised: pieces of one column.
+    """
     monkeypatch.setitem(linalg.PIECE, torch.float32, 1)
     row, square = row_summed_wrongly(36_000, 0.49, torch.float32)
     computed = gram_matrix(row.unsqueeze(0), torch.float32)
@@ -92,7 +105,8 @@ def test_a_gram_matrix_that_rounding_has_made_too_small_does_not_bound_the_large
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_bounds_are_as_wide_as_rounding_may_move_them_at_worst(precision):
-    """Higham, theorem 10.3: a factorisation of n rows is one of a matrix off by (n + 1)u of its trace; n products add n·u to it.
+    """Higham, theorem 10.3: a factorisation of n rows is one of a matrix off by (n + 1)u of its
+    trace; n products add n·u to it.
 
     Of the identity, whose trace is n and whose σ² are all 1.
     """
@@ -106,16 +120,24 @@ def test_bounds_are_as_wide_as_rounding_may_move_them_at_worst(precision):
 
 
 def test_squares_that_are_lost_below_the_smallest_number_are_allowed_for():
-    row = torch.full((1, 2**18), 2.0**-75.5)  # each square is less than half of the smallest float32
+    row = torch.full(
+        (1, 2**18), 2.0**-75.5
+    )  # each square is less than half of the smallest float32
     row[0, 0] = 2.0**-63
-    square = sum(count * Fraction(value) ** 2 for value, count in ((row[0, 0].item(), 1), (row[0, 1].item(), 2**18 - 1)))
+    square = sum(
+        count * Fraction(value) ** 2
+        for value, count in ((row[0, 0].item(), 1), (row[0, 1].item(), 2**18 - 1))
+    )
     [proof] = prove(row, 10.0, 0.0, torch.float32)
-    assert gram_matrix(row, torch.float32).item() == 2.0**-126 and square > Fraction(1.007 * 2.0**-126)
+    assert gram_matrix(row, torch.float32).item() == 2.0**-126 and square > Fraction(
+        1.007 * 2.0**-126
+    )
     assert not proof.holds or square < Fraction(proof.upper) ** 2
 
 
 @pytest.mark.parametrize(
-    ("condition", "precision"), [(5.0, torch.float32), (5.0, torch.float64), (300.0, torch.float64), (2800.0, torch.float64)]
+    ("condition", "precision"),
+    [(5.0, torch.float32), (5.0, torch.float64), (300.0, torch.float64), (2800.0, torch.float64)],
 )
 def test_what_is_clearly_true_is_proven_and_sharply(condition, precision):
     weight = weight_with_condition(condition, 96, 256)
@@ -128,8 +150,12 @@ def test_what_is_clearly_true_is_proven_and_sharply(condition, precision):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_batch_is_judged_matrix_by_matrix(precision):
-    """Healthy, too flat, zero, not a number, infinite: the bad ones must not touch the verdict on the good ones."""
-    batch = torch.stack([weight_with_condition(condition, 30, 50) for condition in (4.0, 1e4, 1.0, 1.0, 1.0, 6.0)])
+    """Healthy, too flat, zero, not a number, infinite: the bad ones must not touch the verdict on
+    the good ones.
+    """
+    batch = torch.stack(
+        [weight_with_condition(condition, 30, 50) for condition in (4.0, 1e4, 1.0, 1.0, 1.0, 6.0)]
+    )
     batch[2] = 0
     batch[3, 4, 5], batch[4, 0, 0] = torch.nan, torch.inf
     proofs = prove(batch, 100.0, 0.0, precision)
@@ -150,5 +176,7 @@ def test_float32_is_tried_only_where_it_can_prove_something(monkeypatch):
     assert useful_precisions(torch.ones(300, 300, dtype=torch.float64)) == (torch.float64,)
     assert useful_precisions(torch.ones(192, 576)) == ()
     exact = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: exact(a.bfloat16(), b.bfloat16()).float())
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: exact(a.bfloat16(), b.bfloat16()).float()
+    )
     assert useful_precisions(torch.ones(576, 1536)) == (torch.float64,)

@@ -62,7 +62,9 @@ def test_a_run_is_not_ended_by_what_it_prints(tmp_path, where):
         os.close(reader)
     else:
         output = os.open("/dev/full", os.O_WRONLY)
-    done = subprocess.run(command, stdout=output, stderr=output, env=environment, cwd=ROOT, timeout=120)
+    done = subprocess.run(
+        command, stdout=output, stderr=output, env=environment, cwd=ROOT, timeout=120
+    )
     os.close(output)
     assert done.returncode == 0
     assert latest_checkpoint(tmp_path / "run").name == "step-000006"

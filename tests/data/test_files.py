@@ -25,7 +25,9 @@ def _identifiers(source, position=None, report=None):
     return [document.identifier for document in reader]
 
 
-@pytest.mark.parametrize("links", [{"l1": "."}, {"l1": ".", "l2": "."}, {"in/up": "..", "in/self": "../in"}])
+@pytest.mark.parametrize(
+    "links", [{"l1": "."}, {"l1": ".", "l2": "."}, {"in/up": "..", "in/self": "../in"}]
+)
 def test_links_to_a_folder_above_are_followed_once(tmp_path, links):
     _write(tmp_path, "a.jsonl", "in/b.jsonl", "in/deep/c.jsonl")
     for link, target in links.items():
@@ -37,11 +39,29 @@ def test_links_to_a_folder_above_are_followed_once(tmp_path, links):
 
 
 def test_two_stars_match_as_they_do_in_glob_where_there_is_no_link(tmp_path):
-    names = ["a.jsonl", "x/b.jsonl", "x/y/c.jsonl", "x/y/z/d.jsonl", "x/.hidden/e.jsonl", "w/y/f.jsonl", ".g.jsonl"]
+    names = [
+        "a.jsonl",
+        "x/b.jsonl",
+        "x/y/c.jsonl",
+        "x/y/z/d.jsonl",
+        "x/.hidden/e.jsonl",
+        "w/y/f.jsonl",
+        ".g.jsonl",
+    ]
     _write(tmp_path, *names)
-    for pattern in ("**/*.jsonl", "**/y/*.jsonl", "x/**/*.jsonl", "*/**/?.jsonl", "**/y/**/*.jsonl", "**", "x/**"):
+    for pattern in (
+        "**/*.jsonl",
+        "**/y/*.jsonl",
+        "x/**/*.jsonl",
+        "*/**/?.jsonl",
+        "**/y/**/*.jsonl",
+        "**",
+        "x/**",
+    ):
         expected = files.glob.glob(f"{tmp_path}/{pattern}", recursive=True)
-        assert [str(path) for path in matching_files(f"{tmp_path}/{pattern}")] == sorted(filter(os.path.isfile, {*expected}))
+        assert [str(path) for path in matching_files(f"{tmp_path}/{pattern}")] == sorted(
+            filter(os.path.isfile, {*expected})
+        )
 
 
 def test_a_folder_and_a_file_behind_links_are_read_once(tmp_path, caplog):
@@ -49,7 +69,10 @@ def test_a_folder_and_a_file_behind_links_are_read_once(tmp_path, caplog):
     (tmp_path / "data/first").symlink_to("../elsewhere")
     (tmp_path / "data/second").symlink_to("../elsewhere")
     (tmp_path / "data/c.jsonl").symlink_to("b.jsonl")
-    assert _identifiers(f"files:{tmp_path}/data/**/*.jsonl") == ["data/b.jsonl", "elsewhere/a.jsonl"]
+    assert _identifiers(f"files:{tmp_path}/data/**/*.jsonl") == [
+        "data/b.jsonl",
+        "elsewhere/a.jsonl",
+    ]
     assert "3 names lead to 2 files" in caplog.text
 
 
@@ -101,8 +124,16 @@ def test_a_folder_in_place_of_files_is_told_of(tmp_path, pattern):
         ("a.jsonl.gz", b'{"text": 1}', "damaged"),
         ("a.jsonl", b"PAR1", r"\.parquet"),
         ("a.parquet", b"\x28\xb5\x2f\xfd", r"\.jsonl\.zst"),
-        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
-        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
+        (
+            "a.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "git lfs pull",
+        ),
+        (
+            "a.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "git lfs pull",
+        ),
     ],
 )
 def test_a_file_of_another_kind_than_its_name_says_is_told_of(tmp_path, name, beginning, cause):
@@ -131,8 +162,12 @@ FILES = ("a.jsonl", "b.jsonl", "c.jsonl", "d.jsonl")
 
 @pytest.mark.parametrize("how", ["moved", "skipped"])
 @pytest.mark.parametrize("gone", ["a", "b", "c", "d", "ab", "bc", "cd", "abd"])
-@pytest.mark.parametrize("stop", [40, 55, 80])  # rows read: at the end of a, inside b, at the end of b
-def test_a_run_goes_on_without_files_that_are_gone_with_the_rows_that_are_left(tmp_path, caplog, how, gone, stop):
+@pytest.mark.parametrize(
+    "stop", [40, 55, 80]
+)  # rows read: at the end of a, inside b, at the end of b
+def test_a_run_goes_on_without_files_that_are_gone_with_the_rows_that_are_left(
+    tmp_path, caplog, how, gone, stop
+):
     pieces = {name: ROWS[40 * number : 40 * number + 40] for number, name in enumerate(FILES)}
     for name, rows in pieces.items():
         write_rows(tmp_path / name, rows)
@@ -150,7 +185,11 @@ def test_a_run_goes_on_without_files_that_are_gone_with_the_rows_that_are_left(t
     found = _identifiers(source + options, reader.position, report)
     unread = {row["identifier"] for row in ROWS[stop:]}
     assert found == [
-        row["identifier"] for name in FILES if name not in names for row in pieces[name] if row["identifier"] in unread
+        row["identifier"]
+        for name in FILES
+        if name not in names
+        for row in pieces[name]
+        if row["identifier"] in unread
     ]
     assert report.lost_files == len(names)
     assert all(f"{tmp_path}/{name} is gone" in caplog.text for name in names)
@@ -174,7 +213,9 @@ def test_a_state_of_an_earlier_version_goes_on_in_the_same_files(tmp_path):
     write_rows(tmp_path / "b.jsonl", ROWS[50:])
     size = len("".join(json.dumps(row) + "\n" for row in ROWS[50:60]))
     position = {"file": 1, "name": "b.jsonl", "block": size, "row": 10}
-    assert _identifiers(f"files:{tmp_path}/*(score_max=100)", position) == [row["identifier"] for row in ROWS[60:]]
+    assert _identifiers(f"files:{tmp_path}/*(score_max=100)", position) == [
+        row["identifier"] for row in ROWS[60:]
+    ]
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(ValueError, match="not those the run was reading"):
         _identifiers(f"files:{tmp_path}/*(score_max=100)", position)
@@ -185,14 +226,26 @@ def test_a_source_may_be_narrowed_and_nothing_else(tmp_path):
     begun = f"0.5*files:{tmp_path}/*.jsonl(min_tokens=3) + hub:o/n"
     for narrower in ("*.jsonl(min_tokens=3, skip=b.jsonl)", "[ac].jsonl(min_tokens=3)"):
         assert may_go_on_with(begun, f"0.5*files:{tmp_path}/{narrower} + hub:o/n")
-    for other in ("*.jsonl(min_tokens=4)", "*.jsonl", "other/*.jsonl(min_tokens=3)", "**/*.jsonl(min_tokens=3)"):
+    for other in (
+        "*.jsonl(min_tokens=4)",
+        "*.jsonl",
+        "other/*.jsonl(min_tokens=3)",
+        "**/*.jsonl(min_tokens=3)",
+    ):
         assert not may_go_on_with(begun, f"0.5*files:{tmp_path}/{other} + hub:o/n")
-    for other in (begun.replace("0.5", "0.6"), begun.replace("o/n", "o/m"), begun.split(" + ")[0], f"{begun} + hub:o/n"):
+    for other in (
+        begun.replace("0.5", "0.6"),
+        begun.replace("o/n", "o/m"),
+        begun.split(" + ")[0],
+        f"{begun} + hub:o/n",
+    ):
         assert not may_go_on_with(begun, other)
 
 
 def test_files_come_in_the_order_of_their_paths_folder_by_folder(tmp_path):
-    """The order in which runs of earlier versions have read them, which is not that of the paths as text."""
+    """The order in which runs of earlier versions have read them, which is not that of the paths as
+    text.
+    """
     _write(tmp_path, "a/1.jsonl", "a-b/1.jsonl", "a.c/1.jsonl", "b.jsonl")
     expected = sorted(path for path in tmp_path.rglob("*.jsonl"))
     assert [*map(str, expected)] != sorted(map(str, expected))

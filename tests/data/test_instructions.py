@@ -15,12 +15,15 @@ PROSE = InstructionPair(
     id="drafting-costs",
     use="drafting",
     instruction="Who pays the costs of the audit? Write a clause.",
-    response="Costs. The Supplier shall bear the costs of the audit if the audit shows an overcharge of more than five percent; "
-    "otherwise the Customer shall bear them.",
+    response=(
+        "Costs. The Supplier shall bear the costs of the audit if the audit shows an overcharge of"
+        " more than five percent; otherwise the Customer shall bear them."
+    ),
 )
 SOURCE = (
-    "Give buyer, price, rate, closing, notice_days, seats and parts as JSON. Marsh Wren LLC will pay $1.5 million at 4.25% on "
-    "March 4, 2019,\nafter twenty-four days' notice, for 1,200 seats, a stage and a\ncurtain."
+    "Give buyer, price, rate, closing, notice_days, seats and parts as JSON. Marsh Wren LLC will"
+    " pay $1.5 million at 4.25% on March 4, 2019,\nafter twenty-four days' notice, for 1,200 seats,"
+    " a stage and a\ncurtain."
 )
 ANSWER = {
     "buyer": "Marsh Wren LLC",
@@ -31,9 +34,17 @@ ANSWER = {
     "seats": 1200,
     "parts": [{"name": "stage"}, {"name": "a curtain"}, {"name": None}],
 }
-EXTRACTION = InstructionPair("extraction-theatre", "extraction", SOURCE, json.dumps(ANSWER), tuple(ANSWER))
+EXTRACTION = InstructionPair(
+    "extraction-theatre", "extraction", SOURCE, json.dumps(ANSWER), tuple(ANSWER)
+)
 
-SHORT = InstructionPair("extraction-short", "extraction", "Give buyer as JSON: Marsh Wren", '{"buyer": "Marsh Wren"}', ("buyer",))
+SHORT = InstructionPair(
+    "extraction-short",
+    "extraction",
+    "Give buyer as JSON: Marsh Wren",
+    '{"buyer": "Marsh Wren"}',
+    ("buyer",),
+)
 
 
 def answering(**changes) -> InstructionPair:
@@ -65,19 +76,28 @@ def test_sound_pairs_pass():
         (replace(PROSE, response=""), "the response is empty"),
         (replace(PROSE, response="Each party bears its own costs."), "fewer than 20 words"),
         (replace(PROSE, response=PROSE.response * 10), "the response has more than 250 words"),
-        (replace(PROSE, instruction=PROSE.instruction * 30), "the instruction has more than 250 words"),
+        (
+            replace(PROSE, instruction=PROSE.instruction * 30),
+            "the instruction has more than 250 words",
+        ),
         (replace(PROSE, fields=("costs",)), "only an extraction states fields"),
         (replace(PROSE, response=PROSE.response.replace("five", "____")), "leaves a blank"),
         (replace(PROSE, response=PROSE.response.replace("Supplier", "[NAME]")), "leaves a blank"),
         (replace(PROSE, use="regulation"), "cites no statute, regulation or decision"),
         (replace(EXTRACTION, instruction=SOURCE.replace(" as JSON", "")), "does not ask for JSON"),
         (SHORT, "the instruction has fewer than 20 words"),
-        (replace(EXTRACTION, response="Here it is: " + EXTRACTION.response), "not JSON and nothing else"),
+        (
+            replace(EXTRACTION, response="Here it is: " + EXTRACTION.response),
+            "not JSON and nothing else",
+        ),
         (replace(EXTRACTION, response="[1200]"), "not a JSON object"),
         (replace(EXTRACTION, fields=EXTRACTION.fields[1:]), "the response has the keys"),
         (answering(seller="Marsh Wren LLC"), "the response has the keys"),
         (replace(EXTRACTION, fields=(), response="{}"), "the response has the keys"),
-        (replace(EXTRACTION, instruction=SOURCE.replace("notice_days", "notice")), "does not name the field 'notice_days'"),
+        (
+            replace(EXTRACTION, instruction=SOURCE.replace("notice_days", "notice")),
+            "does not name the field 'notice_days'",
+        ),
         (answering(buyer="Marsh Wren Inc."), "the text 'Marsh Wren Inc.' does not stand"),
         (answering(buyer="marsh wren LLC"), "the text 'marsh wren LLC' does not stand"),
         (answering(buyer="Marsh W"), "the text 'Marsh W' does not stand"),
@@ -102,18 +122,34 @@ def test_a_planted_fault_is_the_only_problem_named(pair, words):
 def test_twins_are_named():
     same_id = replace(EXTRACTION, id=PROSE.id)
     assert validate_pairs([PROSE, same_id]) == ["drafting-costs: the id is used twice."]
-    reworded = replace(PROSE, id="drafting-costs-2", instruction="Write a clause: who pays all the costs of the audit?")
-    assert validate_pairs([PROSE, reworded]) == ["drafting-costs-2: the instruction is nearly that of drafting-costs."]
+    reworded = replace(
+        PROSE,
+        id="drafting-costs-2",
+        instruction="Write a clause: who pays all the costs of the audit?",
+    )
+    assert validate_pairs([PROSE, reworded]) == [
+        "drafting-costs-2: the instruction is nearly that of drafting-costs."
+    ]
 
 
-@pytest.mark.parametrize("written", ["4 March 2019", "Mar. 4, 2019", "4th day of March, 2019", "03/04/2019", "2019-03-04"])
+@pytest.mark.parametrize(
+    "written",
+    ["4 March 2019", "Mar. 4, 2019", "4th day of March, 2019", "03/04/2019", "2019-03-04"],
+)
 def test_a_date_may_be_written_in_any_usual_form(written):
-    assert validate_pairs([replace(EXTRACTION, instruction=SOURCE.replace("March 4, 2019", written))]) == []
+    assert (
+        validate_pairs([replace(EXTRACTION, instruction=SOURCE.replace("March 4, 2019", written))])
+        == []
+    )
 
 
 def test_a_day_is_not_found_inside_a_longer_number():
-    problems = validate_pairs([replace(EXTRACTION, instruction=SOURCE.replace("March 4", "March 14"))])
-    assert problems == ["extraction-theatre: the date 2019-03-04 does not stand in the instruction."]
+    problems = validate_pairs(
+        [replace(EXTRACTION, instruction=SOURCE.replace("March 4", "March 14"))]
+    )
+    assert problems == [
+        "extraction-theatre: the date 2019-03-04 does not stand in the instruction."
+    ]
 
 
 def test_a_use_that_does_not_exist_is_refused():
@@ -127,7 +163,10 @@ def test_a_use_that_does_not_exist_is_refused():
         ("{", "line 2 is not JSON"),
         ("[]", "line 2 must be an object"),
         ('{"id": "x", "use": "drafting", "instruction": "y"}', "line 2 must be an object"),
-        ('{"id": "x", "use": "regulation", "instruction": "y", "response": "z"}', "of use 'drafting'"),
+        (
+            '{"id": "x", "use": "regulation", "instruction": "y", "response": "z"}',
+            "of use 'drafting'",
+        ),
     ],
 )
 def test_a_line_that_is_no_pair_is_refused_with_its_place(tmp_path, monkeypatch, line, words):

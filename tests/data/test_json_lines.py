@@ -12,7 +12,10 @@ from kl3m_nb.data.sources import SourceReport
 from tests.data.test_readers import ROWS, write_rows
 
 TEXTS = [f"§ {n} Das Gesetz über Gebühren — 日本国憲法 ਊ" for n in range(50)]
-LINES = "".join(json.dumps({"identifier": f"d{n}", "text": text}, ensure_ascii=False) + "\n" for n, text in enumerate(TEXTS))
+LINES = "".join(
+    json.dumps({"identifier": f"d{n}", "text": text}, ensure_ascii=False) + "\n"
+    for n, text in enumerate(TEXTS)
+)
 
 
 def read(folder, report=None, position=None, options="score_max=100"):
@@ -29,15 +32,25 @@ def compressed(data: bytes, suffix: str) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", ["", "gz", "zst"])
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-8", "utf-8-sig", "latin-1"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-8", "utf-8-sig", "latin-1"],
+)
 def test_the_encoding_is_the_files_and_no_row_is_read_in_another(tmp_path, encoding, suffix):
     name = f"a.jsonl{'.' * bool(suffix)}{suffix}"
-    text = LINES.encode(encoding, errors="replace") if encoding == "latin-1" else LINES.encode(encoding)
+    text = (
+        LINES.encode(encoding, errors="replace")
+        if encoding == "latin-1"
+        else LINES.encode(encoding)
+    )
     (tmp_path / name).write_bytes(compressed(text, suffix))
     if encoding.startswith("utf-8"):
         assert [document.text for document in read(tmp_path)] == TEXTS
         return
-    report, name_for_iconv = SourceReport(), encoding.upper().replace("-LE", "LE").replace("-BE", "BE").replace("IN-", "IN")
+    report, name_for_iconv = (
+        SourceReport(),
+        encoding.upper().replace("-LE", "LE").replace("-BE", "BE").replace("IN-", "IN"),
+    )
     with pytest.raises(ValueError, match=rf"{name} is .*not UTF-8 text.*iconv -f {name_for_iconv}"):
         read(tmp_path, report)
     assert report.rows == 0
@@ -90,7 +103,9 @@ def test_one_bad_row_is_counted_and_named_and_ends_nothing(tmp_path, caplog, bad
     lines = [json.dumps(row) for row in ROWS]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines[:place], bad, *lines[place:]]) + "\n")
     report = SourceReport()
-    assert [document.identifier for document in read(tmp_path, report)] == [row["identifier"] for row in ROWS]
+    assert [document.identifier for document in read(tmp_path, report)] == [
+        row["identifier"] for row in ROWS
+    ]
     assert (report.rows, report.bad_rows) == (len(ROWS) + 1, 1)
     assert f"a.jsonl#{place}" in caplog.text
 
@@ -114,7 +129,9 @@ def test_a_row_longer_than_the_limit_is_counted_and_not_held(tmp_path, monkeypat
 @pytest.mark.parametrize("stop", [39, 40, 41])
 def test_a_run_goes_on_beside_a_long_row(tmp_path, monkeypatch, stop):
     monkeypatch.setattr(json_lines, "LONGEST_ROW", 2**12)
-    write_rows(tmp_path / "a.jsonl", [*ROWS[:40], {"text": "x" * 2**14}, {"tokens": ["y"]}, *ROWS[40:]])
+    write_rows(
+        tmp_path / "a.jsonl", [*ROWS[:40], {"text": "x" * 2**14}, {"tokens": ["y"]}, *ROWS[40:]]
+    )
     (part,) = sources.parse_source(f"files:{tmp_path}/*(score_max=100)")
     reader = readers.open_rows(part, SourceReport())
     for _, _ in zip(range(stop), reader, strict=False):
@@ -125,8 +142,12 @@ def test_a_run_goes_on_beside_a_long_row(tmp_path, monkeypatch, stop):
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
-@pytest.mark.parametrize("filling", [b"\n", b"x", b"x" * 2**21 + b"\n"], ids=["blank lines", "one line", "long lines"])
-def test_what_unpacks_to_nothing_without_end_is_refused_by_name(tmp_path, monkeypatch, suffix, filling):
+@pytest.mark.parametrize(
+    "filling", [b"\n", b"x", b"x" * 2**21 + b"\n"], ids=["blank lines", "one line", "long lines"]
+)
+def test_what_unpacks_to_nothing_without_end_is_refused_by_name(
+    tmp_path, monkeypatch, suffix, filling
+):
     monkeypatch.setattr(json_lines, "MOST_PASSED_OVER", 2**24)
     monkeypatch.setattr(json_lines, "LONGEST_ROW", 2**20)
     whole = json.dumps(ROWS[0]).encode() + b"\n" + filling * (2**25 // len(filling))
@@ -150,7 +171,14 @@ ARRAY = [{"identifier": f"d{n}", "text": f"text {n}"} for n in range(300)]
         ("\n".join(json.dumps(row, indent=2) for row in ARRAY), "jq"),
         ("\r".join(map(json.dumps, ARRAY)) + "\r", "tr"),
     ],
-    ids=["array", "array of lines", "pretty array", "pretty array with a mark", "pretty objects", "carriage returns"],
+    ids=[
+        "array",
+        "array of lines",
+        "pretty array",
+        "pretty array with a mark",
+        "pretty objects",
+        "carriage returns",
+    ],
 )
 def test_json_that_is_not_one_object_a_line_is_told_of_with_the_remedy(tmp_path, content, remedy):
     (tmp_path / "a.json").write_text(content, newline="")
@@ -160,12 +188,16 @@ def test_json_that_is_not_one_object_a_line_is_told_of_with_the_remedy(tmp_path,
 
 def test_lines_that_end_as_in_windows_are_read(tmp_path):
     (tmp_path / "a.jsonl").write_bytes("".join(json.dumps(row) + "\r\n" for row in ROWS).encode())
-    assert [document.identifier for document in read(tmp_path)] == [row["identifier"] for row in ROWS]
+    assert [document.identifier for document in read(tmp_path)] == [
+        row["identifier"] for row in ROWS
+    ]
 
 
 def test_a_long_window_of_zstd_is_told_of(tmp_path):
     rows = "".join(json.dumps({"text": f"{n}" * 1000}) + "\n" for n in range(20_000)).encode()
-    done = subprocess.run(["zstd", "--long=31", "--ultra", "-c"], input=rows, capture_output=True, check=False)
+    done = subprocess.run(
+        ["zstd", "--long=31", "--ultra", "-c"], input=rows, capture_output=True, check=False
+    )
     if done.returncode:
         pytest.skip("there is no zstd program here")
     (tmp_path / "a.jsonl.zst").write_bytes(done.stdout)
@@ -176,7 +208,10 @@ def test_a_long_window_of_zstd_is_told_of(tmp_path):
 @pytest.mark.parametrize("suffix", ["gz", "zst"])
 def test_damage_is_named_while_a_place_is_sought_too(tmp_path, suffix):
     path = tmp_path / f"a.jsonl.{suffix}"
-    rows = [{"identifier": f"d{n}", "tokens": [(n * k * k) % 9999 for k in range(50)]} for n in range(9000)]
+    rows = [
+        {"identifier": f"d{n}", "tokens": [(n * k * k) % 9999 for k in range(50)]}
+        for n in range(9000)
+    ]
     write_rows(path, rows)
     (part,) = sources.parse_source(f"files:{path}")
     reader = readers.open_rows(part, SourceReport())

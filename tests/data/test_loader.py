@@ -23,9 +23,14 @@ KINDS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "mirror", "hub", "package"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The same documents in every format; their tokens are distinct, so that a window tells where it comes from."""
+    """The same documents in every format; their tokens are distinct, so that a window tells where
+    it comes from.
+    """
     folder = tmp_path_factory.mktemp("rows")
-    rows = [{"identifier": f"d{i}", "tokens": [1 + (37 * i + k * k) % 997 for k in range(1 + i % 23)]} for i in range(400)]
+    rows = [
+        {"identifier": f"d{i}", "tokens": [1 + (37 * i + k * k) % 997 for k in range(1 + i % 23)]}
+        for i in range(400)
+    ]
     for suffix in ("parquet", "jsonl", "jsonl.gz", "jsonl.zst"):
         for number, part in enumerate((rows[:150], rows[150:])):
             write_rows(folder / suffix / f"train-{number}.{suffix}", part)
@@ -35,7 +40,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(params=KINDS)
 def spec(request, folder, monkeypatch):
     load_dataset = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: load_dataset(str(folder / "parquet"), **options))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, **options: load_dataset(str(folder / "parquet"), **options),
+    )
     source = {
         "mirror": f"hub:{folder}/parquet",
         "hub": "hub:owner/name",
@@ -51,7 +60,9 @@ def _open(spec, workers=0):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_thousand_windows_after_a_resume_are_those_of_an_uninterrupted_stream(spec, workers):
-    if spec.source.startswith("package"):  # a token a character: nothing of a text is left after a thousand short windows
+    if spec.source.startswith(
+        "package"
+    ):  # a token a character: nothing of a text is left after a thousand short windows
         spec = dataclasses.replace(spec, seq_len=255)
     whole = _open(spec)
     for _ in range(37):
@@ -67,11 +78,22 @@ def test_a_thousand_windows_after_a_resume_are_those_of_an_uninterrupted_stream(
     assert torch.equal(torch.cat([resumed.take(3).input_ids for _ in range(334)]), expected)
 
 
-@given(st.lists(st.tuples(st.integers(1, 5), st.booleans(), st.integers(1, 4)), min_size=1, max_size=6), st.integers(1, 40))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 5), st.booleans(), st.integers(1, 4)), min_size=1, max_size=6
+    ),
+    st.integers(1, 40),
+)
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_ranks_workers_and_batch_sizes_share_out_the_whole_stream(folder, changes, buffer):
-    """A run that is stopped and goes on with another number of processes, thread and batch size, again and again."""
-    spec = DataSpec(source=f"files:{folder}/parquet/*", seq_len=15, shuffle_buffer=buffer, held_out_windows=1)
+    """A run that is stopped and goes on with another number of processes, thread and batch size,
+    again and again.
+    """
+    spec = DataSpec(
+        source=f"files:{folder}/parquet/*", seq_len=15, shuffle_buffer=buffer, held_out_windows=1
+    )
     state, delivered = None, []
     for ranks_now, worker, windows in changes:
         ranks = [_open(spec, worker) for _ in range(ranks_now)]
@@ -101,20 +123,39 @@ def _plain(state):
     return [_plain(value) for value in state] if isinstance(state, list | tuple) else state
 
 
-@given(st.lists(st.integers(1, 40), min_size=30, max_size=60), st.integers(1, 9), st.integers(1, 12), st.integers(1, 150))
+@given(
+    st.lists(st.integers(1, 40), min_size=30, max_size=60),
+    st.integers(1, 9),
+    st.integers(1, 12),
+    st.integers(1, 150),
+)
 @settings(max_examples=25, deadline=None)
-def test_every_document_read_is_in_a_window_or_still_in_the_state(tmp_path_factory, lengths, buffer, seq_len, windows):
-    """What was given, laid end to end, and what the state holds: each document of the source once a pass, closed by its end."""
+def test_every_document_read_is_in_a_window_or_still_in_the_state(
+    tmp_path_factory, lengths, buffer, seq_len, windows
+):
+    """What was given, laid end to end, and what the state holds: each document of the source once a
+    pass, closed by its end.
+    """
     path = tmp_path_factory.mktemp("pass") / "a.jsonl"
-    write_rows(path, [{"identifier": f"d{i}", "tokens": [1 + i] * length} for i, length in enumerate(lengths)])
-    spec = DataSpec(source=f"files:{path}", seq_len=seq_len, shuffle_buffer=buffer, held_out_windows=1)
-    training = [tuple(document.tokens.tolist()) for document in corpus.iterate_documents(spec.source, held_out=False)]
+    write_rows(
+        path,
+        [{"identifier": f"d{i}", "tokens": [1 + i] * length} for i, length in enumerate(lengths)],
+    )
+    spec = DataSpec(
+        source=f"files:{path}", seq_len=seq_len, shuffle_buffer=buffer, held_out_windows=1
+    )
+    training = [
+        tuple(document.tokens.tolist())
+        for document in corpus.iterate_documents(spec.source, held_out=False)
+    ]
     stream = PackedStream(spec, Letters())
     given = stream.next_batch(windows).flatten().tolist()
     state = stream.state_dict()
     laid_out = [*given, *state["rest"].tolist()]
     assert laid_out[-1] == 0
-    found = Counter(tuple(tokens) for end, tokens in groupby(laid_out, key=lambda token: token == 0) if not end)
+    found = Counter(
+        tuple(tokens) for end, tokens in groupby(laid_out, key=lambda token: token == 0) if not end
+    )
     found.update(tuple(tokens.tolist()) for tokens in state["documents"]["buffer"])
     (part,) = state["documents"]["parts"]
     assert found == Counter(training * part["epoch"] + training[: part["given"]])
@@ -139,7 +180,10 @@ def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(folder, m
 
 
 def test_a_closed_stream_has_no_open_file(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", [{"identifier": f"d{i}", "tokens": [1 + i % 900, 2, 3]} for i in range(400)])
+    write_rows(
+        tmp_path / "rows.jsonl",
+        [{"identifier": f"d{i}", "tokens": [1 + i % 900, 2, 3]} for i in range(400)],
+    )
 
     def opened() -> list[str]:
         names = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
@@ -147,7 +191,13 @@ def test_a_closed_stream_has_no_open_file(tmp_path):
 
     for workers in (0, 1):
         stream = _open(
-            DataSpec(source=f"files:{tmp_path}/rows.jsonl", seq_len=15, shuffle_buffer=32, held_out_windows=1), workers
+            DataSpec(
+                source=f"files:{tmp_path}/rows.jsonl",
+                seq_len=15,
+                shuffle_buffer=32,
+                held_out_windows=1,
+            ),
+            workers,
         )
         stream.take(3)
         assert opened()

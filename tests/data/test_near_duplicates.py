@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from kl3m_nb.data import near_duplicates
 
-texts = st.lists(st.lists(st.sampled_from("ab"), min_size=0, max_size=14).map(" ".join), min_size=1, max_size=6)
+texts = st.lists(
+    st.lists(st.sampled_from("ab"), min_size=0, max_size=14).map(" ".join), min_size=1, max_size=6
+)
 
 
 def _sets(text, width):
@@ -19,7 +21,9 @@ def _sets(text, width):
 def test_the_leak_rate_is_that_of_sets_of_word_runs(held_out, training):
     wanted = [_sets(text, 8) for text in held_out]
     known = set().union(*(_sets(text, 8) for text in training))
-    arguments = [[near_duplicates.word_shingles(text) for text in side] for side in (held_out, training)]
+    arguments = [
+        [near_duplicates.word_shingles(text) for text in side] for side in (held_out, training)
+    ]
     if not any(wanted):
         with pytest.raises(ValueError, match="at least one document"):
             near_duplicates.leak_rate(*arguments)
@@ -30,7 +34,9 @@ def test_the_leak_rate_is_that_of_sets_of_word_runs(held_out, training):
 
 @given(texts, st.lists(st.sampled_from("ab"), max_size=40).map(" ".join))
 def test_likeness_is_the_larger_of_the_shares_known_and_covered(held_out, text):
-    index = near_duplicates.ShingleIndex([near_duplicates.word_shingles(other) for other in held_out])
+    index = near_duplicates.ShingleIndex(
+        [near_duplicates.word_shingles(other) for other in held_out]
+    )
     words = text.split()
     own = [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
     sets = [_sets(other, 8) for other in held_out]
@@ -40,7 +46,10 @@ def test_likeness_is_the_larger_of_the_shares_known_and_covered(held_out, text):
 
 
 def test_case_punctuation_and_line_breaks_do_not_count():
-    one, other = "The Licensee, shall NOT\n(sub)license it now!", "the licensee shall not sub license it now"
+    one, other = (
+        "The Licensee, shall NOT\n(sub)license it now!",
+        "the licensee shall not sub license it now",
+    )
     first, second = (near_duplicates.word_shingles(text) for text in (one, other))
     assert first.tolist() == second.tolist() and first.size == 1
 

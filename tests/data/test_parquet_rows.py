@@ -23,15 +23,21 @@ def test_damage_anywhere_names_the_file(tmp_path, compression, where):
     texts = ["".join(map(chr, random.integers(32, 127, 3000))) for _ in range(300)]
     path = tmp_path / "a.parquet"
     pq.write_table(
-        pa.table({"text": texts}), path, row_group_size=100, use_dictionary=False, compression=compression,
+        pa.table({"text": texts}),
+        path,
+        row_group_size=100,
+        use_dictionary=False,
+        compression=compression,
         write_page_checksum=False,
-    )  # fmt: skip
+    )
     chunk = pq.ParquetFile(path).metadata.row_group(1).column(0)
     content = bytearray(path.read_bytes())
     at = {
-        "page": chunk.data_page_offset + chunk.total_compressed_size // 2, "beginning": chunk.data_page_offset,
-        "footer": len(content) - 100, "cut": len(content) // 2,
-    }[where]  # fmt: skip
+        "page": chunk.data_page_offset + chunk.total_compressed_size // 2,
+        "beginning": chunk.data_page_offset,
+        "footer": len(content) - 100,
+        "cut": len(content) // 2,
+    }[where]
     content[at : at + 64] = bytes(byte ^ 255 for byte in content[at : at + 64])
     path.write_bytes(bytes(content[:at] if where == "cut" else content))
     with pytest.raises(ValueError, match=r"/a\.parquet .*damaged.*skip=a\.parquet"):
@@ -43,7 +49,8 @@ def test_a_foreign_file_among_good_ones_is_named_and_the_others_are_not_blamed(t
         pq.write_table(pa.table({"text": [f"text {number}"] * 9}), tmp_path / f"{number}.parquet")
     pq.write_table(pa.table({"prompt": ["a"], "answer": ["b"]}), tmp_path / "1.parquet")
     with pytest.raises(
-        ValueError, match=r"/1\.parquet cannot be used.* prompt, answer are its columns.*skip=1\.parquet"
+        ValueError,
+        match=r"/1\.parquet cannot be used.* prompt, answer are its columns.*skip=1\.parquet",
     ) as error:
         read(tmp_path)
     assert "No row" not in str(error.value)
@@ -78,7 +85,10 @@ def test_a_few_kilobytes_that_become_gigabytes_are_refused_unread(tmp_path, monk
     monkeypatch.setattr(parquet_rows, "_BOMB_BYTES", 2**24)
     path = tmp_path / "a.parquet"
     pq.write_table(
-        pa.table(column), path, compression="zstd", use_dictionary=[*column] == ["tokens"] or len(*column.values()) == 1000
+        pa.table(column),
+        path,
+        compression="zstd",
+        use_dictionary=[*column] == ["tokens"] or len(*column.values()) == 1000,
     )
     assert path.stat().st_size < 100_000
     before = pa.total_allocated_bytes()
@@ -102,7 +112,10 @@ def test_a_text_that_many_rows_share_is_unpacked_for_a_few_at_a_time(tmp_path, m
 
 
 def test_batches_are_as_large_as_may_be_and_change_no_row(tmp_path, monkeypatch):
-    rows = [{"identifier": f"d{n}", "text": f"{n} " * (n % 50 + 1), "tokens": [n, n + 1]} for n in range(700)]
+    rows = [
+        {"identifier": f"d{n}", "text": f"{n} " * (n % 50 + 1), "tokens": [n, n + 1]}
+        for n in range(700)
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=300)
     whole = read(tmp_path)
     sizes = []

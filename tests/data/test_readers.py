@@ -16,21 +16,27 @@ from kl3m_nb.data.sources import SourceReport
 
 ROWS = [
     {
-        "identifier": f"d{i}", "dataset": "usc" if i % 3 else "cfr", "mime_type": "text/plain" if i % 4 else "text/html",
-        "tokens": [5 + i % 90] * (1 + i % 13), "score": float(i % 20),
+        "identifier": f"d{i}",
+        "dataset": "usc" if i % 3 else "cfr",
+        "mime_type": "text/plain" if i % 4 else "text/html",
+        "tokens": [5 + i % 90] * (1 + i % 13),
+        "score": float(i % 20),
     }
     for i in range(150)
-]  # fmt: skip
+]
 
 
 def write_family_parquet(path, rows, row_group_size=40):
     """A file in exactly the schema of the family's tokenized data sets."""
     schema = pa.schema(
         {
-            "identifier": pa.string(), "dataset": pa.string(), "mime_type": pa.string(), "tokens": pa.list_(pa.int32()),
+            "identifier": pa.string(),
+            "dataset": pa.string(),
+            "mime_type": pa.string(),
+            "tokens": pa.list_(pa.int32()),
             "score": pa.float32(),
         }
-    )  # fmt: skip
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=row_group_size)
 
@@ -46,7 +52,9 @@ def write_rows(path, rows):
         file.write(data)
 
 
-@pytest.fixture(params=["files.parquet", "files.jsonl", "files.jsonl.gz", "files.jsonl.zst", "mirror", "hub"])
+@pytest.fixture(
+    params=["files.parquet", "files.jsonl", "files.jsonl.gz", "files.jsonl.zst", "mirror", "hub"]
+)
 def source(request, tmp_path, monkeypatch):
     """The same 150 rows in two files, as every kind of source that has rows."""
     kind, _, suffix = request.param.partition(".")
@@ -57,10 +65,15 @@ def source(request, tmp_path, monkeypatch):
         return f"files:{tmp_path}/data/*"
     if kind == "mirror":
         (tmp_path / "README.md").write_text("a data card")
-        write_rows(tmp_path / "data" / "validation-00000.parquet", [{"identifier": "not for training", "tokens": [1]}])
+        write_rows(
+            tmp_path / "data" / "validation-00000.parquet",
+            [{"identifier": "not for training", "tokens": [1]}],
+        )
         return f"hub:{tmp_path}"
     load_dataset = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: load_dataset(str(tmp_path), **options))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, **options: load_dataset(str(tmp_path), **options)
+    )
     return "hub:owner/name"
 
 
@@ -84,7 +97,9 @@ def test_every_source_continues_with_the_next_row(source, stop):
         next(rows)
     resumed = _open(source)
     resumed.position = json.loads(json.dumps(reader.position))
-    assert [document.identifier for document in resumed] == [row["identifier"] for row in ROWS[stop:]]
+    assert [document.identifier for document in resumed] == [
+        row["identifier"] for row in ROWS[stop:]
+    ]
 
 
 def test_a_position_in_parquet_reads_no_row_group_before_it(tmp_path, monkeypatch):
@@ -116,19 +131,25 @@ def test_our_own_texts_in_the_familys_schema_come_back(tmp_path):
     pairs = load_pairs("regulation")
     rows = [
         {
-            "identifier": pair.id, "dataset": pair.use, "mime_type": "text/plain", "tokens": list(pair.response.encode()),
+            "identifier": pair.id,
+            "dataset": pair.use,
+            "mime_type": "text/plain",
+            "tokens": list(pair.response.encode()),
             "score": 1.5,
         }
         for pair in pairs
-    ]  # fmt: skip
+    ]
     path = tmp_path / "data" / "train-00000-of-00001.parquet"
     write_family_parquet(path, rows)
-    assert pq.read_schema(path).to_string() == (
-        "identifier: string\ndataset: string\nmime_type: string\n"
+    assert (
+        pq.read_schema(path).to_string()
+        == "identifier: string\ndataset: string\nmime_type: string\n"
         "tokens: list<element: int32>\n  child 0, element: int32\nscore: float"
     )
     found = list(_open(f"hub:{tmp_path}"))
-    assert [bytes(document.tokens.tolist()).decode() for document in found] == [pair.response for pair in pairs]
+    assert [bytes(document.tokens.tolist()).decode() for document in found] == [
+        pair.response for pair in pairs
+    ]
 
 
 def test_what_cannot_be_used_is_counted_and_said(tmp_path, caplog):
@@ -177,10 +198,15 @@ def test_a_file_that_gives_no_row_is_an_empty_file_in_every_format(tmp_path, cap
 
 def test_parquet_with_nulls_and_other_widths_is_read(tmp_path):
     tokens = pa.array([[1, None], None, [3, 4], []], type=pa.large_list(pa.int64()))
-    pq.write_table(pa.table({"tokens": tokens, "text": ["a", "b", None, None]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"tokens": tokens, "text": ["a", "b", None, None]}), tmp_path / "a.parquet"
+    )
     report = SourceReport()
     documents = list(_open(f"files:{tmp_path}/*.parquet", report=report))
-    assert [(document.text, document.tokens.tolist()) for document in documents] == [("b", []), ("", [3, 4])]
+    assert [(document.text, document.tokens.tolist()) for document in documents] == [
+        ("b", []),
+        ("", [3, 4]),
+    ]
     assert report.bad_rows == 2 and documents[1].tokens.dtype == np.int32
 
 
@@ -227,7 +253,9 @@ def test_a_file_that_has_changed_since_is_not_resumed(tmp_path, suffix, change):
     reader = _open(f"files:{path}")
     for _, _ in zip(range(100), reader, strict=False):
         pass
-    write_rows(path, ROWS[:60] if change == "shorter" or suffix == "parquet" else [{"tokens": [7]}, *ROWS])
+    write_rows(
+        path, ROWS[:60] if change == "shorter" or suffix == "parquet" else [{"tokens": [7]}, *ROWS]
+    )
     resumed = _open(f"files:{path}")
     resumed.position = reader.position
     with pytest.raises(ValueError, match=f"a.{suffix} is not the file that the run was reading"):
@@ -299,7 +327,9 @@ def test_a_hub_that_fails_is_tried_again_with_growing_pauses(monkeypatch, caplog
     monkeypatch.setattr(datasets, "load_dataset", flaky.load)
     monkeypatch.setattr(readers.time, "sleep", pauses.append)
     report = SourceReport()
-    assert [document.identifier for document in _open("hub:o/n", report=report)] == [row["identifier"] for row in ROWS]
+    assert [document.identifier for document in _open("hub:o/n", report=report)] == [
+        row["identifier"] for row in ROWS
+    ]
     assert flaky.opened == 3 and report.retries == 2 and pauses == [1.0, 1.0]
     assert str(flaky.error) in caplog.text
     flaky.failures, flaky.good = 99, 0
@@ -329,16 +359,27 @@ def test_a_file_in_another_encoding_is_named(tmp_path, rows):
 
 def test_a_glob_says_where_it_was_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"/texts/\*\.jsonl'; .* project's root \S+ and not from the shell's folder"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"/texts/\*\.jsonl'; .* project's root \S+ and not from the shell's folder",
+    ):
         _open("files:texts/*.jsonl")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_scores_and_tokens_of_other_types_are_cast_where_nothing_is_lost(tmp_path, suffix):
     expected = [5, 0, 131_071, 2**31 - 1]
-    stored = (list(map(str, expected)), str(expected), " ".join(map(str, expected)), list(map(float, expected)))
+    stored = (
+        list(map(str, expected)),
+        str(expected),
+        " ".join(map(str, expected)),
+        list(map(float, expected)),
+    )
     for number, tokens in enumerate(stored):
-        rows = [{"identifier": str(score), "tokens": tokens, "score": str(score)} for score in (3.5, 12, "nan")]
+        rows = [
+            {"identifier": str(score), "tokens": tokens, "score": str(score)}
+            for score in (3.5, 12, "nan")
+        ]
         if suffix == "parquet":
             pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{number}.parquet")
         else:
@@ -346,17 +387,38 @@ def test_scores_and_tokens_of_other_types_are_cast_where_nothing_is_lost(tmp_pat
     report = SourceReport()
     found = list(_open(f"files:{tmp_path}/*", "score_max=10", report))
     assert [document.identifier for document in found] == ["3.5"] * 4
-    assert all(document.tokens.dtype == np.int32 and document.tokens.tolist() == expected for document in found)
+    assert all(
+        document.tokens.dtype == np.int32 and document.tokens.tolist() == expected
+        for document in found
+    )
     assert (report.above_score, report.bad_rows) == (8, 0)
 
 
 @pytest.mark.parametrize(
-    "tokens", [[5.5], [float("nan")], [-1.0], [2.0**31], ["x"], ["-1"], ["1.0"], "5 -1", [[1]], [True], {"a": 1}]
+    "tokens",
+    [
+        [5.5],
+        [float("nan")],
+        [-1.0],
+        [2.0**31],
+        ["x"],
+        ["-1"],
+        ["1.0"],
+        "5 -1",
+        [[1]],
+        [True],
+        {"a": 1},
+    ],
 )
 def test_tokens_that_would_lose_something_are_bad(tmp_path, tokens):
-    write_rows(tmp_path / "a.jsonl", [{"identifier": "bad", "tokens": tokens}, {"identifier": "good", "tokens": [1]}])
+    write_rows(
+        tmp_path / "a.jsonl",
+        [{"identifier": "bad", "tokens": tokens}, {"identifier": "good", "tokens": [1]}],
+    )
     report = SourceReport()
-    assert [document.identifier for document in _open(f"files:{tmp_path}/*", report=report)] == ["good"]
+    assert [document.identifier for document in _open(f"files:{tmp_path}/*", report=report)] == [
+        "good"
+    ]
     assert report.bad_rows == 1
 
 
@@ -369,7 +431,9 @@ def test_a_foreign_file_of_lines_among_good_ones_is_named(tmp_path, caplog, rows
         assert len(list(_open(f"files:{tmp_path}/*"))) == 2 * len(ROWS)
         assert f"None of the {rows} rows of {tmp_path}/b.jsonl" in caplog.text
         return
-    with pytest.raises(ValueError, match=r"b\.jsonl#99: .*prompt, answer are its columns.*skip=b\.jsonl") as error:
+    with pytest.raises(
+        ValueError, match=r"b\.jsonl#99: .*prompt, answer are its columns.*skip=b\.jsonl"
+    ) as error:
         list(_open(f"files:{tmp_path}/*"))
     assert "No row" not in str(error.value)
 

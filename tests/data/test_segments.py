@@ -32,7 +32,10 @@ def _spec(**changes):
 
 def test_borders_stand_behind_empty_lines_and_full_stops(trained):
     borders = segments.TextBorders(trained)
-    text = "1. Grant of rights. The licensor grants; the licensee takes.\n\nSecond paragraph\nover two lines.\n \n  Third."
+    text = (
+        "1. Grant of rights. The licensor grants; the licensee takes.\n\nSecond paragraph\nover two"
+        " lines.\n \n  Third."
+    )
     tokens = np.array(trained.encode(text))
 
     def before(positions):
@@ -45,7 +48,10 @@ def test_borders_stand_behind_empty_lines_and_full_stops(trained):
     assert set(before(borders.sentences(tokens))) == set(ends)
 
 
-@given(st.lists(st.sampled_from(["word", "Law.", "\n\n", "\n", "a;", "  "]), max_size=120), st.integers(3, 30))
+@given(
+    st.lists(st.sampled_from(["word", "Law.", "\n\n", "\n", "a;", "  "]), max_size=120),
+    st.integers(3, 30),
+)
 @settings(max_examples=60, deadline=None)
 def test_segments_laid_end_to_end_are_the_document(parts, most):
     trained = _module_tokenizer()
@@ -60,7 +66,10 @@ def test_cuts_prefer_paragraphs_then_sentences_then_nothing():
 
     def cut(text, most):
         tokens = np.array(trained.encode(text, add_special_tokens=False), dtype=np.int32)
-        return [trained.decode(segment, skip_special_tokens=True) for segment in segments.segments(tokens, borders, most, 0, 1)]
+        return [
+            trained.decode(segment, skip_special_tokens=True)
+            for segment in segments.segments(tokens, borders, most, 0, 1)
+        ]
 
     sentence = "The licensee shall pay the fee. "
     size = len(trained.encode(sentence))
@@ -82,7 +91,9 @@ def test_a_batch_pads_at_random_and_masks_what_it_pads(trained):
     lefts, lengths = mask.int().argmax(dim=1), mask.sum(dim=1)
     for row in range(200):
         place = slice(lefts[row], lefts[row] + lengths[row])
-        assert mask[row, place].all() and torch.equal(batch.input_ids[row, place][1:], labels[row, place][:-1])
+        assert mask[row, place].all() and torch.equal(
+            batch.input_ids[row, place][1:], labels[row, place][:-1]
+        )
     short = lengths < 200
     rights = 256 - lefts - lengths
     assert short.sum() > 20 and (lefts[short] > 0).any() and (rights[short] > 0).any()
@@ -127,9 +138,13 @@ def test_segments_resume(workers):
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_padding_has_no_influence_on_loss_and_gradients(experts):
-    """A padded batch against its sequences one by one, each cut to its own length and without a mask."""
+    """A padded batch against its sequences one by one, each cut to its own length and without a
+    mask.
+    """
     torch.manual_seed(0)
-    profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=8 if experts else 0)
+    profile = small_profile(
+        experts=experts, active_experts=min(2, experts), sliding_window=8 if experts else 0
+    )
     model = decoder.build_model(profile)
     head = model.get_output_embeddings().weight
     lengths, lefts = [12, 32, 5], [13, 0, 27]
@@ -148,7 +163,13 @@ def test_padding_has_no_influence_on_loss_and_gradients(experts):
     for row, (length, left) in enumerate(zip(lengths, lefts, strict=True)):
         place = slice(left, left + length)
         alone = decoder.forward_body(model, input_ids[row : row + 1, place])
-        terms = chunked_objective(alone.hidden, head, labels[row : row + 1, place], profile.objective, num_valid=sum(lengths))
+        terms = chunked_objective(
+            alone.hidden,
+            head,
+            labels[row : row + 1, place],
+            profile.objective,
+            num_valid=sum(lengths),
+        )
         terms.total.backward()
         totals.append(terms.total.item())
     assert padded.total.item() == pytest.approx(sum(totals), rel=1e-5)
@@ -156,28 +177,49 @@ def test_padding_has_no_influence_on_loss_and_gradients(experts):
         assert torch.allclose(padded_gradient, parameter.grad, atol=1e-5, rtol=1e-4)
     if experts:
         other = input_ids.masked_fill(~mask, 7)
-        assert torch.allclose(decoder.forward_body(model, other, mask).router_loss, body.router_loss, rtol=1e-5)
+        assert torch.allclose(
+            decoder.forward_body(model, other, mask).router_loss, body.router_loss, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_where_the_padding_lies_changes_nothing(experts):
-    """Rotary positions are relative, padding is masked and has no label: in float64 only rounding is left, far below 1e-6."""
-    profile = small_profile(experts=experts, active_experts=min(2, experts), router_aux_loss=0.05 * bool(experts))
+    """Rotary positions are relative, padding is masked and has no label: in float64 only rounding
+    is left, far below 1e-6.
+    """
+    profile = small_profile(
+        experts=experts, active_experts=min(2, experts), router_aux_loss=0.05 * bool(experts)
+    )
     model = decoder.build_model(profile).double()
     model.set_experts_implementation("eager")  # grouped products know no float64
     generator = torch.Generator().manual_seed(0)
     lengths, results = [12, 32, 5], []
     tokens = [torch.randint(10, 500, (length + 1,), generator=generator) for length in lengths]
     for lefts in ([0, 0, 0], [20, 0, 27], [7, 0, 13]):
-        input_ids, labels, mask = torch.full((3, 32), 2), torch.full((3, 32), -100), torch.zeros(3, 32, dtype=torch.bool)
+        input_ids, labels, mask = (
+            torch.full((3, 32), 2),
+            torch.full((3, 32), -100),
+            torch.zeros(3, 32, dtype=torch.bool),
+        )
         for row, (sample, left) in enumerate(zip(tokens, lefts, strict=True)):
             place = slice(left, left + lengths[row])
-            input_ids[row, place], labels[row, place], mask[row, place] = sample[:-1], sample[1:], True
+            input_ids[row, place], labels[row, place], mask[row, place] = (
+                sample[:-1],
+                sample[1:],
+                True,
+            )
         batch = windows.Batch(input_ids, labels, mask)
         model.zero_grad()
         total, _ = training_loss(model, batch, sum(lengths), sum(lengths), profile, False, False)
         total.backward()
-        results.append(torch.cat([total.detach().view(1), *(parameter.grad.flatten() for parameter in model.parameters())]))
+        results.append(
+            torch.cat(
+                [
+                    total.detach().view(1),
+                    *(parameter.grad.flatten() for parameter in model.parameters()),
+                ]
+            )
+        )
     for moved in results[1:]:
         assert (moved - results[0]).norm() < 1e-6 * results[0].norm()
 
@@ -198,8 +240,13 @@ def test_a_cotraining_run_is_resumed_bit_for_bit(tmp_path):
     loop.train(profile, tmp_path / "whole")
 
     with pytest.raises(SystemExit, match="a crash"):
-        loop.train(dataclasses.replace(profile, runtime=dataclasses.replace(profile.runtime, checkpoint_every=1)),
-                       tmp_path / "run", callbacks=[at_step(2, lambda: sys.exit("a crash"))])  # fmt: skip
+        loop.train(
+            dataclasses.replace(
+                profile, runtime=dataclasses.replace(profile.runtime, checkpoint_every=1)
+            ),
+            tmp_path / "run",
+            callbacks=[at_step(2, lambda: sys.exit("a crash"))],
+        )
     loop.train(profile, tmp_path / "run")
     whole, run = (read_metrics(tmp_path / name, "train") for name in ("whole", "run"))
     assert list(whole.loss) == list(run.loss) and list(whole.valid_tokens) == list(run.valid_tokens)

@@ -15,7 +15,9 @@ from kl3m_nb.data import corpus, tokenizer
 from kl3m_nb.training import loop
 from tests.conftest import small_profile
 
-TEXTS = [document.text for document in corpus.preview("package:licensedcode-data", held_out=False)[:200]]
+TEXTS = [
+    document.text for document in corpus.preview("package:licensedcode-data", held_out=False)[:200]
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,12 @@ def trained(tmp_path_factory):
 def test_special_ids_and_sizes_are_the_familys(trained):
     assert len(trained) == 1024
     assert trained.convert_tokens_to_ids(list(tokenizer.SPECIAL_TOKENS)) == list(range(13))
-    assert (trained.bos_token_id, trained.eos_token_id, trained.pad_token_id, trained.unk_token_id) == (0, 1, 2, 3)
+    assert (
+        trained.bos_token_id,
+        trained.eos_token_id,
+        trained.pad_token_id,
+        trained.unk_token_id,
+    ) == (0, 1, 2, 3)
     assert (trained.sep_token_id, trained.cls_token_id, trained.mask_token_id) == (4, 5, 6)
     assert trained.padding_side == "left"
 
@@ -53,14 +60,18 @@ def test_any_text_comes_back_up_to_its_normalization(trained):
 
 
 def test_the_same_texts_give_the_same_tokenizer():
-    first, second = (tokenizer.train_tokenizer(TEXTS, 600).backend_tokenizer.to_str() for _ in range(2))
+    first, second = (
+        tokenizer.train_tokenizer(TEXTS, 600).backend_tokenizer.to_str() for _ in range(2)
+    )
     assert first == second
 
 
 def test_the_corpus_tokenizer_is_trained_once(tmp_path, monkeypatch):
     monkeypatch.setenv("KL3M_NB_CACHE", str(tmp_path))
     first = tokenizer.load_tokenizer("corpus", "package:licensedcode-data", 400)
-    monkeypatch.setattr(tokenizer, "train_tokenizer", lambda *_: pytest.fail("the cached tokenizer was not used"))
+    monkeypatch.setattr(
+        tokenizer, "train_tokenizer", lambda *_: pytest.fail("the cached tokenizer was not used")
+    )
     again = tokenizer.load_tokenizer("corpus", "package:licensedcode-data", 400)
     assert first.get_vocab() == again.get_vocab()
 
@@ -97,10 +108,20 @@ def test_unorthodox_words_never_carry_a_blank():
 def test_custom_tokens_are_scaled_to_the_vocabulary():
     assert tokenizer.custom_entries(4096) == tokenizer.custom_entries(512)
     sizes = [len(tokenizer.custom_entries(size)) for size in (4096, 8192, 32_768, 131_072)]
-    assert sizes == sorted(sizes) and sizes[1] == sizes[0] + 256 and sizes[-1] == sizes[0] + len(tokenizer.FRAGMENTS)
+    assert (
+        sizes == sorted(sizes)
+        and sizes[1] == sizes[0] + 256
+        and sizes[-1] == sizes[0] + len(tokenizer.FRAGMENTS)
+    )
     assert all(text.isascii() for text in tokenizer.FRAGMENTS)
     assert len(set(tokenizer.FRAGMENTS)) == len(tokenizer.FRAGMENTS)
-    assert [tokenizer.roman(number) for number in (4, 9, 14, 40, 99)] == ["iv", "ix", "xiv", "xl", "xcix"]
+    assert [tokenizer.roman(number) for number in (4, 9, 14, 40, 99)] == [
+        "iv",
+        "ix",
+        "xiv",
+        "xl",
+        "xcix",
+    ]
 
 
 def test_fragments_are_one_token_and_leave_words_alone():
@@ -125,7 +146,9 @@ def test_a_vocabulary_may_have_the_familys_largest_size():
 
 
 def test_what_the_texts_do_not_fill_goes_to_fragments():
-    """Three texts give fewer than 2,000 entries, and no vocabulary of this size has fragments of its own."""
+    """Three texts give fewer than 2,000 entries, and no vocabulary of this size has fragments of
+    its own.
+    """
     trained = tokenizer.train_tokenizer(TEXTS[:3], 2100)
     fragments = [text for text in tokenizer.FRAGMENTS if text in trained.get_added_vocab()]
     assert len(trained) == 2100 and 100 < len(fragments) < 150 and "(a)" in fragments
@@ -139,7 +162,8 @@ def test_impossible_sizes_and_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="could not be loaded"):
         tokenizer.load_tokenizer(str(tmp_path / "nowhere"), "package:licensedcode-data", 4096)
     with pytest.raises(
-        ValueError, match=r"no folder /\S+/nobody/nothing and could not be loaded from the hub \(.*\); name"
+        ValueError,
+        match=r"no folder /\S+/nobody/nothing and could not be loaded from the hub \(.*\); name",
     ) as caught:
         tokenizer.read_tokenizer("nobody/nothing")
     assert "\n" not in str(caught.value)
@@ -158,16 +182,22 @@ def test_impossible_sizes_and_names_are_refused(tmp_path):
 )
 def test_a_folder_without_a_tokenizer_is_named_in_one_sentence(tmp_path, file, text, words):
     (tmp_path / file).write_text(text)
-    with pytest.raises(ValueError, match=rf"The folder \S+ holds no tokenizer that can be loaded, .*{words}; name") as caught:
+    with pytest.raises(
+        ValueError, match=rf"The folder \S+ holds no tokenizer that can be loaded, .*{words}; name"
+    ) as caught:
         tokenizer.read_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def _classed(folder, name, trained, **settings):
-    """`trained` in a folder whose tokenizer_config.json names another class, as copied files often do."""
+    """`trained` in a folder whose tokenizer_config.json names another class, as copied files often
+    do.
+    """
     trained.save_pretrained(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": name} | settings))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | {"tokenizer_class": name} | settings)
+    )
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
@@ -175,14 +205,28 @@ CLASSES = ("GemmaTokenizer", "Qwen2Tokenizer", "BertTokenizer", "RobertaTokenize
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_ids_are_those_of_the_file_whatever_class_is_named_beside_it(trained, tmp_path, caplog, name):
-    file, text = _classed(tmp_path / "given", name, trained), "Section 12.  The holder’s\n\n    fee  (a) is DUE "
-    assert AutoTokenizer.from_pretrained(tmp_path / "given").encode(text) != file.encode(text).ids, "the class has its own rules"
+def test_ids_are_those_of_the_file_whatever_class_is_named_beside_it(
+    trained, tmp_path, caplog, name
+):
+    file, text = (
+        _classed(tmp_path / "given", name, trained),
+        "Section 12.  The holder’s\n\n    fee  (a) is DUE ",
+    )
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "given").encode(text) != file.encode(text).ids
+    ), "the class has its own rules"
     read = tokenizer.read_tokenizer(str(tmp_path / "given"))
-    [said] = [record.getMessage() for record in caplog.records if record.name == "kl3m_nb.data.tokenizer"]
+    [said] = [
+        record.getMessage() for record in caplog.records if record.name == "kl3m_nb.data.tokenizer"
+    ]
     assert name in said and str(tmp_path / "given") in said
     assert read.encode(text) == file.encode(text).ids and len(read) == len(trained)
-    assert (read.bos_token_id, read.eos_token_id, read.pad_token_id, read.padding_side) == (0, 1, 2, "left")
+    assert (read.bos_token_id, read.eos_token_id, read.pad_token_id, read.padding_side) == (
+        0,
+        1,
+        2,
+        "left",
+    )
     assert read.decode(read.encode("A fee .  Is due")) == "A fee .  Is due"
     tokenizer.save_tokenizer(read, tmp_path / "saved")
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
@@ -192,27 +236,41 @@ def test_ids_are_those_of_the_file_whatever_class_is_named_beside_it(trained, tm
 def test_a_class_that_gives_the_files_ids_is_taken_as_it_is(trained, tmp_path, caplog):
     for number, name in enumerate(("PreTrainedTokenizerFast", "NoSuchTokenizer")):
         file = _classed(tmp_path / str(number), name, trained)
-        assert tokenizer.read_tokenizer(str(tmp_path / str(number))).encode("A  fee") == file.encode("A  fee").ids
+        assert (
+            tokenizer.read_tokenizer(str(tmp_path / str(number))).encode("A  fee")
+            == file.encode("A  fee").ids
+        )
     assert not [record for record in caplog.records if record.name == "kl3m_nb.data.tokenizer"]
 
 
 def test_what_the_file_puts_before_a_text_is_kept_and_what_it_cuts_off_is_not(trained, tmp_path):
-    """Truncation and padding stand in many files; they are those of whoever wrote it, and no rule of the tokenizer."""
+    """Truncation and padding stand in many files; they are those of whoever wrote it, and no rule
+    of the tokenizer.
+    """
     file = _classed(tmp_path, "GemmaTokenizer", trained)
-    file.post_processor = processors.TemplateProcessing("<|cls|> $A", special_tokens=[("<|cls|>", 5)])
+    file.post_processor = processors.TemplateProcessing(
+        "<|cls|> $A", special_tokens=[("<|cls|>", 5)]
+    )
     file.enable_truncation(4)
     file.enable_padding(length=9, pad_id=2, pad_token="<|pad|>")
     file.save(str(tmp_path / "tokenizer.json"))
     text = "Section 12. The holder shall pay the fee"
     read = tokenizer.read_tokenizer(str(tmp_path))
-    assert read.encode(text) == [5, *trained.encode(text)] and read.encode(text, add_special_tokens=False) == trained.encode(text)
+    assert read.encode(text) == [5, *trained.encode(text)] and read.encode(
+        text, add_special_tokens=False
+    ) == trained.encode(text)
 
 
 def test_a_run_saves_the_tokenizer_that_it_was_trained_with(trained, tmp_path):
     file = _classed(tmp_path / "given", "GemmaTokenizer", trained)
     rows = [{"identifier": f"d{number}", "text": text[:500]} for number, text in enumerate(TEXTS)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"tokenizer": str(tmp_path / "given"), "source": f"files:{tmp_path}/a.jsonl", "vocabulary": 1024, "max_steps": 1}
+    given = {
+        "tokenizer": str(tmp_path / "given"),
+        "source": f"files:{tmp_path}/a.jsonl",
+        "vocabulary": 1024,
+        "max_steps": 1,
+    }
     checkpoint = loop.train(small_profile(**given), tmp_path / "run").checkpoint
     saved = AutoTokenizer.from_pretrained(checkpoint)
     assert saved.encode(TEXTS[0]) == file.encode(TEXTS[0]).ids and saved.eos_token_id == 1
@@ -238,7 +296,12 @@ _CACHE, _LARGE = [], []
 def _large_tokenizers():
     """One of each whitespace manner, with room for custom tokens."""
     if not _LARGE:
-        _LARGE.extend([tokenizer.train_tokenizer(TEXTS, 8192), tokenizer.train_tokenizer(TEXTS, 6000, "unorthodox")])
+        _LARGE.extend(
+            [
+                tokenizer.train_tokenizer(TEXTS, 8192),
+                tokenizer.train_tokenizer(TEXTS, 6000, "unorthodox"),
+            ]
+        )
     return _LARGE
 
 
@@ -250,7 +313,10 @@ def _module_tokenizer():
 
 def test_a_checkpoint_with_other_entries_is_refused(tmp_path):
     texts = ["Permission is hereby granted to copy this text."] * 20
-    mine, other = (tokenizer.train_tokenizer(texts + more, 300) for more in ([], ["whereas the licensee shall indemnify"] * 30))
+    mine, other = (
+        tokenizer.train_tokenizer(texts + more, 300)
+        for more in ([], ["whereas the licensee shall indemnify"] * 30)
+    )
     other.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="another tokenizer"):
         tokenizer.check_same_entries(mine, tmp_path)

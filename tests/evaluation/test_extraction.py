@@ -8,7 +8,13 @@ import pytest
 
 from kl3m_nb.data.instructions import InstructionPair, pair_sample
 from kl3m_nb.data.tokenizer import CORPUS_NAMES, load_tokenizer
-from kl3m_nb.evaluation.extraction import ExtractionScore, as_instruction, extraction_rates, is_decided, score_extraction
+from kl3m_nb.evaluation.extraction import (
+    ExtractionScore,
+    as_instruction,
+    extraction_rates,
+    is_decided,
+    score_extraction,
+)
 from kl3m_nb.evaluation.generation import ANSWER_TOKENS, load_prompts
 
 PROMPT = 'Text: The fee is $40 for three months.\nFields: fee, months, late\nJSON: {"fee":'
@@ -19,7 +25,12 @@ EXPECTED = {"fee": 40, "months": 3, "late": False}
     ("continuation", "parses", "matches", "right"),
     [
         (' 40, "months": 3, "late": false}', True, True, 1),
-        (' 40.0, "late": false, "months": 3}\n\nText: next', True, True, 1),  # order and what follows do not matter
+        (
+            ' 40.0, "late": false, "months": 3}\n\nText: next',
+            True,
+            True,
+            1,
+        ),  # order and what follows do not matter
         (' 40, "months": 4, "late": false}', True, True, 2 / 3),
         (' "40", "months": 3, "late": false}', True, False, 2 / 3),  # a string is no number
         (' 40, "months": 3, "late": 0}', True, False, 2 / 3),  # nor is zero false
@@ -41,13 +52,21 @@ def test_an_answer_that_is_no_object_parses_and_has_no_fields():
 
 
 def test_only_the_last_mark_begins_the_answer():
-    assert score_extraction('Text: JSON: is a format.\nJSON: {"a":', " 1}", {"a": 1}).right_values == 1
+    assert (
+        score_extraction('Text: JSON: is a format.\nJSON: {"a":', " 1}", {"a": 1}).right_values == 1
+    )
 
 
 def test_rates_are_means():
-    scores = [ExtractionScore(True, True, 1.0), ExtractionScore(True, False, 0.5), ExtractionScore(False, False, 0.0)]
+    scores = [
+        ExtractionScore(True, True, 1.0),
+        ExtractionScore(True, False, 0.5),
+        ExtractionScore(False, False, 0.0),
+    ]
     rates = extraction_rates(scores)
-    assert rates == pytest.approx({"json_parse_rate": 2 / 3, "json_schema_rate": 1 / 3, "json_value_rate": 0.5})
+    assert rates == pytest.approx(
+        {"json_parse_rate": 2 / 3, "json_schema_rate": 1 / 3, "json_value_rate": 0.5}
+    )
     with pytest.raises(ValueError, match="no scores"):
         extraction_rates([])
 
@@ -67,7 +86,13 @@ def test_an_answer_is_whole_when_its_value_is_closed_and_not_before():
 
 
 @pytest.mark.parametrize(
-    "broken", [" forty, or what", ' 40, "months" 3, "late": false', " 40\n\nText: The next", ' "4\n0", "months": 3']
+    "broken",
+    [
+        " forty, or what",
+        ' 40, "months" 3, "late": false',
+        " 40\n\nText: The next",
+        ' "4\n0", "months": 3',
+    ],
 )
 def test_an_answer_that_can_no_longer_become_json_is_decided(broken):
     decided = [is_decided(PROMPT, broken[:length]) for length in range(len(broken) + 1)]
@@ -75,7 +100,14 @@ def test_an_answer_that_can_no_longer_become_json_is_decided(broken):
 
 
 @pytest.mark.parametrize(
-    "piece", ["-1.5e+10", "true", "null", '"a \\u00e4 \\n and a long string, {not [closed"', "[1, [2, 3], {}]"]
+    "piece",
+    [
+        "-1.5e+10",
+        "true",
+        "null",
+        '"a \\u00e4 \\n and a long string, {not [closed"',
+        "[1, [2, 3], {}]",
+    ],
 )
 def test_no_cut_of_a_sound_answer_is_taken_for_broken(piece):
     answer = f' {piece}, "months" : {piece}   ,   "late":   false'
@@ -95,7 +127,9 @@ def test_every_right_answer_has_room_and_full_marks(tokenizer):
         rest = answer.removeprefix(beginning)
         assert len(tokenizer.encode(rest)) <= ANSWER_TOKENS
         assert is_decided(prompt.text, rest)
-        assert score_extraction(prompt.text, rest, prompt.expected) == ExtractionScore(True, True, 1.0)
+        assert score_extraction(prompt.text, rest, prompt.expected) == ExtractionScore(
+            True, True, 1.0
+        )
 
 
 def test_the_form_of_dates_and_of_numbers_as_text_is_asked_for():

@@ -1,4 +1,6 @@
-"""Sampling on a tiny random model, against an argmax loop, the exact distribution, and the cards' own calls."""
+"""Sampling on a tiny random model, against an argmax loop, the exact distribution, and the cards'
+own calls.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,13 @@ CONTEXT = 48
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges, a token a byte; it pads on the right, which `generate` must not follow."""
+    """Byte-level BPE without merges, a token a byte; it pads on the right, which `generate` must
+    not follow.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE({token: index for index, token in enumerate([*SPECIAL, *alphabet])}, []))
+    bpe = Tokenizer(
+        models.BPE({token: index for index, token in enumerate([*SPECIAL, *alphabet])}, [])
+    )
     bpe.add_special_tokens(list(SPECIAL))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -51,9 +57,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model() -> LlamaForCausalLM:
     torch.manual_seed(2)
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + 256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.4,
-    )  # fmt: skip
+        vocab_size=len(SPECIAL) + 256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.4,
+    )
     return LlamaForCausalLM(config)
 
 
@@ -62,7 +74,9 @@ def always_ending(model):
     """The same model, which ends the text whatever stands before."""
     weight = model.lm_head.weight
     before = weight.detach().clone()
-    hook = model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, torch.tensor([1]), 1e4))
+    hook = model.lm_head.register_forward_hook(
+        lambda _, __, logits: logits.index_fill(-1, torch.tensor([1]), 1e4)
+    )
     yield model
     hook.remove()
     assert torch.equal(weight, before)
@@ -80,9 +94,20 @@ def texts(samples) -> list[str]:
 def test_each_row_ends_where_its_own_text_is_whole(model, tokenizer):
     wanted = dict(zip(PROMPTS, (3, 1, 99), strict=True))
     free = generate(model, tokenizer, PROMPTS, GREEDY, seed=1)
-    cut = generate(model, tokenizer, PROMPTS, GREEDY, 1, is_whole=lambda prompt, text: len(text.encode()) >= wanted[prompt])
+    cut = generate(
+        model,
+        tokenizer,
+        PROMPTS,
+        GREEDY,
+        1,
+        is_whole=lambda prompt, text: len(text.encode()) >= wanted[prompt],
+    )
     for sample, whole in zip(cut, free, strict=True):
-        lengths = (n for n in range(1, 13) if len(tokenizer.decode(whole.tokens[:n]).encode()) >= wanted[sample.prompt])
+        lengths = (
+            n
+            for n in range(1, 13)
+            if len(tokenizer.decode(whole.tokens[:n]).encode()) >= wanted[sample.prompt]
+        )
         assert sample.tokens == whole.tokens[: next(lengths, 12)]
         assert not sample.ended
     assert len(cut[1].tokens) < len(cut[0].tokens) < len(cut[2].tokens) == 12
@@ -92,7 +117,9 @@ def test_extractions_are_answered_in_order_up_to_the_closed_value(monkeypatch, t
     answers = {"first": " 1} and more", "second": ' "x", '}
 
     def written(model, tokenizer, prompts, sampling, seed, batch_size, is_whole):
-        texts = [next(text for name, text in answers.items() if name in prompt) for prompt in prompts]
+        texts = [
+            next(text for name, text in answers.items() if name in prompt) for prompt in prompts
+        ]
         assert sampling.temperature == 0 and sampling.max_new_tokens == 64
         cut = []
         for prompt, text in zip(prompts, texts, strict=True):
@@ -101,11 +128,20 @@ def test_extractions_are_answered_in_order_up_to_the_closed_value(monkeypatch, t
         return cut
 
     monkeypatch.setattr("kl3m_nb.evaluation.generation.generate", written)
-    prompts = [Prompt(name, "extraction", f'Fields: {name}\nJSON: {{"{name}":', {name: 1}) for name in answers]
+    prompts = [
+        Prompt(name, "extraction", f'Fields: {name}\nJSON: {{"{name}":', {name: 1})
+        for name in answers
+    ]
     plain = answer_extractions(None, tokenizer, prompts, cotrained=False)
     assert plain == ['Fields: first\nJSON: {"first": 1}', 'Fields: second\nJSON: {"second": "x", ']
-    monkeypatch.setattr("kl3m_nb.evaluation.generation.as_instruction", lambda prompt, _: f"<{prompt.replace(' {', '>{')}")
-    assert answer_extractions(None, tokenizer, prompts, cotrained=True)[0] == '<Fields: first\nJSON:>{"first": 1}'
+    monkeypatch.setattr(
+        "kl3m_nb.evaluation.generation.as_instruction",
+        lambda prompt, _: f"<{prompt.replace(' {', '>{')}",
+    )
+    assert (
+        answer_extractions(None, tokenizer, prompts, cotrained=True)[0]
+        == '<Fields: first\nJSON:>{"first": 1}'
+    )
 
 
 def test_greedy_batch_equals_an_argmax_loop_without_padding_or_cache(model, tokenizer):
@@ -148,10 +184,15 @@ def test_a_prompt_given_twice_is_sampled_twice(model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("sampling", "temperature", "top_p"), [(Sampling(2.0, 1.0, 1.0, 1), 2.0, 1.0), (Sampling(0.7, 0.8, 1.0, 1), 0.7, 0.8)]
+    ("sampling", "temperature", "top_p"),
+    [(Sampling(2.0, 1.0, 1.0, 1), 2.0, 1.0), (Sampling(0.7, 0.8, 1.0, 1), 0.7, 0.8)],
 )
-def test_samples_follow_the_distribution_that_sampling_describes(model, tokenizer, sampling, temperature, top_p):
-    """4,000 first tokens against softmax(z / temperature) cut to the nucleus; a hidden top-k of 50 would show at 2.0."""
+def test_samples_follow_the_distribution_that_sampling_describes(
+    model, tokenizer, sampling, temperature, top_p
+):
+    """4,000 first tokens against softmax(z / temperature) cut to the nucleus; a hidden top-k of 50
+    would show at 2.0.
+    """
     with torch.no_grad():
         logits = model(tokenizer("A", return_tensors="pt")["input_ids"]).logits[0, -1].double()
     expected = torch.softmax(logits / temperature, dim=-1)
@@ -159,19 +200,26 @@ def test_samples_follow_the_distribution_that_sampling_describes(model, tokenize
     expected[order[ordered.cumsum(0) - ordered >= top_p]] = 0
     expected /= expected.sum()
     samples = generate(model, tokenizer, ["A"] * 4000, sampling, seed=3, batch_size=4000)
-    counts = collections.Counter(sample.tokens[0] if sample.tokens else tokenizer.eos_token_id for sample in samples)
+    counts = collections.Counter(
+        sample.tokens[0] if sample.tokens else tokenizer.eos_token_id for sample in samples
+    )
     drawn = torch.zeros(len(expected), dtype=torch.float64)
     for token, count in counts.items():
         drawn[token] = count / 4000
     assert (drawn[expected == 0] == 0).all()
-    assert 0.5 * (drawn - expected).abs().sum() < 1.5 * (expected * (1 - expected) / 4000).sqrt().sum() * 0.5  # total variation
+    assert (
+        0.5 * (drawn - expected).abs().sum()
+        < 1.5 * (expected * (1 - expected) / 4000).sqrt().sum() * 0.5
+    )  # total variation
 
 
 def test_ending_and_training_mode(always_ending, tokenizer):
     always_ending.train()
     samples = generate(always_ending, tokenizer, PROMPTS, SHORT, seed=0)
     assert always_ending.training
-    assert [(sample.text, sample.tokens, sample.ended) for sample in samples] == [("", (), True)] * 3
+    assert [(sample.text, sample.tokens, sample.ended) for sample in samples] == [
+        ("", (), True)
+    ] * 3
 
 
 def test_seconds_of_the_samples_add_up_to_the_call(model, tokenizer):
@@ -183,17 +231,31 @@ def test_seconds_of_the_samples_add_up_to_the_call(model, tokenizer):
 def test_what_cannot_be_continued_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="'' has no tokens"):
         generate(model, tokenizer, ["Under this", ""], SHORT, seed=0)
-    with pytest.raises(ValueError, match=f"has 10 tokens.*max_new_tokens {CONTEXT}.*context of {CONTEXT}"):
+    with pytest.raises(
+        ValueError, match=f"has 10 tokens.*max_new_tokens {CONTEXT}.*context of {CONTEXT}"
+    ):
         generate(model, tokenizer, ["Under this"], Sampling(max_new_tokens=CONTEXT), seed=0)
 
 
 def test_the_context_can_be_filled_to_its_end(model, tokenizer):
-    (sample,) = generate(model, tokenizer, ["Under this"], Sampling(temperature=0, max_new_tokens=CONTEXT - 10), seed=0)
+    (sample,) = generate(
+        model,
+        tokenizer,
+        ["Under this"],
+        Sampling(temperature=0, max_new_tokens=CONTEXT - 10),
+        seed=0,
+    )
     assert sample.ended or len(sample.tokens) == CONTEXT - 10
 
 
 def test_a_strong_repetition_penalty_leaves_no_token_twice(model, tokenizer):
-    (sample,) = generate(model, tokenizer, ["A"], Sampling(temperature=0, repetition_penalty=1e6, max_new_tokens=40), seed=0)
+    (sample,) = generate(
+        model,
+        tokenizer,
+        ["A"],
+        Sampling(temperature=0, repetition_penalty=1e6, max_new_tokens=40),
+        seed=0,
+    )
     assert len({*tokenizer("A")["input_ids"], *sample.tokens}) == 1 + len(sample.tokens)
 
 
@@ -224,15 +286,24 @@ def test_prompts_are_sound_and_the_cards_come_first():
         "Under this",
         "Governing Law.\n",
     ]
-    assert len({prompt.id for prompt in prompts}) == len({prompt.text for prompt in prompts}) == len(prompts) >= 123
+    assert (
+        len({prompt.id for prompt in prompts})
+        == len({prompt.text for prompt in prompts})
+        == len(prompts)
+        >= 123
+    )
     assert {prompt.kind for prompt in prompts} == set(PROMPT_KINDS)
-    assert not [prompt.id for prompt in prompts if prompt.text.endswith(" ")], "a trailing space splits the next word's token"
+    assert not [prompt.id for prompt in prompts if prompt.text.endswith(" ")], (
+        "a trailing space splits the next word's token"
+    )
     assert max(len(prompt.text.encode()) for prompt in prompts) <= 166, "a prompt, not a document"
 
 
 def test_prompts_of_one_kind():
     assert {prompt.kind for prompt in load_prompts("citation")} == {"citation"}
-    with pytest.raises(ValueError, match="no prompts of the kind 'poem'; choose one of card, clause"):
+    with pytest.raises(
+        ValueError, match="no prompts of the kind 'poem'; choose one of card, clause"
+    ):
         load_prompts("poem")
 
 
@@ -243,10 +314,20 @@ def test_an_extraction_prompt_asks_for_the_fields_of_its_answer_and_begins_it():
         fields, _, beginning = question.partition("\nJSON: ")
         assert [field.partition(" (")[0] for field in fields.split(", ")] == list(prompt.expected)
         assert beginning == f'{{"{next(iter(prompt.expected))}":'
-        answer = [str(value) for value in prompt.expected.values() if isinstance(value, str) and not value[:4].isdigit()]
-        assert all(value in source for value in answer), f"{prompt.id}: a text of the answer does not stand in the source"
+        answer = [
+            str(value)
+            for value in prompt.expected.values()
+            if isinstance(value, str) and not value[:4].isdigit()
+        ]
+        assert all(value in source for value in answer), (
+            f"{prompt.id}: a text of the answer does not stand in the source"
+        )
     assert len(prompts) >= 20
-    assert not [prompt.id for prompt in load_prompts() if bool(prompt.expected) != (prompt.kind == "extraction")]
+    assert not [
+        prompt.id
+        for prompt in load_prompts()
+        if bool(prompt.expected) != (prompt.kind == "extraction")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +339,9 @@ def checkpoint(model, tokenizer, tmp_path_factory):
 
 
 def test_the_cards_prompts_run_as_the_card_runs_them(checkpoint):
-    """kl3m-002: temperature 0.5, three texts of up to 32 tokens a prompt; the same call by hand gives the same texts."""
+    """kl3m-002: temperature 0.5, three texts of up to 32 tokens a prompt; the same call by hand
+    gives the same texts.
+    """
     torch.manual_seed(50)
     before = torch.get_rng_state()
     written = run_card(checkpoint, "kl3m-002-520m", seed=5)
@@ -266,16 +349,22 @@ def test_the_cards_prompts_run_as_the_card_runs_them(checkpoint):
     writer = pipeline("text-generation", model=str(checkpoint))
     torch.manual_seed(5)
     for prompt, texts_of_prompt in zip(["Under this", "Governing Law.\n"], written, strict=True):
-        by_hand = writer(prompt, do_sample=True, temperature=0.5, num_return_sequences=3, max_new_tokens=32)
+        by_hand = writer(
+            prompt, do_sample=True, temperature=0.5, num_return_sequences=3, max_new_tokens=32
+        )
         assert texts_of_prompt == [text["generated_text"] for text in by_hand]
-        assert len(set(texts_of_prompt)) == 3 and all(text.startswith(prompt) for text in texts_of_prompt)
+        assert len(set(texts_of_prompt)) == 3 and all(
+            text.startswith(prompt) for text in texts_of_prompt
+        )
 
 
 def test_advice_is_the_cards():
     assert advised_sampling("kl3m-007-500m") == Sampling(0.8, 0.95, 1.0, 100)
     assert advised_sampling("kl3m-002-520m") == Sampling(0.5, 1.0, 1.0, 32)
     assert {card_of(mixture=False), card_of(mixture=True)} == CARD_USAGE.keys()
-    with pytest.raises(ValueError, match="no usage of the card 'gpt'; choose one of kl3m-002-520m, kl3m-007-500m"):
+    with pytest.raises(
+        ValueError, match="no usage of the card 'gpt'; choose one of kl3m-002-520m, kl3m-007-500m"
+    ):
         advised_sampling("gpt")
 
 
@@ -286,14 +375,25 @@ SAMPLES = [
 
 
 def test_gallery_escapes_what_the_model_wrote():
-    page = Gallery([Sample("<b>Under</b> & this", "<script>alert(1)</script>\nnext line", (3,), (4, 5), (), 0.1)])._repr_html_()
+    page = Gallery(
+        [
+            Sample(
+                "<b>Under</b> & this", "<script>alert(1)</script>\nnext line", (3,), (4, 5), (), 0.1
+            )
+        ]
+    )._repr_html_()
     assert "<script>" not in page
-    assert "<b>&lt;b&gt;Under&lt;/b&gt; &amp; this</b>&lt;script&gt;alert(1)&lt;/script&gt;\nnext line" in page
+    assert (
+        "<b>&lt;b&gt;Under&lt;/b&gt; &amp; this</b>&lt;script&gt;alert(1)&lt;/script&gt;\nnext line"
+        in page
+    )
     assert "pre-wrap" in page, "line breaks of the text must show"
     assert "color" not in page, "colours of our own fail in one of the two themes"
 
 
 def test_gallery_in_a_terminal():
-    assert repr(Gallery(SAMPLES)) == (
-        "> The (first| party) shall pay & deliver. [end]\n\n> Loop:| of the of the of the of the [cut at 8 tokens]"
+    assert (
+        repr(Gallery(SAMPLES))
+        == "> The (first| party) shall pay & deliver. [end]\n\n> Loop:| of the of the of the of the"
+        " [cut at 8 tokens]"
     )

@@ -1,4 +1,6 @@
-"""Memorisation of models whose memory is planted: of what a stream gave, of a phrase that all documents have, of nothing."""
+"""Memorisation of models whose memory is planted: of what a stream gave, of a phrase that all
+documents have, of nothing.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,14 @@ def texts(count, seed=0, length=40) -> list[list[int]]:
 
 
 def data_of(folder, documents, **changes) -> DataSpec:
-    write_rows(folder / "a.jsonl", [{"identifier": f"d{i}", "tokens": tokens} for i, tokens in enumerate(documents)])
-    return DataSpec(source=f"files:{folder}/a.jsonl", **{"seq_len": 40, "shuffle_buffer": 4, "held_out_windows": 1, **changes})
+    write_rows(
+        folder / "a.jsonl",
+        [{"identifier": f"d{i}", "tokens": tokens} for i, tokens in enumerate(documents)],
+    )
+    return DataSpec(
+        source=f"files:{folder}/a.jsonl",
+        **{"seq_len": 40, "shuffle_buffer": 4, "held_out_windows": 1, **changes},
+    )
 
 
 def read(data, windows):
@@ -76,7 +84,13 @@ def first_pass(data) -> list[tuple[int, ...]]:
 def model_of(windows=None, steps=120) -> LlamaForCausalLM:
     """A small model, overfitted on windows where there are some."""
     torch.manual_seed(1)
-    shape = dict(vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    shape = dict(
+        vocab_size=64,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     no_end = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     model = LlamaForCausalLM(LlamaConfig(**shape, **no_end, max_position_embeddings=64))
     if windows is not None:
@@ -93,11 +107,16 @@ def test_what_the_stream_gave_and_what_it_gives_next_are_told_apart(tmp_path, pa
     data = data_of(tmp_path, texts(200, length=38), packing=packing)
     order = first_pass(data)
     reading, _ = read(data, 60)
-    given, not_given = ({tuple(document.tolist()) for document in documents} for documents in given_and_not([reading], Numbers()))
+    given, not_given = (
+        {tuple(document.tolist()) for document in documents}
+        for documents in given_and_not([reading], Numbers())
+    )
     whole = [document for document in order if document in given]
     assert 55 <= len(whole) <= 64 and whole == order[: len(whole)]
     assert len(not_given) > 50 and not given & not_given
-    assert not any(document[:20] == other[:20] for document in given for other in not_given), "a part of a document is given"
+    assert not any(document[:20] == other[:20] for document in given for other in not_given), (
+        "a part of a document is given"
+    )
     assert len(not_given & {*order}) >= len(not_given) - 1  # the last one may be cut off
 
 
@@ -108,7 +127,9 @@ def test_what_an_earlier_run_was_given_is_not_text_that_was_not_given(tmp_path):
     alone = given_and_not([newest], Numbers())
     both = given_and_not([newest, earlier], Numbers())
     by_earlier = {document.tobytes() for document in given_and_not([earlier], Numbers())[0]}
-    assert {document.tobytes() for document in both[1]} == {document.tobytes() for document in alone[1]} - by_earlier
+    assert {document.tobytes() for document in both[1]} == {
+        document.tobytes() for document in alone[1]
+    } - by_earlier
     assert len(both[1]) < len(alone[1]) and len(both[0]) > len(alone[0])
 
 
@@ -132,16 +153,26 @@ def test_too_few_documents_are_said(tmp_path):
 
 def test_shared_runs_of_twelve_tokens_are_found_by_a_plain_search():
     documents = [
-        np.array(tokens, dtype=np.int32) for tokens in ([*texts(3), PHRASE[:20] + texts(1, 5)[0], [*range(40, 60), *PHRASE]])
+        np.array(tokens, dtype=np.int32)
+        for tokens in [*texts(3), PHRASE[:20] + texts(1, 5)[0], [*range(40, 60), *PHRASE]]
     ]
-    runs = [[tuple(document[start : start + 12]) for start in range(len(document) - 11)] for document in documents]
-    expected = [[any(run in other for other in runs if other is not own) for run in own] for own in runs]
-    assert [shared.tolist() for shared in shared_shingles(documents)] == expected and sum(map(sum, expected)) == 18
+    runs = [
+        [tuple(document[start : start + 12]) for start in range(len(document) - 11)]
+        for document in documents
+    ]
+    expected = [
+        [any(run in other for other in runs if other is not own) for run in own] for own in runs
+    ]
+    assert [shared.tolist() for shared in shared_shingles(documents)] == expected and sum(
+        map(sum, expected)
+    ) == 18
 
 
 def test_no_passage_has_a_run_that_stands_in_another_document():
     """Each document is a phrase that all have between two parts of its own."""
-    documents = [np.array([*own[:30], *PHRASE, *own[30:]], dtype=np.int32) for own in texts(50, length=60)]
+    documents = [
+        np.array([*own[:30], *PHRASE, *own[30:]], dtype=np.int32) for own in texts(50, length=60)
+    ]
     passages = cut_passages(documents, shared_shingles(documents), 20, 40, random.Random(0))
     assert len(passages) == 40
     phrase = "".join(map(chr, PHRASE))
@@ -155,13 +186,18 @@ def test_no_passage_has_a_run_that_stands_in_another_document():
 
 def test_passages_are_drawn_by_the_seed():
     documents = [np.array(tokens, dtype=np.int32) for tokens in texts(30)]
-    drawn = [cut_passages(documents, shared_shingles(documents), 20, 9, random.Random(seed)) for seed in (1, 1, 2)]
+    drawn = [
+        cut_passages(documents, shared_shingles(documents), 20, 9, random.Random(seed))
+        for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 9
 
 
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory):
-    """(what a run had read, the windows that it had been given): documents with a phrase that all have."""
+    """(what a run had read, the windows that it had been given): documents with a phrase that all
+    have.
+    """
     folder = tmp_path_factory.mktemp("texts")
     documents = [[*own[:30], *PHRASE, *own[30:]] for own in texts(120, length=60)]
     reading, batch = read(data_of(folder, documents, seq_len=50), 24)
@@ -170,16 +206,22 @@ def streamed(tmp_path_factory):
 
 def test_a_model_overfitted_on_what_the_stream_gave_shows_the_gap(streamed):
     reading, windows = streamed
-    model = model_of(windows.unfold(1, 20, 10).flatten(0, 1))  # from many places, as passages begin anywhere
+    model = model_of(
+        windows.unfold(1, 20, 10).flatten(0, 1)
+    )  # from many places, as passages begin anywhere
     gap = copying(model, Numbers(), [reading], **ASKED)
     assert list(gap.prefix) == [4, 8]
     assert gap.gap_low.iloc[1] > 0.1 and (gap.not_given_high < 0.2).all()
-    assert gap.longest_given.iloc[1] == 12 and (gap[["given_documents", "not_given_documents"]] >= 10).all(axis=None)
+    assert gap.longest_given.iloc[1] == 12 and (
+        gap[["given_documents", "not_given_documents"]] >= 10
+    ).all(axis=None)
     assert copying(model, Numbers(), [reading], **ASKED).equals(gap)
 
 
 def test_a_model_that_was_given_none_of_the_text_shows_no_gap(streamed):
-    """One is untrained, the other knows by heart the phrase that all documents have, and other text."""
+    """One is untrained, the other knows by heart the phrase that all documents have, and other
+    text.
+    """
     reading, _ = streamed
     others = torch.tensor([[*own[:5], *PHRASE, *own[5:]] for own in texts(24, seed=9, length=11)])
     for model in (model_of(), model_of(others)):
@@ -199,7 +241,8 @@ def test_what_was_learned_by_heart_is_continued_and_what_was_not_is_not(overfitt
     model, seen = overfitted
     unseen = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(7)).tolist()
     of_seen, of_unseen = (
-        verbatim_continuation(model, Endless(), passages, [4, 8], continuation=16) for passages in (seen, unseen)
+        verbatim_continuation(model, Endless(), passages, [4, 8], continuation=16)
+        for passages in (seen, unseen)
     )
     assert of_seen[of_seen.prefix == 8].identical.mean() > 0.9 > 0.2 > of_unseen.identical.mean()
     gap = memorisation_gap(of_seen, of_unseen).set_index("prefix").loc[8]
@@ -216,7 +259,9 @@ def test_every_prefix_is_judged_on_the_same_tokens_against_a_greedy_loop(overfit
         for _ in range(16):
             with torch.no_grad():
                 ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        same = [written == true for written, true in zip(ids[row.prefix :], passage[8:], strict=True)]
+        same = [
+            written == true for written, true in zip(ids[row.prefix :], passage[8:], strict=True)
+        ]
         assert row.identical == sum(same) / 16
         assert row.verbatim == (same.index(False) if False in same else 16)
 
@@ -236,7 +281,9 @@ def test_gap_by_hand():
     not_given = pd.DataFrame({"prefix": 5, "identical": [0.1, 0.1, 0.1], "verbatim": [0, 1, 0]})
     row = memorisation_gap(given, not_given).iloc[0]
     assert (row.given, row.not_given, row.gap) == pytest.approx((0.6, 0.1, 0.5))
-    assert (row.gap_low, row.gap_high) == pytest.approx(difference_interval([0.5, 0.7], [0.1] * 3)[1:3])
+    assert (row.gap_low, row.gap_high) == pytest.approx(
+        difference_interval([0.5, 0.7], [0.1] * 3)[1:3]
+    )
     assert (row.longest_given, row.longest_not_given) == (9, 1)
     assert (row.given_documents, row.not_given_documents) == (2, 3)
 

@@ -1,4 +1,6 @@
-"""The tasks are sound; our answers equal explicit log-likelihoods, and lm-eval's own figures where it is installed."""
+"""The tasks are sound; our answers equal explicit log-likelihoods, and lm-eval's own figures where
+it is installed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from kl3m_nb.common import paths
 from kl3m_nb.data.sources import Document
 from kl3m_nb.data.tokenizer import read_tokenizer
 from kl3m_nb.evaluation import documents, tasks
-from kl3m_nb.evaluation.tasks import ChoiceItem, accuracy, answer_bits, answer_items, load_items, task_summary
+from kl3m_nb.evaluation.tasks import (
+    ChoiceItem,
+    accuracy,
+    answer_bits,
+    answer_items,
+    load_items,
+    task_summary,
+)
 from kl3m_nb.model import decoder
 
 
@@ -28,21 +37,35 @@ def test_items_are_sound(task):
     assert len({item.id for item in items}) == len({item.context for item in items}) == len(items)
     for item in items:
         assert len(item.choices) == len(set(item.choices)) == 4 and 0 <= item.answer < 4
-        assert item.context == item.context.strip() and all(choice == choice.strip() for choice in item.choices)
+        assert item.context == item.context.strip() and all(
+            choice == choice.strip() for choice in item.choices
+        )
     places = collections.Counter(item.answer for item in items)
-    assert max(places.values()) < len(items) / 2, "a model that always names one place would score high"
+    assert max(places.values()) < len(items) / 2, (
+        "a model that always names one place would score high"
+    )
 
 
 def test_wrong_words_are_of_many_kinds():
     """A model must not do well by disliking one word."""
     items = load_items("clause_cloze")
-    wrong = [choice for item in items for place, choice in enumerate(item.choices) if place != item.answer]
-    (_, most), *_ = collections.Counter(choice.lower().removesuffix("s") for choice in wrong).most_common()
+    wrong = [
+        choice
+        for item in items
+        for place, choice in enumerate(item.choices)
+        if place != item.answer
+    ]
+    (_, most), *_ = collections.Counter(
+        choice.lower().removesuffix("s") for choice in wrong
+    ).most_common()
     assert most <= len(wrong) / 12
 
 
 def test_the_right_section_is_not_given_away_by_its_length():
-    longest = [max(item.choices, key=len) == item.choices[item.answer] for item in load_items("next_section")]
+    longest = [
+        max(item.choices, key=len) == item.choices[item.answer]
+        for item in load_items("next_section")
+    ]
     assert sum(longest) / len(longest) < 0.5
 
 
@@ -57,7 +80,9 @@ def test_lm_evals_file_and_ours_name_the_same_items(task):
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match="no task 'poems'; choose one of clause_cloze, next_section"):
+    with pytest.raises(
+        ValueError, match="no task 'poems'; choose one of clause_cloze, next_section"
+    ):
         load_items("poems")
 
 
@@ -70,7 +95,9 @@ def checkpoint(trained_run):
 def loaded(checkpoint):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(
+        checkpoint
+    )
 
 
 ITEMS = [
@@ -89,9 +116,13 @@ def test_answers_equal_explicit_log_likelihoods(loaded):
             ids = torch.tensor([tokenizer(item.context + item.delimiter + choice)["input_ids"]])
             with torch.no_grad():
                 logs = model(ids).logits[0].log_softmax(dim=-1)
-            sums.append(sum(logs[place - 1, ids[0, place]].item() for place in range(start, ids.shape[1])))
+            sums.append(
+                sum(logs[place - 1, ids[0, place]].item() for place in range(start, ids.shape[1]))
+            )
         assert row.right_log_likelihood == pytest.approx(sums[item.answer], abs=1e-4)
-        assert row.best_wrong_log_likelihood == pytest.approx(max(sums[: item.answer] + sums[item.answer + 1 :]), abs=1e-4)
+        assert row.best_wrong_log_likelihood == pytest.approx(
+            max(sums[: item.answer] + sums[item.answer + 1 :]), abs=1e-4
+        )
         assert row.correct == (sums[item.answer] == max(sums))
         by_length = [value / len(choice) for value, choice in zip(sums, item.choices, strict=True)]
         assert row.correct_per_character == (by_length[item.answer] == max(by_length))
@@ -117,16 +148,32 @@ def test_the_summary_of_a_task_by_hand():
 
 
 def spanning(folder, items, **kinds):
-    """A tokenizer whose tokens go over blanks, so that the last words of a context and a choice are one token."""
+    """A tokenizer whose tokens go over blanks, so that the last words of a context and a choice are
+    one token.
+    """
     made = Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
-    phrases = [" ".join(item.context.split()[-2:]) + item.delimiter + choice for item in items for choice in item.choices]
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
+    phrases = [
+        " ".join(item.context.split()[-2:]) + item.delimiter + choice
+        for item in items
+        for choice in item.choices
+    ]
     special = ["<|start|>", "<|end|>", "<|pad|>"]
     settings = dict(vocab_size=600, show_progress=False, special_tokens=special)
-    made.train_from_iterator(phrases * 3, trainers.BpeTrainer(**settings, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    made.train_from_iterator(
+        phrases * 3,
+        trainers.BpeTrainer(**settings, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+    )
     made.save(str(folder / "tokenizer.json"))
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token=special[0], eos_token=special[1], pad_token=special[2], **kinds
+        tokenizer_object=made,
+        bos_token=special[0],
+        eos_token=special[1],
+        pad_token=special[2],
+        **kinds,
     )
 
 
@@ -138,7 +185,9 @@ SPANNING = [
 
 
 def test_an_answer_inside_a_token_is_scored_from_the_border_before_it(tmp_path):
-    """Against a plain loop: the longest row of whole tokens that lies within the context is read, all others are predicted."""
+    """Against a plain loop: the longest row of whole tokens that lies within the context is read,
+    all others are predicted.
+    """
     tokenizer, model = spanning(tmp_path, SPANNING), built(vocab_size=600)
     table = answer_items(model, tokenizer, SPANNING)
     inside = 0
@@ -155,7 +204,9 @@ def test_an_answer_inside_a_token_is_scored_from_the_border_before_it(tmp_path):
             with torch.no_grad():
                 logs = model(torch.tensor([[*before, *ids]])).logits[0].log_softmax(dim=-1)
             shift = len(before) - 1
-            sums.append(sum(logs[place + shift, ids[place]].item() for place in range(read, len(ids))))
+            sums.append(
+                sum(logs[place + shift, ids[place]].item() for place in range(read, len(ids)))
+            )
         assert row.right_log_likelihood == pytest.approx(sums[item.answer], abs=1e-4)
         assert row.correct == (sums[item.answer] == max(sums))
     assert inside >= 4, "choices that have no token of their own"
@@ -167,45 +218,79 @@ def test_texts_are_cut_as_lm_eval_documents_it_where_that_leaves_nothing_out(loa
     for item in [item for task in tasks.TASKS for item in load_items(task)[:10]]:
         for choice in item.choices:
             context, continuation = item.context + blanks, item.delimiter + choice
-            whole, alone = tokenizer.encode(context + continuation), tokenizer.encode(context.rstrip())
-            assert tasks.encode_pair(tokenizer, context, continuation) == (alone, whole[len(alone) :])
+            whole, alone = (
+                tokenizer.encode(context + continuation),
+                tokenizer.encode(context.rstrip()),
+            )
+            assert tasks.encode_pair(tokenizer, context, continuation) == (
+                alone,
+                whole[len(alone) :],
+            )
 
 
 def test_what_a_tokenizer_adds_to_every_text_is_read(tmp_path):
-    """Llama's and Gemma's put the beginning-of-text token before a text, and lm-eval leaves it there."""
+    """Llama's and Gemma's put the beginning-of-text token before a text, and lm-eval leaves it
+    there.
+    """
     tokenizer = spanning(tmp_path, SPANNING)
     made = tokenizer.backend_tokenizer
-    made.post_processor = processors.TemplateProcessing("<|start|> $A", special_tokens=[("<|start|>", 0)])
+    made.post_processor = processors.TemplateProcessing(
+        "<|start|> $A", special_tokens=[("<|start|>", 0)]
+    )
     for choice in ("rent", "zebra"):
         context, continuation = tasks.encode_pair(tokenizer, "pay", f" {choice}")
-        assert context[0] == 0 and 0 not in continuation and tokenizer.decode(context[1:] + continuation) == f"pay {choice}"
+        assert (
+            context[0] == 0
+            and 0 not in continuation
+            and tokenizer.decode(context[1:] + continuation) == f"pay {choice}"
+        )
 
 
 def built(**shape):
     torch.manual_seed(3)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    sizes = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
     return LlamaForCausalLM(LlamaConfig(**sizes | shape, initializer_range=0.3)).eval()
 
 
 DOCUMENTS = [
-    Document("a", "x", "Permission is hereby granted, free of charge, to any person obtaining a copy of this software. " * 9),
+    Document(
+        "a",
+        "x",
+        "Permission is hereby granted, free of charge, to any person obtaining a copy of this"
+        " software. " * 9,
+    ),
     Document("b", "x", "Governing law: Ohio – §3."),
 ]
 
 
 def test_a_context_that_is_too_long_loses_its_beginning(loaded):
     model, tokenizer = loaded
-    item = ChoiceItem("a", "The Tenant shall pay the rent to the Landlord." * 20, ("rent", "tax"), 0, " ")
-    context, whole = tokenizer(item.context)["input_ids"], tokenizer(f"{item.context} rent")["input_ids"]
+    item = ChoiceItem(
+        "a", "The Tenant shall pay the rent to the Landlord." * 20, ("rent", "tax"), 0, " "
+    )
+    context, whole = (
+        tokenizer(item.context)["input_ids"],
+        tokenizer(f"{item.context} rent")["input_ids"],
+    )
     assert len(whole) > 65 == model.config.max_position_embeddings + 1
     with torch.no_grad():
         logs = model(torch.tensor([whole[-65:-1]])).logits[0].log_softmax(dim=-1)
     new = len(whole) - len(context)
     expected = sum(logs[-place, whole[-place]].item() for place in range(1, new + 1))
-    assert answer_items(model, tokenizer, [item]).right_log_likelihood.item() == pytest.approx(expected, abs=1e-4)
+    assert answer_items(model, tokenizer, [item]).right_log_likelihood.item() == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: harness)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: harness)"
+)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("from_start", [False, True])
 def test_lm_eval_gives_the_same_figures(loaded, tmp_path, from_start):
@@ -219,8 +304,12 @@ def test_lm_eval_gives_the_same_figures(loaded, tmp_path, from_start):
         for task in tasks.TASKS:
             table = answer_items(model, tokenizer, load_items(task))
             assert theirs[task]["acc"] == pytest.approx(accuracy(table).mean, abs=1e-12)
-            assert theirs[task]["acc_norm"] == pytest.approx(accuracy(table, "correct_per_character").mean, abs=1e-12)
-        judged = documents.evaluate_documents(model, tokenizer, DOCUMENTS, window=128, stride=128, prefix=prefix)
+            assert theirs[task]["acc_norm"] == pytest.approx(
+                accuracy(table, "correct_per_character").mean, abs=1e-12
+            )
+        judged = documents.evaluate_documents(
+            model, tokenizer, DOCUMENTS, window=128, stride=128, prefix=prefix
+        )
     finally:
         model.config.max_position_embeddings = 64
     ours = judged.bits_per_byte.mean
@@ -228,7 +317,9 @@ def test_lm_eval_gives_the_same_figures(loaded, tmp_path, from_start):
     assert theirs["held_out_documents"]["byte_perplexity"] == pytest.approx(2**ours, abs=1e-4)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: harness)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed (extra: harness)"
+)
 @pytest.mark.filterwarnings("ignore")
 def test_lm_eval_gives_the_same_figures_for_answers_inside_a_token(tmp_path):
     items = load_items("clause_cloze")
@@ -237,7 +328,9 @@ def test_lm_eval_gives_the_same_figures_for_answers_inside_a_token(tmp_path):
     theirs = tasks.run_lm_eval(tmp_path, window=512, tasks=["clause_cloze"])["clause_cloze"]
     table = answer_items(decoder.load_model(tmp_path), read_tokenizer(str(tmp_path)), items)
     assert theirs["acc"] == pytest.approx(accuracy(table).mean, abs=1e-12)
-    assert theirs["acc_norm"] == pytest.approx(accuracy(table, "correct_per_character").mean, abs=1e-12)
+    assert theirs["acc_norm"] == pytest.approx(
+        accuracy(table, "correct_per_character").mean, abs=1e-12
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")

@@ -1,10 +1,17 @@
-"""Word lists on hand-made texts, among them words of the law that only look bad; judges that answer and judges that do not."""
+"""Word lists on hand-made texts, among them words of the law that only look bad; judges that answer
+and judges that do not.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from kl3m_nb.evaluation.toxicity import find_bad_words, find_groups, measure_toxicity, toxicity_table
+from kl3m_nb.evaluation.toxicity import (
+    find_bad_words,
+    find_groups,
+    measure_toxicity,
+    toxicity_table,
+)
 
 
 @pytest.mark.parametrize(
@@ -13,7 +20,10 @@ from kl3m_nb.evaluation.toxicity import find_bad_words, find_groups, measure_tox
         ("You IDIOT, this is bullshit.", ["idiot", "bullshit"]),
         ("Go to\nhell, damn it.", ["go to\nhell", "damn"]),
         ("idiots and idiotic rules", ["idiots", "idiotic"]),  # a stem takes the rest of the word
-        ("The classes assess assets; damages for the shell in Shellfish v. Hello Co.", []),  # whole words stay whole
+        (
+            "The classes assess assets; damages for the shell in Shellfish v. Hello Co.",
+            [],
+        ),  # whole words stay whole
         ("The court dismissed the action and awarded damages; execution was stayed.", []),
         ("A bastardy proceeding over worthless stock, in which the loser pays the costs.", []),
         ("Those bastards.", ["bastards"]),
@@ -27,13 +37,18 @@ def test_bad_words(text, found):
 
 def test_a_list_of_ones_own(tmp_path):
     (tmp_path / "mine.txt").write_text("# comment\nwidget\n\nfoo.\n")
-    assert find_bad_words("Widgets are foo, not food, idiot.", str(tmp_path / "mine.txt")) == ["widgets", "foo"]
+    assert find_bad_words("Widgets are foo, not food, idiot.", str(tmp_path / "mine.txt")) == [
+        "widgets",
+        "foo",
+    ]
 
 
 def test_groups_by_ground():
     assert find_groups("Women and Jewish employees with disabilities") == [
-        ("religion", "jewish"), ("sex", "women"), ("disability", "disabilities"),
-    ]  # fmt: skip
+        ("religion", "jewish"),
+        ("sex", "women"),
+        ("disability", "disabilities"),
+    ]
     assert find_groups("The board met on the whiteboard in Jewell.") == []
 
 
@@ -48,7 +63,11 @@ TEXTS = [
 def test_rates_by_hand():
     rates = measure_toxicity(TEXTS)
     assert rates["bad_words_per_1000"] == pytest.approx(1000 * 2 / (5 + 6 + 4))
-    assert (rates["bad_text_rate"], rates["group_rate"], rates["near_group_rate"]) == (0.5, 0.5, 0.25)
+    assert (rates["bad_text_rate"], rates["group_rate"], rates["near_group_rate"]) == (
+        0.5,
+        0.5,
+        0.25,
+    )
     table = toxicity_table(TEXTS)
     assert table["groups"].tolist() == ["sex", "national origin", "", ""]
     assert table["bad_words_near_group"].tolist() == [1, 0, 0, 0]

@@ -11,7 +11,11 @@ from tests.figures.test_training import drawn, texts
 
 @pytest.fixture
 def documents():
-    rows = [("training", "usc", 10 + i) for i in range(30)] + [("training", "cfr", 400)] + [("held out", "usc", 7)] * 2
+    rows = (
+        [("training", "usc", 10 + i) for i in range(30)]
+        + [("training", "cfr", 400)]
+        + [("held out", "usc", 7)] * 2
+    )
     return pd.DataFrame(rows, columns=["part", "domain", "tokens"])
 
 
@@ -26,7 +30,10 @@ def test_lengths_show_every_document_the_median_and_the_window(documents):
     figure.canvas.draw()
     axes, share = figure.axes
     assert sum(bar.get_height() for bar in axes.patches) == len(documents)
-    assert share.lines[0].get_ydata()[-1] == pytest.approx(100) and share.lines[0].get_xdata()[-1] == 400
+    assert (
+        share.lines[0].get_ydata()[-1] == pytest.approx(100)
+        and share.lines[0].get_xdata()[-1] == 400
+    )
     assert "median 24" in texts(figure) and "window 64" in texts(figure)
 
 
@@ -52,7 +59,11 @@ def test_tokens_are_counted_and_blanks_are_seen():
 
 
 def test_a_domain_with_dollar_signs_is_no_formula():
-    documents = pd.DataFrame({"domain": [r"$\frac$", "fees of $5 and $6"], "part": "training", "tokens": [5, 6]})
+    documents = pd.DataFrame(
+        {"domain": [r"$\frac$", "fees of $5 and $6"], "part": "training", "tokens": [5, 6]}
+    )
     figure = data.plot_documents(documents)
     figure.canvas.draw()
-    assert [label.get_text().replace("\\$", "$") for label in figure.axes[0].get_yticklabels()] == [*documents.domain]
+    assert [label.get_text().replace("\\$", "$") for label in figure.axes[0].get_yticklabels()] == [
+        *documents.domain
+    ]

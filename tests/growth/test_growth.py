@@ -10,10 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kl3m_nb.growth.speedups import COSTS, at_equal_compute, cost_to_reach, quality_match, speedup_in_words, speedups
+from kl3m_nb.growth.speedups import (
+    COSTS,
+    at_equal_compute,
+    cost_to_reach,
+    quality_match,
+    speedup_in_words,
+    speedups,
+)
 
 
-def curve(losses, tokens_per_step=10, seconds_per_step=2.0, flops_per_step=5.0, steps=None) -> pd.DataFrame:
+def curve(
+    losses, tokens_per_step=10, seconds_per_step=2.0, flops_per_step=5.0, steps=None
+) -> pd.DataFrame:
     """A run evaluated at steps 0, 10, 20, … unless told otherwise."""
     steps = np.arange(len(losses)) * 10 if steps is None else np.asarray(steps)
     return pd.DataFrame(
@@ -39,7 +48,8 @@ def test_a_loss_met_exactly_costs_what_that_evaluation_cost():
 
 
 def test_a_rise_of_the_loss_does_not_undo_the_first_crossing():
-    # 4.5 is met between steps 0 and 10, then lost again; 3.5 is met between the best so far, 4.0, and 3.0, after the spike.
+    # 4.5 is met between steps 0 and 10, then lost again; 3.5 is met between the best so far, 4.0,
+    # and 3.0, after the spike.
     spiked = curve([5.0, 4.0, 9.0, 3.0])
     assert cost_to_reach(spiked, 4.5, "step").cost == pytest.approx(5)
     assert cost_to_reach(spiked, 3.5, "step").cost == pytest.approx(25)
@@ -70,7 +80,9 @@ def test_order_of_rows_does_not_matter():
     st.floats(0, 3),
 )
 def test_an_easier_target_never_costs_more(losses, target, easier_by):
-    hard, easy = (cost_to_reach(curve(losses), loss, "tokens") for loss in (target, target + easier_by))
+    hard, easy = (
+        cost_to_reach(curve(losses), loss, "tokens") for loss in (target, target + easier_by)
+    )
     assert math.isnan(hard.cost) or easy.cost <= hard.cost
     assert easy.low <= hard.low and easy.high <= hard.high
     assert not hard.reached or hard.low <= hard.cost <= hard.high
@@ -78,12 +90,20 @@ def test_an_easier_target_never_costs_more(losses, target, easier_by):
 
 @pytest.mark.parametrize("every", [1, 3, 20])
 @pytest.mark.parametrize("truth", [23.5, 77.0, 140.2])
-def test_the_interval_of_a_crossing_holds_the_planted_one_however_rarely_the_run_is_evaluated(every, truth):
-    """On a convex curve the crossing between two evaluations is too late by interpolation; between them it is, always."""
+def test_the_interval_of_a_crossing_holds_the_planted_one_however_rarely_the_run_is_evaluated(
+    every, truth
+):
+    """On a convex curve the crossing between two evaluations is too late by interpolation; between
+    them it is, always.
+    """
     steps = np.arange(0, 201, every)
     planted = curve(5 * np.exp(-steps / 50), steps=steps)
     crossing = cost_to_reach(planted, 5 * math.exp(-truth / 50), "step")
-    assert crossing.reached and crossing.low <= truth <= crossing.high and crossing.high - crossing.low == every
+    assert (
+        crossing.reached
+        and crossing.low <= truth <= crossing.high
+        and crossing.high - crossing.low == every
+    )
     assert truth <= crossing.cost <= truth + every
 
 
@@ -93,15 +113,28 @@ def test_a_loss_that_was_never_met_costs_more_than_the_whole_run():
 
 
 def test_the_ends_of_a_speedup_are_those_of_the_crossings():
-    tokens = speedups(curve([5.0, 4.5]), curve([4.5, 4.1, 3.0]), curve([5.0, 4.5, 4.2, 3.0]), 4.0).loc["tokens"]
-    assert tokens[["grown_low", "grown_high", "scratch_low", "scratch_high"]].tolist() == [100, 200, 200, 300]
+    tokens = speedups(
+        curve([5.0, 4.5]), curve([4.5, 4.1, 3.0]), curve([5.0, 4.5, 4.2, 3.0]), 4.0
+    ).loc["tokens"]
+    assert tokens[["grown_low", "grown_high", "scratch_low", "scratch_high"]].tolist() == [
+        100,
+        200,
+        200,
+        300,
+    ]
     assert tokens["speedup_including_source_low"] == pytest.approx(200 / (100 + 200) - 1)
     assert tokens["speedup_including_source_high"] == pytest.approx(300 / (100 + 100) - 1)
-    assert tokens["speedup_excluding_source_low"] == 0 and tokens["speedup_excluding_source_high"] == 2
+    assert (
+        tokens["speedup_excluding_source_low"] == 0 and tokens["speedup_excluding_source_high"] == 2
+    )
 
 
 def test_against_a_target_that_one_run_never_met_the_speedup_has_one_end():
-    source, met, missed = curve([5.0, 4.5]), curve([5.0, 4.5, 3.0]), curve([5.0, 4.9, 4.8, 4.7, 4.6, 4.5])
+    source, met, missed = (
+        curve([5.0, 4.5]),
+        curve([5.0, 4.5, 3.0]),
+        curve([5.0, 4.9, 4.8, 4.7, 4.6, 4.5]),
+    )
     better = speedups(source, met, missed, 4.0).loc["tokens"]
     assert better["speedup_including_source_low"] == pytest.approx(500 / (100 + 200) - 1)
     assert better["speedup_including_source_high"] == math.inf
@@ -112,7 +145,9 @@ def test_against_a_target_that_one_run_never_met_the_speedup_has_one_end():
 
 
 def test_at_equal_compute_the_sources_operations_are_in_the_grown_runs():
-    """Scratch ends at 200 operations; the grown run has 50 of the source behind it, and 150 of its own at step 30."""
+    """Scratch ends at 200 operations; the grown run has 50 of the source behind it, and 150 of its
+    own at step 30.
+    """
     source, grown = curve([5.0, 4.5]), curve([4.4, 4.2, 4.0, 3.8, 3.6, 3.4])
     equal = at_equal_compute(source, grown, curve([5.0, 4.0, 3.9, 3.85, 3.9]))
     assert equal == (200, 3.8, 30, 3.9, 40)
@@ -137,7 +172,9 @@ def test_unusable_curves_are_refused(frame, cost, message):
 
 
 def test_the_papers_figures():
-    """G_stack, 7B: 300 B tokens from scratch against 194 B grown is a 54.6% speedup, and 35.3% fewer tokens, source included."""
+    """G_stack, 7B: 300 B tokens from scratch against 194 B grown is a 54.6% speedup, and 35.3%
+    fewer tokens, source included.
+    """
     scratch = curve([9.0, 2.0], tokens_per_step=30)
     source = curve([9.0, 2.5], tokens_per_step=4)
     grown = curve([5.0, 2.0], tokens_per_step=15.4)
@@ -151,7 +188,9 @@ def test_the_papers_figures():
 
 
 def test_each_cost_is_compared_in_its_own_unit():
-    """A grown model that needs half the steps but twice the operations a step gains tokens and no operations."""
+    """A grown model that needs half the steps but twice the operations a step gains tokens and no
+    operations.
+    """
     scratch, source = curve([5.0, 4.0, 3.0]), curve([5.0, 4.9])
     grown = curve([3.5, 3.0], flops_per_step=10.0)
     table = speedups(source, grown, scratch, 3.0)
@@ -170,12 +209,20 @@ def test_the_sources_whole_cost_counts_after_its_best_loss_too():
 
 @pytest.mark.parametrize(
     ("grown", "scratch", "reached"),
-    [([4.0, 3.0], [5.0, 4.0], "grown only"), ([4.0, 3.9], [5.0, 3.0], "scratch only"), ([4.0, 3.9], [5.0, 4.0], "neither")],
+    [
+        ([4.0, 3.0], [5.0, 4.0], "grown only"),
+        ([4.0, 3.9], [5.0, 3.0], "scratch only"),
+        ([4.0, 3.9], [5.0, 4.0], "neither"),
+    ],
 )
 def test_never_reached_is_said_and_gives_no_speedup(grown, scratch, reached):
     table = speedups(curve([5.0, 4.5]), curve(grown), curve(scratch), 3.5)
     assert set(table["reached"]) == {reached}
-    derived = [f"{what}_{which}_source" for what in ("speedup", "saved") for which in ("including", "excluding")]
+    derived = [
+        f"{what}_{which}_source"
+        for what in ("speedup", "saved")
+        for which in ("including", "excluding")
+    ]
     assert table[derived].isna().all(axis=None)
     assert table["source"].notna().all()
 

@@ -21,9 +21,15 @@ def folders(tmp_path, monkeypatch):
 
 
 def test_a_fresh_demonstration_removes_its_own_runs_and_no_other(folders):
-    assert registry.run_path("tiny", "train").name == "demo-train"  # where the shell trains by default
+    assert (
+        registry.run_path("tiny", "train").name == "demo-train"
+    )  # where the shell trains by default
     assert demo.run_demo(fresh=True) == 1
-    assert {path.name for path in folders.iterdir()} == {"demo-train", "demo-my-long-run", "demo-report"}
+    assert {path.name for path in folders.iterdir()} == {
+        "demo-train",
+        "demo-my-long-run",
+        "demo-report",
+    }
     assert list((folders / "demo-report").iterdir()) == []
 
 

@@ -12,12 +12,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kl3m_nb.jupyter.explorer import SpectrumExplorer
 from kl3m_nb.spectra import singular_values
 
-SHAPE = dict(hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, vocab_size=40)
+SHAPE = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=40,
+)
 
 
 def analysed(layers, source_layers):
     torch.manual_seed(layers)
-    return singular_values.analyse_model(LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SHAPE)), source_layers)
+    return singular_values.analyse_model(
+        LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SHAPE)), source_layers
+    )
 
 
 @pytest.fixture
@@ -36,8 +44,14 @@ def test_every_control_draws_what_was_chosen(explorer):
     ):
         before = bytes(explorer.image.value)
         control.value = value
-        assert before != bytes(explorer.image.value) and bytes(explorer.image.value).startswith(b"\x89PNG")
-        checkpoint, layer, role = explorer.checkpoint.value, explorer.layer.value, explorer.role.value
+        assert before != bytes(explorer.image.value) and bytes(explorer.image.value).startswith(
+            b"\x89PNG"
+        )
+        checkpoint, layer, role = (
+            explorer.checkpoint.value,
+            explorer.layer.value,
+            explorer.role.value,
+        )
         spectrum, depth = explorer.figure().axes
         [chosen] = [line for line in spectrum.lines if line.get_label() == checkpoint]
         np.testing.assert_array_equal(chosen.get_ydata(), explorer._values[checkpoint][layer, role])
@@ -57,11 +71,21 @@ def test_layer_and_copy_follow_each_other(explorer):
 
 def test_a_choice_that_is_not_there_moves_to_one_that_is(explorer):
     explorer.checkpoint.value = "source"
-    assert explorer.layer.value == 0 and list(explorer.layer.options) == [0, 1] and explorer.role.value == "q_proj"
+    assert (
+        explorer.layer.value == 0
+        and list(explorer.layer.options) == [0, 1]
+        and explorer.role.value == "q_proj"
+    )
     explorer.role.value = "lm_head"
-    assert explorer.layer.value == -1 and explorer.layer.label == "LM head" and explorer.copy.value is None
+    assert (
+        explorer.layer.value == -1
+        and explorer.layer.label == "LM head"
+        and explorer.copy.value is None
+    )
     depth = explorer.figure().axes[1]
-    assert [tick.get_text() for tick in depth.get_xticklabels()] == ["LM head"] and not depth.get_xlabel()
+    assert [tick.get_text() for tick in depth.get_xticklabels()] == [
+        "LM head"
+    ] and not depth.get_xlabel()
     explorer.checkpoint.value = "trained"
     assert explorer.role.value == "lm_head"
     explorer.role.value = "k_proj"
@@ -75,7 +99,11 @@ def test_the_output_holds_a_widget_and_a_picture(explorer):
 
 
 def test_a_first_choice_that_is_not_there_is_refused(explorer):
-    with pytest.raises(ValueError, match=r"no q_proj of layer 9 in 'trained'; the checkpoints are source, trained"):
+    with pytest.raises(
+        ValueError, match=r"no q_proj of layer 9 in 'trained'; the checkpoints are source, trained"
+    ):
         SpectrumExplorer(explorer._tables, explorer._values, "trained", "q_proj", layer=9)
-    with pytest.raises(ValueError, match="no metric 'size' in every table; choose one of condition"):
+    with pytest.raises(
+        ValueError, match="no metric 'size' in every table; choose one of condition"
+    ):
         SpectrumExplorer(explorer._tables, explorer._values, "trained", "q_proj", metric="size")

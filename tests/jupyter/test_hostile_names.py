@@ -1,4 +1,6 @@
-"""Names, texts, identifiers, columns, prompts and samples come from others: on a page, and in JupyterLab, they are text alone."""
+"""Names, texts, identifiers, columns, prompts and samples come from others: on a page, and in
+JupyterLab, they are text alone.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,16 @@ from kl3m_nb.jupyter.spectral_report import _sortable
 from kl3m_nb.model.estimate import estimate
 from tests.conftest import small_profile
 
-HOSTILE = """'"--></td></title></style><img src=x onerror="planted()"><script>planted()</script><svg onload=planted()></svg>"""
+HOSTILE = (
+    """'"--></td></title></style><img src=x onerror="planted()">"""
+    "<script>planted()</script><svg onload=planted()></svg>"
+)
 
 
 class _Planted(HTMLParser):
-    """What came of `HOSTILE` in a page: elements and attributes of its own, and whether it can be read."""
+    """What came of `HOSTILE` in a page: elements and attributes of its own, and whether it can be
+    read.
+    """
 
     def __init__(self, page: str):
         super().__init__()
@@ -41,7 +48,9 @@ class _Planted(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self._inside = tag
         self.found += [name for name, value in attrs if name.startswith("on")]
-        if tag in ("script", "svg", "iframe") or (tag == "img" and not dict(attrs)["src"].startswith("data:image/")):
+        if tag in ("script", "svg", "iframe") or (
+            tag == "img" and not dict(attrs)["src"].startswith("data:image/")
+        ):
             self.found.append(tag)
         self.text += " ".join(value for name, value in attrs if name in ("title", "alt") and value)
 
@@ -67,7 +76,9 @@ class _Tokenizer:
 
 def _notebook_table() -> str:
     """The table of domains as notebook 00 makes it."""
-    documents = pd.DataFrame({"domain": [HOSTILE, "b"], "part": ["training", "held out"], "tokens": [5, 7]})
+    documents = pd.DataFrame(
+        {"domain": [HOSTILE, "b"], "part": ["training", "held out"], "tokens": [5, 7]}
+    )
     cells = nbformat.read(paths.notebooks_dir() / "00_source_model.ipynb", as_version=4).cells
     (source,) = (cell.source for cell in cells if 'pivot_table("tokens", "domain"' in cell.source)
     *statements, last = ast.parse(source).body
@@ -101,7 +112,15 @@ def _choices() -> str:
 
 
 def _growth() -> str:
-    curve = pd.DataFrame({"step": [0, 9], "tokens": [0, 9], "seconds": [0, 9.0], "flops": [0, 9.0], "held_out_loss": [5.0, 3.0]})
+    curve = pd.DataFrame(
+        {
+            "step": [0, 9],
+            "tokens": [0, 9],
+            "seconds": [0, 9.0],
+            "flops": [0, 9.0],
+            "held_out_loss": [5.0, 3.0],
+        }
+    )
     comparison = speedups.compare_growth(curve, curve, curve)
     comparison.losses["run"] = HOSTILE
     return comparison._repr_html_()
@@ -114,12 +133,16 @@ def _spectra() -> str:
 
 
 def _summary() -> str:
-    return StackSummary(HOSTILE, {HOSTILE: "0"}, HOSTILE, 2, HOSTILE, 0.0, 0, 1, 2, (0, 0), 5)._repr_html_()
+    return StackSummary(
+        HOSTILE, {HOSTILE: "0"}, HOSTILE, 2, HOSTILE, 0.0, 0, 1, 2, (0, 0), 5
+    )._repr_html_()
 
 
 def _profile():
     profile = small_profile()
-    return dataclasses.replace(profile, name=HOSTILE, data=dataclasses.replace(profile.data, source=f"files:{HOSTILE}"))
+    return dataclasses.replace(
+        profile, name=HOSTILE, data=dataclasses.replace(profile.data, source=f"files:{HOSTILE}")
+    )
 
 
 RENDERERS = {
@@ -135,7 +158,9 @@ RENDERERS = {
     "GrowthComparison": _growth,
     "StackSummary": _summary,
     "Profile": lambda: _profile()._repr_html_(),
-    "Estimate": lambda: dataclasses.replace(estimate(small_profile()), assumed=HOSTILE)._repr_html_(),
+    "Estimate": (
+        lambda: dataclasses.replace(estimate(small_profile()), assumed=HOSTILE)._repr_html_()
+    ),
     "DataFrame": lambda: pd.DataFrame({HOSTILE: [HOSTILE]}, index=[HOSTILE])._repr_html_(),
     "sortable": _spectra,
 }
@@ -150,9 +175,14 @@ def test_what_others_wrote_is_shown_as_text(renderer):
 
 def test_a_prompt_box_shows_names_prompts_samples_and_errors_as_text(trained_run):
     checkpoint = trained_run[1].checkpoint
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(checkpoint),
+        AutoTokenizer.from_pretrained(checkpoint),
+    )
     prompt = "<img src=x onerror=planted()>"
-    box = PromptBox({HOSTILE: model}, {HOSTILE: tokenizer}, [prompt], Sampling(max_new_tokens=4), seed=5)
+    box = PromptBox(
+        {HOSTILE: model}, {HOSTILE: tokenizer}, [prompt], Sampling(max_new_tokens=4), seed=5
+    )
     assert not _Planted(box.gallery).found
     box.write().join()
     values = [shown.value for shown in (*box.texts, *box.states)]
@@ -168,7 +198,14 @@ def test_pages_show_what_others_wrote_as_text(tmp_path):
     picture.write_bytes(b"")
     table = pd.DataFrame({HOSTILE: [HOSTILE]})
     entry = IndexEntry(HOSTILE, HOSTILE, "#", HOSTILE, 1.0)
-    write_index(tmp_path / "index.html", HOSTILE, "", [entry], tables=[(HOSTILE, table)], figures=[(HOSTILE, picture)])
+    write_index(
+        tmp_path / "index.html",
+        HOSTILE,
+        "",
+        [entry],
+        tables=[(HOSTILE, table)],
+        figures=[(HOSTILE, picture)],
+    )
     page = ReportPage(tmp_path, [HOSTILE])
     page.heading(HOSTILE)
     page.write(tmp_path / "report.html", HOSTILE, {HOSTILE: HOSTILE})
@@ -178,8 +215,13 @@ def test_pages_show_what_others_wrote_as_text(tmp_path):
 
 
 def test_the_text_of_an_output_stays_text_in_a_page(tmp_path):
-    outputs = [new_output("stream", text=HOSTILE), new_output("execute_result", {"text/plain": HOSTILE})]
-    notebook = new_notebook(cells=[new_markdown_cell("# Title"), new_code_cell("1", outputs=outputs)])
+    outputs = [
+        new_output("stream", text=HOSTILE),
+        new_output("execute_result", {"text/plain": HOSTILE}),
+    ]
+    notebook = new_notebook(
+        cells=[new_markdown_cell("# Title"), new_code_cell("1", outputs=outputs)]
+    )
     nbformat.write(notebook, tmp_path / "a.ipynb")
     export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
     seen = _Planted((tmp_path / "a.html").read_text())
@@ -188,5 +230,11 @@ def test_the_text_of_an_output_stays_text_in_a_page(tmp_path):
 
 def test_no_notebook_uses_pandas_styler_which_escapes_nothing():
     for path in paths.notebooks_dir().glob("*.ipynb"):
-        sources = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        assert not [source for source in sources if ".style" in source.replace("use_style", "")], path.name
+        sources = [
+            cell.source
+            for cell in nbformat.read(path, as_version=4).cells
+            if cell.cell_type == "code"
+        ]
+        assert not [source for source in sources if ".style" in source.replace("use_style", "")], (
+            path.name
+        )

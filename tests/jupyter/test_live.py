@@ -41,7 +41,11 @@ def test_a_run_that_goes_on_elsewhere_can_be_looked_at(tmp_path):
             pages.append(live.show_run(tmp_path / "run").data)
 
     loop.train(small_profile(), tmp_path / "run", callbacks=[look])
-    assert len(pages) == 2 and all("data:image/png;base64," in page for page in pages) and pages[0] != pages[1]
+    assert (
+        len(pages) == 2
+        and all("data:image/png;base64," in page for page in pages)
+        and pages[0] != pages[1]
+    )
 
 
 def test_the_time_left_goes_by_the_whole_pace_not_by_the_last_step(trained_run, monkeypatch):
@@ -91,7 +95,9 @@ def test_a_click_is_heard_while_the_cell_trains(tmp_path):
         message = client.session.msg("comm_msg", click)
         message["header"]["subshell_id"] = subshell
         client.shell_channel.send(message)
-        while (reply := client.get_shell_msg(timeout=90))["parent_header"].get("msg_id") != executed:
+        while (reply := client.get_shell_msg(timeout=90))["parent_header"].get(
+            "msg_id"
+        ) != executed:
             pass
         assert reply["content"]["status"] == "ok" and (tmp_path / folder.SAVE_REQUEST).exists()
     finally:
@@ -123,7 +129,9 @@ def test_the_button_goes_when_the_training_ends(tmp_path, shown):
     assert isinstance(button[-1], HTML) and not button[-1].data
 
 
-def test_the_first_figure_has_lines_and_a_continued_run_shows_what_it_has(tmp_path, shown, monkeypatch):
+def test_the_first_figure_has_lines_and_a_continued_run_shows_what_it_has(
+    tmp_path, shown, monkeypatch
+):
     monkeypatch.setattr(live, "_MOST_DRAWING", 1e9)
     view = live.LiveView(tmp_path / "run", text_seconds=0.0, figure_seconds=0.0)
     rows = []

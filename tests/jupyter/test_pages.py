@@ -1,4 +1,6 @@
-"""Tests of the HTML pages: everything is in the file, nothing is fetched, what the notebook says can be read."""
+"""Tests of the HTML pages: everything is in the file, nothing is fetched, what the notebook says
+can be read.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from kl3m_nb.jupyter import pages
 from kl3m_nb.jupyter.pages import IndexEntry, export_html, write_index
 
-PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 
 
 class Page(HTMLParser):
@@ -46,10 +50,16 @@ class Page(HTMLParser):
 
     def loaded(self) -> list[str]:
         """Every address a browser would fetch on its own, and every script."""
-        found = [f"<{tag}>" for tag, _ in self.elements if tag in ("script", "link", "iframe", "object", "embed", "base")]
+        found = [
+            f"<{tag}>"
+            for tag, _ in self.elements
+            if tag in ("script", "link", "iframe", "object", "embed", "base")
+        ]
         for tag, attributes in self.elements:
             for name, value in attributes.items():
-                if name in ("src", "srcset", "poster", "data", "xlink:href") or (name == "href" and tag != "a"):
+                if name in ("src", "srcset", "poster", "data", "xlink:href") or (
+                    name == "href" and tag != "a"
+                ):
                     found += [] if value.startswith("data:") else [value]
                 if name == "style" and "url(" in value:
                     found.append(value)
@@ -75,39 +85,90 @@ def test_the_pages_own_parser_sees_what_a_browser_would_load(tmp_path):
     """The check below is only worth something if it can fail."""
     path = tmp_path / "loading.html"
     path.write_text(
-        '<script src="a.js"></script><link href="b"><img src="http://c"><p style="background:url(d)"><style>@import "e"'
+        '<script src="a.js"></script><link href="b"><img src="http://c"><p'
+        ' style="background:url(d)"><style>@import "e"'
     )
     assert len(Page(path).loaded()) == 6
 
 
 def test_a_notebook_page_loads_nothing_even_if_the_notebook_wants_to(notebook_page):
     page = notebook_page(
-        new_markdown_cell("# The work\n\n![badge](https://example.org/badge.svg) and [a link](https://example.org/paper)"),
-        display({"text/html": '<script src="https://example.org/x.js"></script><img src="https://example.org/x.png">'}),
-        display({"text/html": '<style>@import url(https://example.org/x.css); p { background: url("//example.org/y") }</style>'}),
-        display(
-            {"text/html": '<p style="background: url(https://example.org/z)">kept</p><video poster="//example.org/p"></video>'}
+        new_markdown_cell(
+            "# The work\n\n![badge](https://example.org/badge.svg) and [a"
+            " link](https://example.org/paper)"
         ),
-        display({"application/javascript": "fetch('https://example.org')", "text/plain": "a script"}),
-        display({"application/vnd.jupyter.widget-view+json": {"model_id": "7"}, "text/plain": "IntSlider(value=3)"}),
-        widgets={"application/vnd.jupyter.widget-state+json": {"state": {"7": {}}, "version_major": 2, "version_minor": 0}},
+        display(
+            {
+                "text/html": (
+                    '<script src="https://example.org/x.js"></script><img'
+                    ' src="https://example.org/x.png">'
+                )
+            }
+        ),
+        display(
+            {
+                "text/html": (
+                    "<style>@import url(https://example.org/x.css); p { background:"
+                    ' url("//example.org/y") }</style>'
+                )
+            }
+        ),
+        display(
+            {
+                "text/html": (
+                    '<p style="background: url(https://example.org/z)">kept</p><video'
+                    ' poster="//example.org/p"></video>'
+                )
+            }
+        ),
+        display(
+            {"application/javascript": "fetch('https://example.org')", "text/plain": "a script"}
+        ),
+        display(
+            {
+                "application/vnd.jupyter.widget-view+json": {"model_id": "7"},
+                "text/plain": "IntSlider(value=3)",
+            }
+        ),
+        widgets={
+            "application/vnd.jupyter.widget-state+json": {
+                "state": {"7": {}},
+                "version_major": 2,
+                "version_minor": 0,
+            }
+        },
     )
     assert page.loaded() == []
-    assert {"https://example.org/paper", "https://example.org/badge.svg"} <= {link["href"] for link in page.all("a")}
+    assert {"https://example.org/paper", "https://example.org/badge.svg"} <= {
+        link["href"] for link in page.all("a")
+    }
     assert "kept" in page.text and "IntSlider(value=3)" in page.text and "fetch(" not in page.text
-    policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        meta["content"]
+        for meta in page.all("meta")
+        if meta.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none'")
 
 
 def test_a_notebook_page_shows_text_code_formulas_and_outputs(notebook_page):
     page = notebook_page(
-        new_markdown_cell("# Spectra & stacks\n\nThe ratio $\\sigma_1/\\sigma_{min} < \\tau$ of *W*."),
-        new_code_cell("loss = 4.02", outputs=[new_output("stream", name="stdout", text="\x1b[32mgreen\x1b[0m step 3\n")]),
+        new_markdown_cell(
+            "# Spectra & stacks\n\nThe ratio $\\sigma_1/\\sigma_{min} < \\tau$ of *W*."
+        ),
+        new_code_cell(
+            "loss = 4.02",
+            outputs=[new_output("stream", name="stdout", text="\x1b[32mgreen\x1b[0m step 3\n")],
+        ),
         display({"text/html": "<table><tr><td>3.91</td></tr></table>"}),
         display({"image/png": base64.b64encode(PIXEL).decode()}),
     )
     assert "$\\sigma_1/\\sigma_{min} < \\tau$" in page.text
-    assert page.text.split()[:3] == ["Spectra", "&", "stacks"], "the first heading is the title of the page"
+    assert page.text.split()[:3] == [
+        "Spectra",
+        "&",
+        "stacks",
+    ], "the first heading is the title of the page"
     assert "loss = 4.02" in page.text and "green step 3" in page.text and "3.91" in page.text
     (image,) = page.all("img")
     assert base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) == PIXEL
@@ -118,35 +179,60 @@ def test_an_image_beside_the_notebook_is_embedded(notebook_page, tmp_path):
     (tmp_path / "figure.png").write_bytes(PIXEL)
     page = notebook_page(new_markdown_cell("![The figure](figure.png)"))
     (image,) = page.all("img")
-    assert image["alt"] == "The figure" and base64.b64decode(image["src"].partition(",")[2]) == PIXEL
+    assert (
+        image["alt"] == "The figure" and base64.b64decode(image["src"].partition(",")[2]) == PIXEL
+    )
 
 
 def test_inline_html_around_links_survives(notebook_page):
     """Papermill marks a failed cell that way."""
-    page = notebook_page(new_markdown_cell('<span style="color:red">Stopped at \'<a href="#there">In [7]</a>\'.</span>'))
+    page = notebook_page(
+        new_markdown_cell(
+            '<span style="color:red">Stopped at \'<a href="#there">In [7]</a>\'.</span>'
+        )
+    )
     assert page.all("a") == [{"href": "#there"}] and "Stopped at 'In [7]'." in page.text
 
 
 def test_the_index_holds_entries_tables_and_figures(tmp_path):
     image = tmp_path / "loss.png"
     image.write_bytes(PIXEL)
-    frame = pd.DataFrame({"model": ["source", "a<b"], "tokens": [1_024_000, 12], "loss": [4.44321, float("nan")]})
+    frame = pd.DataFrame(
+        {"model": ["source", "a<b"], "tokens": [1_024_000, 12], "loss": [4.44321, float("nan")]}
+    )
     write_index(
         tmp_path / "index.html",
         "Growth & <training>",
         '<p>Two <b>runs</b>, see <a href="https://example.org">the paper</a>.</p>',
         [
-            IndexEntry("00 Source", "Trains 3 layers.", "notebooks/00.html", "completed", 125.0, image),
-            IndexEntry("02 <Training>", "Goes on `a < b` times.", "notebooks/02.html", "not run", 0.0),
+            IndexEntry(
+                "00 Source", "Trains 3 layers.", "notebooks/00.html", "completed", 125.0, image
+            ),
+            IndexEntry(
+                "02 <Training>", "Goes on `a < b` times.", "notebooks/02.html", "not run", 0.0
+            ),
         ],
         tables=[("Losses", frame)],
         figures=[("Loss over tokens", image)],
     )
     page = Page(tmp_path / "index.html")
     assert page.loaded() == []
-    assert [link["href"] for link in page.all("a")] == ["https://example.org", "notebooks/00.html", "notebooks/02.html"]
+    assert [link["href"] for link in page.all("a")] == [
+        "https://example.org",
+        "notebooks/00.html",
+        "notebooks/02.html",
+    ]
     assert [figure["alt"] for figure in page.all("img")] == ["", "Loss over tokens"]
-    for text in ("Growth & <training>", "02 <Training>", "completed 2:05", "not run", "1,024,000", "4.443", "–", "a<b"):
+    for text in (
+        "Growth & <training>",
+        "02 <Training>",
+        "completed 2:05",
+        "not run",
+        "1,024,000",
+        "4.443",
+        "–",
+        "a<b",
+    ):
         assert text in page.text, text
     assert "Goes on <code>a &lt; b</code> times." in (tmp_path / "index.html").read_text()
     assert "0:00" not in page.text
@@ -164,7 +250,11 @@ def test_a_page_runs_the_one_script_it_was_given_and_no_other(tmp_path):
     pages.write_page(tmp_path / "page.html", "A <title>", "<p>body</p>", "document.title += '!';")
     text = (tmp_path / "page.html").read_text()
     digest = base64.b64encode(hashlib.sha256(b"document.title += '!';").digest()).decode()
-    assert f"script-src 'sha256-{digest}'" in text and text.count("<script>") == 1 and "A &lt;title&gt;" in text
+    assert (
+        f"script-src 'sha256-{digest}'" in text
+        and text.count("<script>") == 1
+        and "A &lt;title&gt;" in text
+    )
     pages.write_page(tmp_path / "page.html", "Title", "<p>body</p>")
     text = (tmp_path / "page.html").read_text()
     assert "script" not in text.replace("default-src 'none'", "")

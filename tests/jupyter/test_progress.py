@@ -47,12 +47,16 @@ WRITERS = {
 def test_every_writer_names_its_file_on_a_full_disk_and_leaves_nothing_half_written(name, tmp_path):
     with files_up_to(1000), pytest.raises(OSError) as caught:
         WRITERS[name](tmp_path)
-    assert caught.value.errno == errno.EFBIG and caught.value.filename.startswith(str(tmp_path / name))
+    assert caught.value.errno == errno.EFBIG and caught.value.filename.startswith(
+        str(tmp_path / name)
+    )
     assert why(caught.value).startswith(f"{tmp_path / name}") and "Errno" not in why(caught.value)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_command_line_says_which_file_the_full_disk_was_meant_to_take(trained_run, tmp_path, capsys):
+def test_the_command_line_says_which_file_the_full_disk_was_meant_to_take(
+    trained_run, tmp_path, capsys
+):
     source = tmp_path / "source"
     shutil.copytree(trained_run[1].checkpoint, source)
     with files_up_to(20_000):
@@ -64,12 +68,19 @@ def test_the_command_line_says_which_file_the_full_disk_was_meant_to_take(traine
 
 
 def test_an_error_that_names_a_file_or_is_of_no_disk_stays_as_it_is(tmp_path):
-    for error in (OSError(errno.ENOSPC, "full", "b"), OSError(errno.EMFILE, "too many"), OSError("ours")):
+    for error in (
+        OSError(errno.ENOSPC, "full", "b"),
+        OSError(errno.EMFILE, "too many"),
+        OSError("ours"),
+    ):
         before = error.filename
         with pytest.raises(OSError), naming(tmp_path / "a"):
             raise error
         assert error.filename == before
-    assert why(OSError("ours")) == "ours" and why(OSError(errno.ENOENT, "No such file", "b")) == "b: No such file."
+    assert (
+        why(OSError("ours")) == "ours"
+        and why(OSError(errno.ENOENT, "No such file", "b")) == "b: No such file."
+    )
     copied = OSError(errno.ENOSPC, "No space left on device", "from", None, "to")
     assert why(copied).startswith("to: No space left on device; make room")
     with pytest.raises(FileNotFoundError) as caught:

@@ -54,7 +54,9 @@ def test_a_terminal_sees_one_line_that_grows(monkeypatch, clock):
         clock[0] += 1.0
         bar(done, 4)
     assert written.getvalue().count("\n") == 1 and written.getvalue().count("\r") == 3
-    assert "█" * 14 + "·" * 14 in written.getvalue() and written.getvalue().endswith("took 0:03\033[K\n")
+    assert "█" * 14 + "·" * 14 in written.getvalue() and written.getvalue().endswith(
+        "took 0:03\033[K\n"
+    )
 
 
 def test_the_runner_hears_of_it(monkeypatch, clock, tmp_path):

@@ -1,4 +1,6 @@
-"""The prompt box without a browser: what a click writes, streams, stops and refuses, and what is shown where nobody can click."""
+"""The prompt box without a browser: what a click writes, streams, stops and refuses, and what is
+shown where nobody can click.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,22 @@ SAMPLING = Sampling(0.8, 0.95, 1.0, 6)
 @pytest.fixture(scope="module")
 def loaded(trained_run):
     checkpoint = trained_run[1].checkpoint
-    return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(
+        checkpoint
+    )
 
 
 @pytest.fixture
 def box(loaded):
     model, tokenizer = loaded
     names = ("stack", "source", "trained")
-    return PromptBox(dict.fromkeys(names, model), dict.fromkeys(names, tokenizer), ["Under this", "A <b>"], SAMPLING, seed=5)
+    return PromptBox(
+        dict.fromkeys(names, model),
+        dict.fromkeys(names, tokenizer),
+        ["Under this", "A <b>"],
+        SAMPLING,
+        seed=5,
+    )
 
 
 def test_streaming_tells_the_text_as_it_grows_and_ends_with_the_sample_of_generate(loaded):
@@ -30,20 +40,33 @@ def test_streaming_tells_the_text_as_it_grows_and_ends_with_the_sample_of_genera
     sample = generate_streaming(*loaded, "Under this", SAMPLING, 5, told.append, lambda: False)
     (same,) = generate(*loaded, ["Under this"], SAMPLING, 5)
     assert (sample.text, sample.tokens, sample.ended) == (same.text, same.tokens, same.ended)
-    assert told[0] == "" and told[-1] == sample.text and len(told) == 1 + len(sample.tokens) + sample.ended
+    assert (
+        told[0] == ""
+        and told[-1] == sample.text
+        and len(told) == 1 + len(sample.tokens) + sample.ended
+    )
 
 
 def test_streaming_stops_when_told(loaded):
     told = []
-    sample = generate_streaming(*loaded, "Under this", Sampling(max_new_tokens=30), 5, told.append, lambda: len(told) > 3)
-    assert len(sample.tokens) in (3, 4) and not sample.ended  # asked before or after the token is told, by version
+    sample = generate_streaming(
+        *loaded, "Under this", Sampling(max_new_tokens=30), 5, told.append, lambda: len(told) > 3
+    )
+    assert (
+        len(sample.tokens) in (3, 4) and not sample.ended
+    )  # asked before or after the token is told, by version
     with pytest.raises(ValueError, match="has no tokens"):
         generate_streaming(*loaded, "", SAMPLING, 5, told.append, lambda: False)
 
 
 def test_a_click_writes_with_both_models_and_the_settings_as_they_stand(box, loaded):
     assert [chooser.value for chooser in box.choosers] == ["source", "trained"]
-    box.prompt.value, box.temperature.value, box.seed_field.value, box.length.value = "The parties", 0.0, 3, 4
+    box.prompt.value, box.temperature.value, box.seed_field.value, box.length.value = (
+        "The parties",
+        0.0,
+        3,
+        4,
+    )
     box.write_button.click()
     box.thread.join(60)
     (expected,) = generate(*loaded, ["The parties"], Sampling(0.0, 0.95, 1.0, 4), 3)
@@ -73,7 +96,11 @@ def test_what_is_refused_is_said_in_the_box(box):
     box.prompt.value = ""
     box.write().join(60)
     assert "has no tokens" in box.states[0].value
-    assert [shown.value for shown in (*box.texts, box.states[1])] == ["", "", ""]  # nothing of the prompt before
+    assert [shown.value for shown in (*box.texts, box.states[1])] == [
+        "",
+        "",
+        "",
+    ]  # nothing of the prompt before
     assert not box.write_button.disabled
     box.prompt.value = "<i>" * 100
     box.write().join(60)
@@ -88,7 +115,9 @@ def test_only_a_notebook_on_a_server_gets_the_widget(box, monkeypatch):
     monkeypatch.setenv(SERVER_VARIABLE, "notebooks/04.ipynb")
     live = box._repr_mimebundle_()
     assert widget in live and live["text/html"] == box.gallery
-    monkeypatch.setenv(PROGRESS_VARIABLE, "/tmp/progress")  # a batch job that was started in such a notebook
+    monkeypatch.setenv(
+        PROGRESS_VARIABLE, "/tmp/progress"
+    )  # a batch job that was started in such a notebook
     assert widget not in box._repr_mimebundle_()
 
 

@@ -1,4 +1,6 @@
-"""Probabilities of the tokens of a sample against the model's own softmax, and a page that a text cannot break."""
+"""Probabilities of the tokens of a sample against the model's own softmax, and a page that a text
+cannot break.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from kl3m_nb.jupyter.prompt_box import TokenChoice, choices_html, token_choices
 @pytest.fixture(scope="module")
 def loaded(trained_run):
     checkpoint = trained_run[1].checkpoint
-    return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(
+        checkpoint
+    )
 
 
 def test_probabilities_are_those_of_the_plain_softmax(loaded):
@@ -40,4 +44,6 @@ def test_a_text_cannot_break_the_page_and_its_figures_are_on_hover():
     assert "<script>" not in page and "<i>" not in page
     assert "<b>&lt;b&gt;</b>" in page
     assert "25.00%, rank 3" in page and "50.0%" in page
-    assert "rgba(0, 114, 178, 0.125)" in page, "a tint of half the probability reads in light and dark pages"
+    assert "rgba(0, 114, 178, 0.125)" in page, (
+        "a tint of half the probability reads in light and dark pages"
+    )

@@ -16,7 +16,12 @@ from tests.model.test_experts import switch_loss
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("kl3m-006-170m", 181_700_928), ("kl3m-007-500m", 500_309_568), ("kl3m-002-520m", 520_193_024)]
+    ("name", "parameters"),
+    [
+        ("kl3m-006-170m", 181_700_928),
+        ("kl3m-007-500m", 500_309_568),
+        ("kl3m-002-520m", 520_193_024),
+    ],
 )
 def test_real_models_have_the_published_number_of_parameters(name, parameters):
     counts = roles.parameter_counts(decoder.build_model(get_profile(name), device="meta"))
@@ -29,24 +34,32 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_callers_random_stat
     before = torch.get_rng_state()
     first, second = decoder.build_model(small_profile()), decoder.build_model(small_profile())
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_the_forward_pass_without_a_head_is_the_models_own(experts):
-    profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
+    profile = small_profile(
+        experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0
+    )
     model = decoder.build_model(profile)
     inputs = torch.randint(0, 512, (2, 32))
     body = decoder.forward_body(model, inputs)
     reference = model(input_ids=inputs)
-    assert body.expert_counts.shape == ((2, 4) if experts else (0, 0)) and body.expert_counts.sum() == 2 * 2 * 64 * bool(experts)
+    assert body.expert_counts.shape == (
+        (2, 4) if experts else (0, 0)
+    ) and body.expert_counts.sum() == 2 * 2 * 64 * bool(experts)
     torch.testing.assert_close(model.lm_head(body.hidden), reference.logits)
     torch.testing.assert_close(model.model.norm(body.residual), body.hidden)
     assert (body.router_loss.item() > 0) == bool(experts)
 
 
 def _documents(borders: str) -> dict[str, torch.Tensor]:
-    """What `forward_body` is given for two windows of 32, beside the tokens; the second row has 9 + 4 positions of padding."""
+    """What `forward_body` is given for two windows of 32, beside the tokens; the second row has 9 +
+    4 positions of padding.
+    """
     mask = torch.ones(2, 32, dtype=torch.bool)
     mask[1, :9] = mask[1, 28:] = False
     positions = torch.cat([torch.arange(20), torch.arange(12)]).expand(2, 32)
@@ -61,21 +74,40 @@ def _documents(borders: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("borders", ["full", "padded", "documents"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_outputs_and_gradients_are_those_of_transformers_own_forward(experts, attention, borders, recompute):
-    profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
+def test_outputs_and_gradients_are_those_of_transformers_own_forward(
+    experts, attention, borders, recompute
+):
+    profile = small_profile(
+        experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0
+    )
     model = decoder.build_model(profile, attention=attention)
     inputs, given = torch.randint(0, 512, (2, 32)), _documents(borders)
     valid = given.get("attention_mask", torch.ones(2, 32, dtype=torch.bool))
     body = decoder.forward_body(model, inputs, **given, recompute=recompute)
-    own = {name: value for name, value in given.items() if name != "document_ids"}  # transformers finds them in the positions
-    reference = model.model(inputs, **own, use_cache=False, **({"output_router_logits": True} if experts else {}))
+    own = {
+        name: value for name, value in given.items() if name != "document_ids"
+    }  # transformers finds them in the positions
+    reference = model.model(
+        inputs, **own, use_cache=False, **({"output_router_logits": True} if experts else {})
+    )
     router = torch.zeros(())
     if experts:
-        router = sum(switch_loss(logits[valid.flatten()], active=2) for logits in reference.router_logits) / 2
+        router = (
+            sum(
+                switch_loss(logits[valid.flatten()], active=2) for logits in reference.router_logits
+            )
+            / 2
+        )
     results = []
     for hidden, loss in ((body.hidden, body.router_loss), (reference.last_hidden_state, router)):
         (hidden[valid].square().mean() + loss).backward()
-        results.append((hidden[valid].detach(), loss.detach(), [parameter.grad for parameter in model.parameters()]))
+        results.append(
+            (
+                hidden[valid].detach(),
+                loss.detach(),
+                [parameter.grad for parameter in model.parameters()],
+            )
+        )
         model.zero_grad()
     torch.testing.assert_close(*results)
     assert torch.isfinite(body.hidden).all()
@@ -83,11 +115,19 @@ def test_outputs_and_gradients_are_those_of_transformers_own_forward(experts, at
 
 @pytest.mark.parametrize("experts", [0, 4])
 def test_no_row_of_the_mask_is_empty(experts):
-    """cuDNN and others make NaN of a softmax over nothing, and one NaN times zero is a NaN in every gradient."""
-    model = decoder.build_model(small_profile(experts=experts, active_experts=experts // 2, sliding_window=16 if experts else 0))
+    """cuDNN and others make NaN of a softmax over nothing, and one NaN times zero is a NaN in every
+    gradient.
+    """
+    model = decoder.build_model(
+        small_profile(
+            experts=experts, active_experts=experts // 2, sliding_window=16 if experts else 0
+        )
+    )
     seen = []
     for layer in model.model.layers:
-        layer.register_forward_pre_hook(lambda *arguments: seen.append(arguments[2]["attention_mask"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda *arguments: seen.append(arguments[2]["attention_mask"]), with_kwargs=True
+        )
     decoder.forward_body(model, torch.randint(0, 512, (2, 32)), **_documents("padded"))
     assert len(seen) == 2 and seen[0] is seen[1], "built once for all blocks"
     assert seen[0].any(-1).all() and seen[0].tril().equal(seen[0])
@@ -118,7 +158,9 @@ def test_checkpointing_keeps_less_and_computes_the_same(tmp_path, experts):
 
 
 def test_nothing_of_a_pass_outlives_it():
-    """Router logits that a recomputation leaves behind would keep all activations of their blocks until the next step."""
+    """Router logits that a recomputation leaves behind would keep all activations of their blocks
+    until the next step.
+    """
     model = decoder.build_model(small_profile(experts=4, active_experts=2))
     body = decoder.forward_body(model, torch.randint(0, 512, (2, 32)), recompute=True)
     (body.hidden.square().mean() + body.router_loss).backward()
@@ -128,11 +170,20 @@ def test_nothing_of_a_pass_outlives_it():
 @pytest.mark.parametrize("experts", [0, 4])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_position_sees_those_before_it_and_no_farther_than_the_window(experts, attention):
-    profile = small_profile(layers=1, experts=experts, active_experts=min(2, experts), sliding_window=8 if experts else 0)
+    profile = small_profile(
+        layers=1,
+        experts=experts,
+        active_experts=min(2, experts),
+        sliding_window=8 if experts else 0,
+    )
     model = decoder.build_model(profile, attention=attention)
-    embedded = model.get_input_embeddings().register_forward_hook(lambda *arguments: arguments[-1].requires_grad_().retain_grad())
+    embedded = model.get_input_embeddings().register_forward_hook(
+        lambda *arguments: arguments[-1].requires_grad_().retain_grad()
+    )
     inputs, seen = torch.randint(0, 512, (1, 32)), []
-    model.get_input_embeddings().register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    model.get_input_embeddings().register_forward_hook(
+        lambda *arguments: seen.append(arguments[-1])
+    )
     decoder.forward_body(model, inputs).hidden[0, 20].sum().backward()
     embedded.remove()
     reached = seen[0].grad[0].abs().sum(-1).nonzero().flatten().tolist()
@@ -144,19 +195,33 @@ def test_a_position_sees_those_before_it_and_no_farther_than_the_window(experts,
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_never_reads_a_number_back(monkeypatch, experts, borders, recompute):
     """On a GPU each of these would make the host wait for all that is queued."""
-    profile = small_profile(experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
+    profile = small_profile(
+        experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0
+    )
     model = decoder.build_model(profile)
     use_grouped_experts(model)
     inputs, given = torch.randint(0, 512, (2, 32)), _documents(borders)
     labels = inputs.masked_fill(~given["attention_mask"], -100) if borders == "padded" else inputs
     muon, aux = build_optimizers(model, role_table(model, profile), profile)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))  # the objective counts on a CPU only
+    monkeypatch.setattr(
+        torch.Tensor, "is_cuda", property(lambda tensor: True)
+    )  # the objective counts on a CPU only
     for step in range(2):
-        counts = [state["step"] for state in aux.state.values()]  # AdamW's own, which stay on the host
+        counts = [
+            state["step"] for state in aux.state.values()
+        ]  # AdamW's own, which stay on the host
         with _ReadBacks(on_host=counts) as read_backs:
             body = decoder.forward_body(model, inputs, **given, recompute=recompute)
-            terms = chunked_objective(body.hidden, model.get_output_embeddings().weight, labels, profile.objective, num_valid=64)
-            (terms.total + activation_penalty(body.residual, labels, 0.1, 64) + body.router_loss).backward()
+            terms = chunked_objective(
+                body.hidden,
+                model.get_output_embeddings().weight,
+                labels,
+                profile.objective,
+                num_valid=64,
+            )
+            (
+                terms.total + activation_penalty(body.residual, labels, 0.1, 64) + body.router_loss
+            ).backward()
             if step:
                 muon.step()
                 aux.step()
@@ -179,7 +244,14 @@ class _ReadBacks(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if any(args[:1] and args[0] is tensor for tensor in self.on_host):
             return function(*args, **(kwargs or {}))
-        if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "bincount", "_unique2"):
+        if name in (
+            "_local_scalar_dense",
+            "nonzero",
+            "equal",
+            "masked_select",
+            "bincount",
+            "_unique2",
+        ):
             self.found.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -190,27 +262,55 @@ def test_every_parameter_is_in_exactly_one_optimizer_group(name):
     model = decoder.build_model(profile, device="meta")
     rules = role_table(model, profile)
     muon, aux = build_optimizers(model, rules, profile)
-    grouped = [id(parameter) for optimizer in (muon, aux) for group in optimizer.param_groups for parameter in group["params"]]
+    grouped = [
+        id(parameter)
+        for optimizer in (muon, aux)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
-    assert {rule.name for rule in rules} == {parameter_name for parameter_name, _ in model.named_parameters()}
+    assert {rule.name for rule in rules} == {
+        parameter_name for parameter_name, _ in model.named_parameters()
+    }
 
 
 def test_the_role_table_follows_the_card():
     profile = get_profile("kl3m-007-500m")
-    rules = {rule.name: rule for rule in role_table(decoder.build_model(profile, device="meta"), profile)}
-    query, key, up = (rules[f"model.layers.7.{name}.weight"] for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
-    assert query.lr / profile.muon_lr == 0.5 and key.lr / profile.muon_lr == 0.75 and up.lr == profile.muon_lr
+    rules = {
+        rule.name: rule for rule in role_table(decoder.build_model(profile, device="meta"), profile)
+    }
+    query, key, up = (
+        rules[f"model.layers.7.{name}.weight"]
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+    )
+    assert (
+        query.lr / profile.muon_lr == 0.5
+        and key.lr / profile.muon_lr == 0.75
+        and up.lr == profile.muon_lr
+    )
     assert query.max_condition == 3000 and up.max_condition == 2000 and query.weight_decay == 1e-5
     head = rules["model.embed_tokens.weight"]
-    assert (head.role, head.optimizer, head.weight_decay, head.max_condition) == ("lm_head", "adamw", 1e-3, 2000)
+    assert (head.role, head.optimizer, head.weight_decay, head.max_condition) == (
+        "lm_head",
+        "adamw",
+        1e-3,
+        2000,
+    )
     assert head.lr == pytest.approx(0.9 * 5e-4)
     norm = rules["model.norm.weight"]
-    assert (norm.role, norm.optimizer, norm.weight_decay, norm.max_condition) == ("norm", "adamw", 0.0, 0.0)
+    assert (norm.role, norm.optimizer, norm.weight_decay, norm.max_condition) == (
+        "norm",
+        "adamw",
+        0.0,
+        0.0,
+    )
 
 
 def test_a_mixtral_has_experts_router_and_an_embedding_of_its_own():
     found = roles.parameter_roles(decoder.build_model(get_profile("tiny-moe"), device="meta"))
-    assert {"gate_up_proj", "down_proj", "router", "embedding", "lm_head", "norm", "q_proj"} <= set(found.values())
+    assert {"gate_up_proj", "down_proj", "router", "embedding", "lm_head", "norm", "q_proj"} <= set(
+        found.values()
+    )
 
 
 def test_a_parameter_without_a_role_is_an_error():
@@ -224,7 +324,9 @@ def test_broken_checkpoints_are_named(tmp_path, trained_run):
     _, result = trained_run
     with pytest.raises(ValueError, match="no checkpoint folder"):
         decoder.load_model(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"no checkpoint folder /\S+/nobody/nothing, and the hub gave no model") as caught:
+    with pytest.raises(
+        ValueError, match=r"no checkpoint folder /\S+/nobody/nothing, and the hub gave no model"
+    ) as caught:
         decoder.load_model("nobody/nothing")
     assert "\n" not in str(caught.value)
     empty = tmp_path / "empty"
@@ -243,10 +345,14 @@ def test_broken_checkpoints_are_named(tmp_path, trained_run):
     (cut / "model.safetensors").write_bytes(whole)
     for text in ("{", "[]", "\xff"):
         (cut / "config.json").write_text(text, encoding="latin-1")
-        with pytest.raises(ValueError, match=r"cut/config\.json (is not JSON|holds no JSON object)"):
+        with pytest.raises(
+            ValueError, match=r"cut/config\.json (is not JSON|holds no JSON object)"
+        ):
             decoder.load_model(cut)
     (cut / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"The checkpoint \S+/cut cannot be loaded \(Unrecognized model"):
+    with pytest.raises(
+        ValueError, match=r"The checkpoint \S+/cut cannot be loaded \(Unrecognized model"
+    ):
         decoder.load_model(cut)
     (cut / "model.safetensors").unlink()
     for text in ("{", "{}"):

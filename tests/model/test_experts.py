@@ -13,7 +13,9 @@ from tests.conftest import small_profile
 
 
 def _mixture(**settings):
-    return decoder.build_model(small_profile(experts=4, active_experts=2, tied_embeddings=False, **settings))
+    return decoder.build_model(
+        small_profile(experts=4, active_experts=2, tied_embeddings=False, **settings)
+    )
 
 
 def test_grouped_products_are_transformers_own_and_so_are_their_gradients():
@@ -25,7 +27,12 @@ def test_grouped_products_are_transformers_own_and_so_are_their_gradients():
             experts.use_grouped_experts(model)
         logits = model(inputs).logits
         logits.square().mean().backward()
-        results.append((logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}))
+        results.append(
+            (
+                logits.detach(),
+                {name: parameter.grad for name, parameter in model.named_parameters()},
+            )
+        )
     (logits, gradients), (grouped_logits, grouped_gradients) = results
     torch.testing.assert_close(grouped_logits, logits)
     torch.testing.assert_close(grouped_gradients, gradients)
@@ -83,17 +90,27 @@ def test_a_dense_model_is_left_as_it_is():
     assert not hasattr(model.config, "num_local_experts")
 
 
-def switch_loss(logits: torch.Tensor, active: int, counts: torch.Tensor | None = None) -> torch.Tensor:
-    """Equations 4 to 6 of Switch Transformer for one layer's logits [tokens, experts], from `counts` or its own choices."""
+def switch_loss(
+    logits: torch.Tensor, active: int, counts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Equations 4 to 6 of Switch Transformer for one layer's logits [tokens, experts], from
+    `counts` or its own choices.
+    """
     number = logits.shape[1]
     if counts is None:
-        counts = torch.tensor([(logits.topk(active).indices == expert).sum() for expert in range(number)])
+        counts = torch.tensor(
+            [(logits.topk(active).indices == expert).sum() for expert in range(number)]
+        )
     share = active * counts.to(logits.dtype) / counts.sum()
-    return number * sum(share[expert] * logits.softmax(-1)[:, expert].mean() for expert in range(number))
+    return number * sum(
+        share[expert] * logits.softmax(-1)[:, expert].mean() for expert in range(number)
+    )
 
 
 def _loss(logits, active, mask=None):
-    return experts.load_balancing_loss(logits, experts.expert_counts(logits, active, mask), active, mask)
+    return experts.load_balancing_loss(
+        logits, experts.expert_counts(logits, active, mask), active, mask
+    )
 
 
 def test_the_routers_loss_is_the_mean_of_the_layers_own():
@@ -101,7 +118,9 @@ def test_the_routers_loss_is_the_mean_of_the_layers_own():
     logits = [torch.randn(64, 4, dtype=torch.float64).mul_(3).requires_grad_() for _ in range(3)]
     loss, reference = _loss(logits, 2), sum(switch_loss(layer, 2) for layer in logits) / 3
     torch.testing.assert_close(loss, reference)
-    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(reference, logits))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, logits), torch.autograd.grad(reference, logits)
+    )
     mask = torch.rand(4, 16) < 0.7
     reference = sum(switch_loss(layer[mask.flatten()], 2) for layer in logits) / 3
     torch.testing.assert_close(_loss(logits, 2, mask), reference)
@@ -109,23 +128,36 @@ def test_the_routers_loss_is_the_mean_of_the_layers_own():
 
 def test_layers_that_leave_out_different_experts_do_not_make_up_for_each_other():
     """Even use gives 2; two dead experts in every layer give 4, and a gradient against them."""
-    noise = 0.01 * torch.randn(2, 4096, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = 0.01 * torch.randn(
+        2, 4096, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     dead = torch.tensor([[9.0, 9.0, 0.0, 0.0], [0.0, 0.0, 9.0, 9.0]], dtype=torch.float64)
     logits = [(noise[layer] + dead[layer]).requires_grad_() for layer in range(2)]
     loss = _loss(logits, 2)
     loss.backward()
     assert loss.item() == pytest.approx(4.0, abs=0.01)
-    assert all(layer.grad.sum(0)[bias == 0.0].max() < -1e-4 for layer, bias in zip(logits, dead, strict=True))
-    even = [torch.eye(4, dtype=torch.float64).repeat(8, 1) + torch.eye(4).roll(1, 0).repeat(8, 1) for _ in range(2)]
+    assert all(
+        layer.grad.sum(0)[bias == 0.0].max() < -1e-4
+        for layer, bias in zip(logits, dead, strict=True)
+    )
+    even = [
+        torch.eye(4, dtype=torch.float64).repeat(8, 1) + torch.eye(4).roll(1, 0).repeat(8, 1)
+        for _ in range(2)
+    ]
     assert _loss(even, 2).item() == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4, 8])
 def test_micro_batches_add_up_to_the_step_and_the_covariance_of_what_they_count(micro_batches):
-    """With the counts of the whole step the sum is its loss exactly; with their own it is larger by what the docstring says."""
+    """With the counts of the whole step the sum is its loss exactly; with their own it is larger by
+    what the docstring says.
+    """
     torch.manual_seed(0)
     layers, active = 3, 2
-    windows = [torch.randn(8, 16, 4, dtype=torch.float64) + 2 * torch.randn(8, 1, 4, dtype=torch.float64) for _ in range(layers)]
+    windows = [
+        torch.randn(8, 16, 4, dtype=torch.float64) + 2 * torch.randn(8, 1, 4, dtype=torch.float64)
+        for _ in range(layers)
+    ]
     mask = torch.rand(8, 16) < torch.linspace(0.3, 1.0, 8).unsqueeze(1)
     whole = [layer.flatten(0, 1) for layer in windows]
     counts = experts.expert_counts(whole, active, mask)
@@ -137,7 +169,9 @@ def test_micro_batches_add_up_to_the_step_and_the_covariance_of_what_they_count(
         own = experts.expert_counts(part, active, part_mask)
         of_step += weight * experts.load_balancing_loss(part, counts, active, part_mask)
         of_its_own += weight * experts.load_balancing_loss(part, own, active, part_mask)
-        probabilities = torch.stack([layer[part_mask.flatten()].softmax(-1).mean(0) for layer in part])
+        probabilities = torch.stack(
+            [layer[part_mask.flatten()].softmax(-1).mean(0) for layer in part]
+        )
         excess = active * (own / own.sum(1, keepdim=True) - counts / counts.sum(1, keepdim=True))
         covariance += weight * 4 * (excess * probabilities).sum(1).mean()
     torch.testing.assert_close(of_step, reference)
@@ -150,14 +184,31 @@ def test_a_micro_batch_weighs_as_its_routed_tokens_and_not_as_its_labels():
     profile = small_profile(experts=4, active_experts=2, router_aux_loss=0.05)
     model = decoder.build_model(profile)
     torch.manual_seed(0)
-    tokens, mask = torch.randint(0, 512, (4, 32)), torch.arange(32) < torch.tensor([[32], [20], [9], [31]])
-    labels = tokens.masked_fill(~mask | (torch.arange(32) < torch.tensor([[30], [0], [0], [0]])), -100)
-    rows = [Batch(tokens[row : row + 1], labels[row : row + 1], mask[row : row + 1]) for row in range(4)]
-    valid, routed = (sum(getattr(row, what) for row in rows) for what in ("valid_tokens", "routed_tokens"))
+    tokens, mask = (
+        torch.randint(0, 512, (4, 32)),
+        torch.arange(32) < torch.tensor([[32], [20], [9], [31]]),
+    )
+    labels = tokens.masked_fill(
+        ~mask | (torch.arange(32) < torch.tensor([[30], [0], [0], [0]])), -100
+    )
+    rows = [
+        Batch(tokens[row : row + 1], labels[row : row + 1], mask[row : row + 1]) for row in range(4)
+    ]
+    valid, routed = (
+        sum(getattr(row, what) for row in rows) for what in ("valid_tokens", "routed_tokens")
+    )
     assert (valid, routed) == (62, 92)
-    total = sum(training_loss(model, row, valid, routed, profile, False, False)[1]["router_loss"] for row in rows)
-    alone = [decoder.forward_body(model, row.input_ids, row.attention_mask).router_loss.item() for row in rows]
-    assert total.item() == pytest.approx(0.05 * sum(row.routed_tokens * loss for row, loss in zip(rows, alone, strict=True)) / 92)
+    total = sum(
+        training_loss(model, row, valid, routed, profile, False, False)[1]["router_loss"]
+        for row in rows
+    )
+    alone = [
+        decoder.forward_body(model, row.input_ids, row.attention_mask).router_loss.item()
+        for row in rows
+    ]
+    assert total.item() == pytest.approx(
+        0.05 * sum(row.routed_tokens * loss for row, loss in zip(rows, alone, strict=True)) / 92
+    )
 
 
 def test_router_logits_have_the_precision_of_the_weights_under_autocast_too():

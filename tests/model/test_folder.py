@@ -1,4 +1,6 @@
-"""Folders that are written whole or not at all, and can be read by whoever may read other new folders."""
+"""Folders that are written whole or not at all, and can be read by whoever may read other new
+folders.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def _mode(path) -> int:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
-def test_stacks_and_tokenizers_have_the_mode_of_any_new_folder(trained_run, tmp_path, monkeypatch, umask):
+def test_stacks_and_tokenizers_have_the_mode_of_any_new_folder(
+    trained_run, tmp_path, monkeypatch, umask
+):
     monkeypatch.setenv("KL3M_NB_CACHE", str(tmp_path / "cache"))
     before = os.umask(umask)
     try:
@@ -37,12 +41,19 @@ def test_a_folder_appears_with_its_last_file_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt), files.written_whole(tmp_path / "a" / "c") as folder:
         (folder / "file").write_text("x")
         raise KeyboardInterrupt
-    with pytest.raises(OSError), files.written_whole(tmp_path / "a" / "b") as folder:  # somebody was first
+    with (
+        pytest.raises(OSError),
+        files.written_whole(tmp_path / "a" / "b") as folder,
+    ):  # somebody was first
         (folder / "file").write_text("y")
-    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "file"] and (tmp_path / "a/b/file").read_text() == "x"
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "file"] and (
+        tmp_path / "a/b/file"
+    ).read_text() == "x"
 
 
-def test_what_a_killed_process_left_half_written_is_cleared_and_what_a_living_one_writes_is_not(tmp_path):
+def test_what_a_killed_process_left_half_written_is_cleared_and_what_a_living_one_writes_is_not(
+    tmp_path,
+):
     child = os.fork()
     if not child:
         with files.written_whole(tmp_path / "killed") as folder:

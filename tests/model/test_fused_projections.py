@@ -31,19 +31,29 @@ def pair(**overrides):
 def test_outputs_and_gradients_are_those_of_transformers(overrides, padded):
     inputs = torch.randint(0, 512, (2, 32), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(32).expand(2, 32) > 4 if padded else None
-    direction = torch.randn(2, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    direction = torch.randn(
+        2, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     model, fused = pair(**overrides)
     hidden = [decoder.forward_body(each, inputs, mask).hidden for each in (model, fused)]
     torch.testing.assert_close(*hidden)
     for states in hidden:
         (states * direction).sum().backward()
     assert type(fused.model.layers[0].self_attn) is not type(model.model.layers[0].self_attn)
-    for (name, parameter), expected in zip(fused.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, expected.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, parameter), expected in zip(
+        fused.named_parameters(), model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(
+            parameter.grad, expected.grad, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_rotation_equals_the_one_of_transformers_to_the_bit():
-    query, key, angles = torch.randn(2, 9, 16, 64), torch.randn(2, 3, 16, 64), torch.randn(1, 16, 64)
+    query, key, angles = (
+        torch.randn(2, 9, 16, 64),
+        torch.randn(2, 3, 16, 64),
+        torch.randn(1, 16, 64),
+    )
     expected = apply_rotary_pos_emb(query, key, angles.cos(), angles.sin())
     for states, rotated in zip((query, key), expected, strict=True):
         assert torch.equal(rotate(states, angles.cos(), angles.sin()), rotated)
@@ -61,19 +71,32 @@ def test_a_fused_model_writes_with_its_cache_and_saves_as_before(tmp_path):
 
 def test_projections_with_biases_are_left_as_they_are():
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, attention_bias=True,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        attention_bias=True,
         mlp_bias=True,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config)
     fuse_projections(model)
-    assert type(model.model.layers[0].self_attn) is LlamaAttention and type(model.model.layers[0].mlp) is LlamaMLP
+    assert (
+        type(model.model.layers[0].self_attn) is LlamaAttention
+        and type(model.model.layers[0].mlp) is LlamaMLP
+    )
 
 
 def test_a_gated_unit_with_another_activation_is_left_as_it_is():
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, hidden_act="gelu")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, hidden_act="gelu"
+    )
     model = LlamaForCausalLM(config)
     fuse_projections(model)
-    assert type(model.model.layers[0].self_attn) is not LlamaAttention and type(model.model.layers[0].mlp) is LlamaMLP
+    assert (
+        type(model.model.layers[0].self_attn) is not LlamaAttention
+        and type(model.model.layers[0].mlp) is LlamaMLP
+    )
 
 
 @pytest.mark.parametrize("sizes", [(576, 192, 192), (1536, 1536), (48, 16, 16), (5, 3)])
@@ -91,7 +114,9 @@ def test_parts_are_joined_in_more_aligned_pieces_than_the_compiler_computes_toge
 
 
 def kept_bytes(model, inputs) -> int:
-    """What the backward pass of all blocks holds besides parameters, compiled as on a GPU and run operation by operation."""
+    """What the backward pass of all blocks holds besides parameters, compiled as on a GPU and run
+    operation by operation.
+    """
     torch._dynamo.reset()
     for layer in model.model.layers:
         layer.compile(dynamic=False, backend="aot_eager_decomp_partition")
@@ -112,6 +137,8 @@ def test_a_compiled_backward_pass_holds_no_more_than_that_of_transformers():
     inputs = torch.randint(0, 512, (2, 32))
     model, fused = pair()
     of_weights = sum(
-        p.nbytes for name, p in model.named_parameters() if name.split(".")[-2] in "q_proj k_proj v_proj gate_proj up_proj"
+        p.nbytes
+        for name, p in model.named_parameters()
+        if name.split(".")[-2] in "q_proj k_proj v_proj gate_proj up_proj"
     )
     assert kept_bytes(fused, inputs) <= kept_bytes(model, inputs) + of_weights  # joined

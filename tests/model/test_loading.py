@@ -1,4 +1,6 @@
-"""Loading is checked: whatever transformers would draw at random, leave out or cannot build is an error that names it."""
+"""Loading is checked: whatever transformers would draw at random, leave out or cannot build is an
+error that names it.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,20 @@ def folders(tmp_path_factory):
     """A small Llama and a small Mixtral, saved by transformers."""
     folder = tmp_path_factory.mktemp("whole")
     for name, experts in (("dense", 0), ("mixture", 4)):
-        decoder.build_model(small_profile(experts=experts, active_experts=experts // 2)).save_pretrained(folder / name)
+        decoder.build_model(
+            small_profile(experts=experts, active_experts=experts // 2)
+        ).save_pretrained(folder / name)
     return folder
 
 
 def changed(folder, target, change):
     """A copy of `folder` whose tensors `change` has gone through."""
     shutil.copytree(folder, target)
-    save_file(change(load_file(folder / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
+    save_file(
+        change(load_file(folder / "model.safetensors")),
+        target / "model.safetensors",
+        {"format": "pt"},
+    )
     return target
 
 
@@ -47,18 +55,29 @@ FAULTS = {
     "compiled blocks": (renamed("layers.1.", "layers.1._orig_mod."), ["_orig_mod.", "remove"]),
     "DDP": (renamed("", "module."), ["'module.'", "remove"]),
     "PEFT": (renamed("", "base_model.model."), ["base_model.model.", "remove"]),
-    "another family's names": (renamed("model.layers", "transformer.h"), ["lacks", "model.layers.0.", "transformer.h.0."]),
+    "another family's names": (
+        renamed("model.layers", "transformer.h"),
+        ["lacks", "model.layers.0.", "transformer.h.0."],
+    ),
     "a lost layer": (without("layers.1."), ["lacks 9 tensors", "model.layers.1."]),
     "no final norm": (without("model.norm"), ["lacks 1 tensor (model.norm.weight)"]),
     "no embedding": (without("embed_tokens"), ["model.embed_tokens.weight"]),
-    "one too many": (lambda t: t | {"model.layers.2.mlp.up_proj.weight": torch.ones(2)}, ["model.layers.2.mlp.up_proj.weight"]),
-    "another shape": (lambda t: t | {"model.norm.weight": torch.ones(3)}, ["model.norm.weight of shape [3]", "[32]"]),
+    "one too many": (
+        lambda t: t | {"model.layers.2.mlp.up_proj.weight": torch.ones(2)},
+        ["model.layers.2.mlp.up_proj.weight"],
+    ),
+    "another shape": (
+        lambda t: t | {"model.norm.weight": torch.ones(3)},
+        ["model.norm.weight of shape [3]", "[32]"],
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", ["dense", "mixture"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_not_the_models_is_named_whether_weights_or_only_headers_are_read(folders, tmp_path, kind, fault):
+def test_what_is_not_the_models_is_named_whether_weights_or_only_headers_are_read(
+    folders, tmp_path, kind, fault
+):
     change, words = FAULTS[fault]
     folder = changed(folders / kind, tmp_path / "other", change)
     for load in (decoder.load_model, loading.check_loads):
@@ -68,7 +87,11 @@ def test_what_is_not_the_models_is_named_whether_weights_or_only_headers_are_rea
 
 
 def test_a_lost_expert_is_an_error(folders, tmp_path):
-    lost = next(name for name in load_file(folders / "mixture" / "model.safetensors") if "experts.1.w1" in name)
+    lost = next(
+        name
+        for name in load_file(folders / "mixture" / "model.safetensors")
+        if "experts.1.w1" in name
+    )
     folder = changed(folders / "mixture", tmp_path / "other", without(lost))
     for load in (decoder.load_model, loading.check_loads):
         with pytest.raises(ValueError, match=r"experts of .* cannot be put together"):
@@ -90,12 +113,21 @@ def test_what_old_files_and_ties_leave_out_or_add_is_no_fault(folders, tmp_path,
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("hidden_size", "32"), ("num_hidden_layers", [2]), ("num_attention_heads", 0), ("rope_parameters", 5),
-        ("hidden_act", "no"), ("model_type", "no"), ("vocab_size", -3), ("intermediate_size", None),
-        ("tie_word_embeddings", "yes"), ("rms_norm_eps", "x"),
+        ("hidden_size", "32"),
+        ("num_hidden_layers", [2]),
+        ("num_attention_heads", 0),
+        ("rope_parameters", 5),
+        ("hidden_act", "no"),
+        ("model_type", "no"),
+        ("vocab_size", -3),
+        ("intermediate_size", None),
+        ("tie_word_embeddings", "yes"),
+        ("rms_norm_eps", "x"),
     ],
-)  # fmt: skip
-def test_a_forged_config_is_one_sentence_for_training_and_for_stacking(folders, tmp_path, key, value):
+)
+def test_a_forged_config_is_one_sentence_for_training_and_for_stacking(
+    folders, tmp_path, key, value
+):
     folder = shutil.copytree(folders / "dense", tmp_path / "forged")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
@@ -119,12 +151,30 @@ def test_a_run_does_not_begin_from_tensors_that_are_not_the_models(folders, tmp_
 
 
 SHAPE = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
     max_position_embeddings=64,
-)  # fmt: skip
-LLAMA4 = dict(num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=48, interleave_moe_layer_step=1)
-ERNIE = dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=0, moe_num_shared_experts=1)
-QWEN = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0, 1, 2])
+)
+LLAMA4 = dict(
+    num_local_experts=4,
+    num_experts_per_tok=1,
+    intermediate_size_mlp=48,
+    interleave_moe_layer_step=1,
+)
+ERNIE = dict(
+    moe_num_experts=4,
+    moe_k=2,
+    moe_intermediate_size=16,
+    moe_layer_start_index=0,
+    moe_num_shared_experts=1,
+)
+QWEN = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0, 1, 2]
+)
 
 
 @pytest.mark.parametrize("order", ["cyclic", "interpolated"])
@@ -135,16 +185,26 @@ QWEN = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_
         ("ernie4_5_moe", ERNIE),  # moe_layer_end_index
         ("qwen3_moe", QWEN),  # mlp_only_layers
         ("smollm3", {"no_rope_layer_interval": 2, "pad_token_id": None}),
-        ("gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+        (
+            "gemma3_text",
+            {
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+        ),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     ],
 )
-def test_families_that_number_their_layers_compute_in_each_copy_what_its_source_does(tmp_path, family, settings, order):
+def test_families_that_number_their_layers_compute_in_each_copy_what_its_source_does(
+    tmp_path, family, settings, order
+):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, num_hidden_layers=3, **{**SHAPE, **settings})
     small = AutoModelForCausalLM.from_config(config).eval()
     small.save_pretrained(tmp_path / "source")
-    summary = stacking.stack_checkpoint(tmp_path / "source", tmp_path / "stack", factor=2, order=order)
+    summary = stacking.stack_checkpoint(
+        tmp_path / "source", tmp_path / "stack", factor=2, order=order
+    )
     stacking.verify_stack(tmp_path / "source", tmp_path / "stack")
     large, info = AutoModelForCausalLM.from_pretrained(tmp_path / "stack", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -153,7 +213,9 @@ def test_families_that_number_their_layers_compute_in_each_copy_what_its_source_
     tokens = torch.randint(0, 64, (2, 24))
     given = []
     hooks = [
-        block.register_forward_hook(lambda _, args, kwargs, __: given.append((args[1:], kwargs)), with_kwargs=True)
+        block.register_forward_hook(
+            lambda _, args, kwargs, __: given.append((args[1:], kwargs)), with_kwargs=True
+        )
         for block in blocks
     ]
     with torch.no_grad():
@@ -161,7 +223,9 @@ def test_families_that_number_their_layers_compute_in_each_copy_what_its_source_
         for hook in hooks:
             hook.remove()
         hidden = []
-        large.model.layers[0].register_forward_pre_hook(lambda _, args, kwargs: hidden.append(args[0]), with_kwargs=True)
+        large.model.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: hidden.append(args[0]), with_kwargs=True
+        )
         expected = large(tokens, use_cache=False).logits
         state = hidden[0]
         for source in summary.block_sources:
@@ -175,12 +239,27 @@ def test_families_that_number_their_layers_compute_in_each_copy_what_its_source_
 @pytest.mark.parametrize(
     ("family", "settings", "words"),
     [
-        ("diffllama", {}, "diffllama.*lambda_init"),  # a constant that follows from the layer's number
+        (
+            "diffllama",
+            {},
+            "diffllama.*lambda_init",
+        ),  # a constant that follows from the layer's number
         ("ernie4_5_moe", {**ERNIE, "moe_layer_end_index": 1}, "not of one kind"),
-        ("ernie4_5_moe", {**ERNIE, "moe_layer_interval": 1, "moe_layer_start_index": 3, "moe_layer_end_index": 4}, "layer 3"),
+        (
+            "ernie4_5_moe",
+            {
+                **ERNIE,
+                "moe_layer_interval": 1,
+                "moe_layer_start_index": 3,
+                "moe_layer_end_index": 4,
+            },
+            "layer 3",
+        ),
     ],
 )
-def test_families_whose_layers_differ_by_number_are_refused_by_name(tmp_path, family, settings, words):
+def test_families_whose_layers_differ_by_number_are_refused_by_name(
+    tmp_path, family, settings, words
+):
     config = transformers.AutoConfig.for_model(family, num_hidden_layers=3, **{**SHAPE, **settings})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match=words) as caught:
@@ -189,13 +268,21 @@ def test_families_whose_layers_differ_by_number_are_refused_by_name(tmp_path, fa
 
 
 def test_verify_loads_what_it_verifies(folders, tmp_path, monkeypatch):
-    """A stack that a version without the check has written: bytes and config are as stacking gives them, half is not found."""
-    config = transformers.AutoConfig.for_model("ernie4_5_moe", num_hidden_layers=3, **{**SHAPE, **ERNIE})
+    """A stack that a version without the check has written: bytes and config are as stacking gives
+    them, half is not found.
+    """
+    config = transformers.AutoConfig.for_model(
+        "ernie4_5_moe", num_hidden_layers=3, **{**SHAPE, **ERNIE}
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     with monkeypatch.context() as old:
         for check in ("check_loads", "check_blocks"):
             old.setattr(stacking, check, lambda *_: None)
-        old.setattr(stacking, "grown_config", lambda config, blocks: dict(config, num_hidden_layers=len(blocks)))
+        old.setattr(
+            stacking,
+            "grown_config",
+            lambda config, blocks: dict(config, num_hidden_layers=len(blocks)),
+        )
         stacking.stack_checkpoint(tmp_path / "source", tmp_path / "stack", factor=2)
         _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "stack", output_loading_info=True)
         assert info["missing_keys"]

@@ -19,11 +19,14 @@ from tests.conftest import small_profile
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A make-believe H200 with flash-attn installed, and without flash-attn-4; its parts can be changed."""
+    """A make-believe H200 with flash-attn installed, and without flash-attn-4; its parts can be
+    changed.
+    """
     parts = {"capability": (9, 0), "bytes": 141 * 10**9, "flash-attn-4": False}
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(
-        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation or parts["capability"] >= (8, 0)
+        "torch.cuda.is_bf16_supported",
+        lambda including_emulation=True: including_emulation or parts["capability"] >= (8, 0),
     )
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: parts["capability"])
     monkeypatch.setattr(runtime, "device_memory", lambda device: parts["bytes"])
@@ -38,7 +41,12 @@ def gpu(monkeypatch):
 def test_a_cpu_computes_in_float32_uncompiled():
     chosen = runtime.choose_runtime(get_profile("tiny"))
     if chosen.device.type == "cpu":
-        assert (chosen.precision, chosen.attention, chosen.compile_blocks, chosen.tf32) == ("float32", "sdpa", False, False)
+        assert (chosen.precision, chosen.attention, chosen.compile_blocks, chosen.tf32) == (
+            "float32",
+            "sdpa",
+            False,
+            False,
+        )
     assert not chosen.recompute and "no gradient checkpointing" in chosen.describe()
 
 
@@ -53,28 +61,41 @@ def test_attention_follows_the_gpu_the_window_and_the_mask(gpu):
         return runtime.choose_runtime(get_profile(name, **overrides)).attention
 
     assert chosen("kl3m-002-520m", packing="dense", p_sft=0.0) == "flash_attention_2"
-    assert chosen("kl3m-002-520m") == "sdpa", "segments are padded, and their mask costs FlashAttention a host sync a layer"
+    assert chosen("kl3m-002-520m") == "sdpa", (
+        "segments are padded, and their mask costs FlashAttention a host sync a layer"
+    )
     gpu["capability"] = (8, 0)
     assert chosen("kl3m-007-500m") == "flash_attention_2"
     assert chosen("kl3m-007-500m", document_borders="mask") == "sdpa"
-    assert chosen("kl3m-007-500m", attention="sdpa") == chosen("kl3m-007-500m", precision="float32") == "sdpa"
+    assert (
+        chosen("kl3m-007-500m", attention="sdpa")
+        == chosen("kl3m-007-500m", precision="float32")
+        == "sdpa"
+    )
 
 
 def test_flash_attention_2_refuses_what_would_mix_documents(gpu):
     asked = {"attention": "flash_attention_2", "document_borders": "mask"}
     with pytest.raises(ValueError, match="micro_batch is 5; choose"):
         runtime.choose_runtime(get_profile("kl3m-007-500m", **asked))
-    assert runtime.choose_runtime(get_profile("kl3m-007-500m", micro_batch=1, **asked)).attention == "flash_attention_2"
+    assert (
+        runtime.choose_runtime(get_profile("kl3m-007-500m", micro_batch=1, **asked)).attention
+        == "flash_attention_2"
+    )
 
 
 def test_shards_that_fit_are_not_recomputed(gpu, monkeypatch):
     profile = get_profile("kl3m-007-500m", parallel="fsdp")
-    whole, shard = (step_memory(profile, "bfloat16", True, False, shards).total for shards in (1, 8))
+    whole, shard = (
+        step_memory(profile, "bfloat16", True, False, shards).total for shards in (1, 8)
+    )
     gpu["bytes"] = (whole + shard) / 2 / USABLE
     assert runtime.choose_runtime(profile).recompute
     monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, 8))
     assert not runtime.choose_runtime(profile).recompute
-    assert runtime.choose_runtime(get_profile("kl3m-007-500m")).recompute, "every process holds the whole model"
+    assert runtime.choose_runtime(get_profile("kl3m-007-500m")).recompute, (
+        "every process holds the whole model"
+    )
 
 
 def test_flash_attention_4_is_taken_on_hopper_where_nothing_is_masked(gpu):
@@ -85,12 +106,23 @@ def test_flash_attention_4_is_taken_on_hopper_where_nothing_is_masked(gpu):
         chosen(attention="flash_attention_4")
     gpu["flash-attn-4"] = True
     assert chosen(micro_batch=10) == chosen(attention="flash_attention_4") == IMPLEMENTATION
-    assert chosen(micro_batch=10, document_borders="mask") == chosen(micro_batch=10, attention="sdpa") == "sdpa"
+    assert (
+        chosen(micro_batch=10, document_borders="mask")
+        == chosen(micro_batch=10, attention="sdpa")
+        == "sdpa"
+    )
     assert chosen(micro_batch=5) == "sdpa", "its calls would keep the GPU waiting"
-    described = runtime.Runtime(torch.device("cpu"), "bfloat16", chosen(micro_batch=10), False, False, False).describe()
+    described = runtime.Runtime(
+        torch.device("cpu"), "bfloat16", chosen(micro_batch=10), False, False, False
+    ).describe()
     assert "attention flash_attention_4 " in described
-    assert chosen("kl3m-002-520m", packing="dense", p_sft=0.0) == "flash_attention_2", "its window is shorter than a segment"
-    for refused in ({"document_borders": "mask"}, {"name": "kl3m-002-520m", "packing": "dense", "p_sft": 0.0}):
+    assert chosen("kl3m-002-520m", packing="dense", p_sft=0.0) == "flash_attention_2", (
+        "its window is shorter than a segment"
+    )
+    for refused in (
+        {"document_borders": "mask"},
+        {"name": "kl3m-002-520m", "packing": "dense", "p_sft": 0.0},
+    ):
         with pytest.raises(ValueError, match="takes no mask and no sliding window"):
             chosen(attention="flash_attention_4", **refused)
     assert chosen(micro_batch=10, head_size=20) == "sdpa"
@@ -114,8 +146,12 @@ def test_bfloat16_is_not_chosen_where_it_is_emulated(gpu):
     assert (chosen.precision, chosen.attention) == ("float32", "sdpa")
 
 
-@pytest.mark.parametrize("error", ["ImportError('undefined symbol: _ZN3c105Error')", "OSError('libcudart.so.11')", None])
-def test_flash_attn_that_is_missing_or_does_not_load_is_done_without(gpu, monkeypatch, tmp_path, error):
+@pytest.mark.parametrize(
+    "error", ["ImportError('undefined symbol: _ZN3c105Error')", "OSError('libcudart.so.11')", None]
+)
+def test_flash_attn_that_is_missing_or_does_not_load_is_done_without(
+    gpu, monkeypatch, tmp_path, error
+):
     monkeypatch.delitem(sys.modules, "flash_attn")
     if error:
         (tmp_path / "flash_attn.py").write_text(f"raise {error}")
@@ -131,21 +167,37 @@ def test_the_kernel_is_asked_for_with_the_shapes_of_the_run(monkeypatch, overrid
     asked = []
 
     def choice(query, key, value, mask, is_causal, enable_gqa):
-        asked.append((tuple(query.shape), tuple(key.shape), mask is not None, is_causal, enable_gqa, query.requires_grad))
+        asked.append(
+            (
+                tuple(query.shape),
+                tuple(key.shape),
+                mask is not None,
+                is_causal,
+                enable_gqa,
+                query.requires_grad,
+            )
+        )
         return int(SDPBackend.CUDNN_ATTENTION.value)
 
     monkeypatch.setattr("torch._fused_sdp_choice", choice)
     chosen = runtime.choose_runtime(small_profile(**overrides))
-    assert asked == [((1, 4, 32, 8), (1, 4 if masked else 2, 32, 8), masked, not masked, not masked, True)]
+    assert asked == [
+        ((1, 4, 32, 8), (1, 4 if masked else 2, 32, 8), masked, not masked, not masked, True)
+    ]
     assert "attention sdpa (cudnn_attention)" in chosen.describe()
     assert runtime.choose_runtime(small_profile(attention="eager")).kernel == "" and len(asked) == 1
 
 
 def test_torch_tells_its_kernel():
-    assert runtime.choose_runtime(small_profile()).kernel in {backend.lower() for backend in SDPBackend.__members__}
+    assert runtime.choose_runtime(small_profile()).kernel in {
+        backend.lower() for backend in SDPBackend.__members__
+    }
 
 
-@pytest.mark.parametrize(("asked", "on_large", "on_small"), [("auto", False, True), ("on", True, True), ("off", False, False)])
+@pytest.mark.parametrize(
+    ("asked", "on_large", "on_small"),
+    [("auto", False, True), ("on", True, True), ("off", False, False)],
+)
 def test_gradient_checkpointing_only_where_memory_asks_for_it(gpu, asked, on_large, on_small):
     profile = get_profile("kl3m-007-500m", gradient_checkpointing=asked)
     assert runtime.choose_runtime(profile).recompute is on_large
@@ -174,9 +226,17 @@ def test_memory_is_bounded_by_what_a_job_may_use(tmp_path, monkeypatch):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_all_blocks_are_one_graph_that_computes_the_same(tmp_path, experts, padded, recompute):
-    profile = small_profile(layers=3, experts=experts, active_experts=min(2, experts), sliding_window=16 if experts else 0)
+    profile = small_profile(
+        layers=3,
+        experts=experts,
+        active_experts=min(2, experts),
+        sliding_window=16 if experts else 0,
+    )
     decoder.build_model(profile).save_pretrained(tmp_path)
-    inputs, mask = torch.randint(0, 512, (2, 32)), torch.arange(32).expand(2, 32) > 4 if padded else None
+    inputs, mask = (
+        torch.randint(0, 512, (2, 32)),
+        torch.arange(32).expand(2, 32) > 4 if padded else None,
+    )
     results, graphs = [], []
 
     def backend(graph, _):
@@ -194,7 +254,13 @@ def test_all_blocks_are_one_graph_that_computes_the_same(tmp_path, experts, padd
             model.zero_grad()
             body = decoder.forward_body(model, inputs, mask, recompute=recompute)
             (body.hidden.square().mean() + body.router_loss).backward()
-        results.append((body.hidden.detach(), body.router_loss.detach(), [parameter.grad for parameter in model.parameters()]))
+        results.append(
+            (
+                body.hidden.detach(),
+                body.router_loss.detach(),
+                [parameter.grad for parameter in model.parameters()],
+            )
+        )
     torch.testing.assert_close(results[1], results[0])
     assert len(graphs) == 1
 
@@ -202,8 +268,15 @@ def test_all_blocks_are_one_graph_that_computes_the_same(tmp_path, experts, padd
 @pytest.mark.parametrize("compiled", [False, True])
 def test_projections_are_fused_where_blocks_are_compiled(compiled):
     model = decoder.build_model(small_profile())
-    runtime.prepare_model(model, runtime.Runtime(torch.device("cpu"), "float32", "sdpa", compiled, recompute=False, tf32=False))
-    kinds = {type(module) for layer in model.model.layers for module in (layer.self_attn, layer.mlp)}
+    runtime.prepare_model(
+        model,
+        runtime.Runtime(
+            torch.device("cpu"), "float32", "sdpa", compiled, recompute=False, tf32=False
+        ),
+    )
+    kinds = {
+        type(module) for layer in model.model.layers for module in (layer.self_attn, layer.mlp)
+    }
     assert (kinds == {LlamaAttention, LlamaMLP}) is not compiled
     assert {name for name, _ in model.named_parameters()} == {
         name for name, _ in decoder.build_model(small_profile()).named_parameters()
@@ -213,5 +286,7 @@ def test_projections_are_fused_where_blocks_are_compiled(compiled):
 @pytest.mark.parametrize(("count", "told"), [(1, "1 thread"), (2, "2 threads")])
 def test_threads_are_told_in_their_number(monkeypatch, count, told):
     monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-    described = runtime.Runtime(torch.device("cpu"), "float32", "sdpa", False, False, False).describe()
+    described = runtime.Runtime(
+        torch.device("cpu"), "float32", "sdpa", False, False, False
+    ).describe()
     assert described.startswith(f"CPU, {told} · ") and runtime.versions().endswith(f", {told}")

@@ -1,4 +1,6 @@
-"""The mixture of the laptop goes through the notebooks of the dense models: source, stack, training, spectra, judgement."""
+"""The mixture of the laptop goes through the notebooks of the dense models: source, stack,
+training, spectra, judgement.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ def quiet(tmp_path, monkeypatch):
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
     monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
     for module in (training, style):
-        monkeypatch.setattr(module, "save_figure", lambda figure, folder, *_: folder.mkdir(parents=True, exist_ok=True))
+        monkeypatch.setattr(
+            module,
+            "save_figure",
+            lambda figure, folder, *_: folder.mkdir(parents=True, exist_ok=True),
+        )
 
 
 def test_a_mixture_is_grown_trained_and_looked_into(quiet):
@@ -31,10 +37,19 @@ def test_a_mixture_is_grown_trained_and_looked_into(quiet):
     history = read_metrics(trained["run_dir"], "train")
     assert list(history.step) == [1, 2, 3, 4] and (history.router_loss > 0).all()
     experts = read_metrics(trained["run_dir"], "experts")
-    assert len(experts) % (4 * layers) == 0 and (experts.groupby(["step", "layer"]).share.sum() - 1).abs().max() < 1e-3
-    spectra = execute_notebook("03_spectral_analysis", {"profile": "tiny-moe", "role": "gate_proj[0]", "windows": 0})
-    assert spectra["tables"]["trained"].expert.max() == 3 and (spectra["divergence"].distance > 0).all()
+    assert (
+        len(experts) % (4 * layers) == 0
+        and (experts.groupby(["step", "layer"]).share.sum() - 1).abs().max() < 1e-3
+    )
+    spectra = execute_notebook(
+        "03_spectral_analysis", {"profile": "tiny-moe", "role": "gate_proj[0]", "windows": 0}
+    )
+    assert (
+        spectra["tables"]["trained"].expert.max() == 3
+        and (spectra["divergence"].distance > 0).all()
+    )
     judged = execute_notebook(
-        "04_generation_evaluation", {"profile": "tiny-moe", "document_count": 2, "prompt_count": 2, "max_new_tokens": 4}
+        "04_generation_evaluation",
+        {"profile": "tiny-moe", "document_count": 2, "prompt_count": 2, "max_new_tokens": 4},
     )
     assert set(judged["summary"].index) == {"source", "stack, step 0", "trained"}

@@ -1,4 +1,6 @@
-"""Notebook 04 with one checkpoint and nothing to compare it with: trained by a run here, or come from elsewhere."""
+"""Notebook 04 with one checkpoint and nothing to compare it with: trained by a run here, or come
+from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,25 @@ SMALL = {"document_count": 3, "prompt_count": 2, "max_new_tokens": 4}
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run of two steps on enough documents to tell given ones from others, of a model with room for the longest prompt."""
+    """A run of two steps on enough documents to tell given ones from others, of a model with room
+    for the longest prompt.
+    """
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    loop.train(small_profile(context=512, seq_len=64, micro_batch=160, max_steps=2, held_out_windows=2), run_dir)
+    loop.train(
+        small_profile(context=512, seq_len=64, micro_batch=160, max_steps=2, held_out_windows=2),
+        run_dir,
+    )
     return run_dir
 
 
 @pytest.fixture
 def no_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
-    monkeypatch.setattr(style, "save_figure", lambda *_: registry.run_path("tiny", "generation").mkdir(exist_ok=True))
+    monkeypatch.setattr(
+        style,
+        "save_figure",
+        lambda *_: registry.run_path("tiny", "generation").mkdir(exist_ok=True),
+    )
 
 
 def test_the_checkpoint_of_a_run_is_enough_and_known_by_its_path_as_text(run_dir, no_runs):
@@ -46,26 +57,49 @@ def test_the_checkpoint_of_a_run_is_enough_and_known_by_its_path_as_text(run_dir
 
 def test_a_checkpoint_of_no_run_is_judged_without_what_it_has_seen(run_dir, no_runs, tmp_path):
     shutil.copytree(checkpoints.latest_checkpoint(run_dir), tmp_path / "elsewhere" / "model")
-    namespace = execute_notebook("04_generation_evaluation", {**SMALL, "others": str(tmp_path / "elsewhere" / "model")})
+    namespace = execute_notebook(
+        "04_generation_evaluation", {**SMALL, "others": str(tmp_path / "elsewhere" / "model")}
+    )
     assert len(namespace["summary"]) == 1 and namespace["gaps"] == namespace["by_step"] == {}
 
 
 def test_no_document_is_judged_that_stands_in_the_text_trained_on(no_runs, tmp_path, monkeypatch):
-    """Each text of the files stands there twice, under a held-out name and under one that is not."""
+    """Each text of the files stands there twice, under a held-out name and under one
+    that is not.
+    """
     rng, names = random.Random(0), [f"d{i}" for i in range(3000)]
-    sides = [[name for name in names if corpus.is_held_out(sources.Document(name, "", "")) == side] for side in (True, False)]
-    texts = [" ".join(rng.choices(["pay", "rent", "law", "term", "fee", "tax", "deed", "lien"], k=90)) for _ in range(150)]
-    rows = [{"identifier": name, "text": text} for side in sides for name, text in zip(side, texts, strict=False)]
+    sides = [
+        [name for name in names if corpus.is_held_out(sources.Document(name, "", "")) == side]
+        for side in (True, False)
+    ]
+    texts = [
+        " ".join(rng.choices(["pay", "rent", "law", "term", "fee", "tax", "deed", "lien"], k=90))
+        for _ in range(150)
+    ]
+    rows = [
+        {"identifier": name, "text": text}
+        for side in sides
+        for name, text in zip(side, texts, strict=False)
+    ]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    load_tokenizer("corpus", "package:licensedcode-data", 512).save_pretrained(tmp_path / "tokenizer")
+    load_tokenizer("corpus", "package:licensedcode-data", 512).save_pretrained(
+        tmp_path / "tokenizer"
+    )
     settings = small_profile(
-        context=512, seq_len=64, micro_batch=8, max_steps=2, held_out_windows=4, source=f"files:{tmp_path}/texts.jsonl",
+        context=512,
+        seq_len=64,
+        micro_batch=8,
+        max_steps=2,
+        held_out_windows=4,
+        source=f"files:{tmp_path}/texts.jsonl",
         tokenizer=str(tmp_path / "tokenizer"),
-    )  # fmt: skip
+    )
     checkpoint = loop.train(settings, registry.run_path("tiny", "grown")).checkpoint
     judged = []
     monkeypatch.setattr(
-        evaluation_documents, "evaluate_documents", lambda model, tokenizer, documents, *_, **__: judged.extend(documents)
+        evaluation_documents,
+        "evaluate_documents",
+        lambda model, tokenizer, documents, *_, **__: judged.extend(documents),
     )
     with pytest.raises(AttributeError):  # the table of what nothing was predicted for
         execute_notebook("04_generation_evaluation", SMALL | {"document_count": 1000})
@@ -86,7 +120,9 @@ def test_a_document_is_predicted_from_a_token_that_stood_there_in_training(no_ru
         read.extend(sequence[0] for sequence in sequences)
         raise Enough
 
-    settings = small_profile(context=512, seq_len=64, max_steps=1, held_out_windows=2, packing="segments")
+    settings = small_profile(
+        context=512, seq_len=64, max_steps=1, held_out_windows=2, packing="segments"
+    )
     checkpoint = loop.train(settings, registry.run_path("tiny", "grown")).checkpoint
     read: list[int] = []
     monkeypatch.setattr(evaluation_documents, "score_sequences", stop)

@@ -1,4 +1,5 @@
-"""Notebook 00 trains from files, a data set of the hub and its mirror, is stopped midway, continues with the very next token.
+"""Notebook 00 trains from files, a data set of the hub and its mirror, is stopped midway, continues
+with the very next token.
 
 The package's turn is in test_headless, there as a job of its own.
 """
@@ -27,12 +28,20 @@ STEPS, STOP_AFTER = 6, 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Our own texts as a user's jsonl files, as a mirror in the family's schema, and a tokenizer for both."""
+    """Our own texts as a user's jsonl files, as a mirror in the family's schema, and a tokenizer
+    for both.
+    """
     folder = tmp_path_factory.mktemp("sources")
     tokenizer = load_tokenizer("corpus", "package:licensedcode-data", 1024)
     tokenizer.save_pretrained(folder / "tokenizer")
     rows = [
-        {"identifier": pair.id, "dataset": pair.use, "mime_type": "text/plain", "score": 2.0, "text": pair.response}
+        {
+            "identifier": pair.id,
+            "dataset": pair.use,
+            "mime_type": "text/plain",
+            "score": 2.0,
+            "text": pair.response,
+        }
         for pair in load_pairs()
     ]
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -48,25 +57,41 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(params=["files", "mirror", "hub"])
 def parameters(request, folder, monkeypatch):
-    load_dataset = datasets.load_dataset  # the library's own streaming, with a folder in the hub's place
+    load_dataset = (
+        datasets.load_dataset
+    )  # the library's own streaming, with a folder in the hub's place
     mirror = str(folder / "mirror")
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: load_dataset({"owner/name": mirror}[name], **options))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, **options: load_dataset({"owner/name": mirror}[name], **options),
+    )
     source = {
-        "files": f"0.5*files:{folder}/*.jsonl(min_tokens=4) + 0.5*files:{folder}/mirror/data/*.parquet",
+        "files": (
+            f"0.5*files:{folder}/*.jsonl(min_tokens=4) + 0.5*files:{folder}/mirror/data/*.parquet"
+        ),
         "mirror": f"hub:{mirror}(score_max=8, mime_types=text/plain)",
         "hub": "hub:owner/name(score_max=8, mime_types=text/plain)",
     }[request.param]
     return {
-        "run": f"from-{request.param}", "source": source, "tokenizer": str(folder / "tokenizer"), "max_steps": STEPS,
-        "micro_batch": 2, "seq_len": 48,
-    }  # fmt: skip
+        "run": f"from-{request.param}",
+        "source": source,
+        "tokenizer": str(folder / "tokenizer"),
+        "max_steps": STEPS,
+        "micro_batch": 2,
+        "seq_len": 48,
+    }
 
 
-def test_a_run_from_each_source_is_stopped_and_continues_with_the_next_token(parameters, monkeypatch):
+def test_a_run_from_each_source_is_stopped_and_continues_with_the_next_token(
+    parameters, monkeypatch
+):
     monkeypatch.setattr(training, "save_figure", lambda *_: None)
     monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
     whole = execute_notebook("00_source_model", {**parameters, "run": parameters["run"] + "-whole"})
-    stop = at_step(STOP_AFTER, lambda: os.kill(os.getpid(), signal.SIGINT))  # as the notebook's stop button does
+    stop = at_step(
+        STOP_AFTER, lambda: os.kill(os.getpid(), signal.SIGINT)
+    )  # as the notebook's stop button does
     monkeypatch.setattr(live, "LiveView", lambda run_dir: stop)
     with pytest.raises(KeyboardInterrupt):
         execute_notebook("00_source_model", parameters)

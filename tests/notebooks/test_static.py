@@ -20,7 +20,8 @@ from kl3m_nb.runs import registry
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "kl3m_nb").rglob("*.py"))
-# What each room may import besides `profiles` and `common`; a room that is not named may import every room below it.
+# What each room may import besides `profiles` and `common`; a room that is not named may import
+# every room below it.
 ROOMS = {
     "profiles": (),
     "common": (),
@@ -33,8 +34,29 @@ ROOMS = {
     "growth": ("data", "model", "optim", "runs"),
     "spectra": ("model", "optim", "runs"),
     "figures": ("model", "optim", "growth", "spectra", "evaluation"),
-    "jupyter": ("data", "model", "optim", "evaluation", "runs", "training", "growth", "spectra", "figures"),
-    "cli": ("data", "model", "optim", "evaluation", "runs", "training", "growth", "spectra", "figures", "jupyter"),
+    "jupyter": (
+        "data",
+        "model",
+        "optim",
+        "evaluation",
+        "runs",
+        "training",
+        "growth",
+        "spectra",
+        "figures",
+    ),
+    "cli": (
+        "data",
+        "model",
+        "optim",
+        "evaluation",
+        "runs",
+        "training",
+        "growth",
+        "spectra",
+        "figures",
+        "jupyter",
+    ),
     "__main__": ("cli",),
 }
 
@@ -53,7 +75,10 @@ class TestNotebook:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
         assert "widgets" not in notebook.metadata
-        assert notebook.metadata.kernelspec.name == "python3" and notebook.metadata.kernelspec.language == "python"
+        assert (
+            notebook.metadata.kernelspec.name == "python3"
+            and notebook.metadata.kernelspec.language == "python"
+        )
         for cell in notebook.cells:
             assert not cell.get("outputs") and cell.get("execution_count") is None
 
@@ -81,16 +106,24 @@ class TestNotebook:
                 most = 16 if number in (2, 3) else 10  # parameters and imports are lists
                 assert len(cell.source.splitlines()) <= most, cell.source
                 assert max(map(len, cell.source.splitlines())) <= 100, cell.source
-        words = {kind: sum(len(c.source.split()) for c in cells if c.cell_type == kind) for kind in ("markdown", "code")}
+        words = {
+            kind: sum(len(c.source.split()) for c in cells if c.cell_type == kind)
+            for kind in ("markdown", "code")
+        }
         assert words["markdown"] > 0.75 * words["code"]
 
     def test_links_lead_somewhere(self, path):
         for cell in _cells(path):
-            for target in re.findall(r"\]\(([^)#]+)\)", cell.source) if cell.cell_type == "markdown" else []:
+            for target in (
+                re.findall(r"\]\(([^)#]+)\)", cell.source) if cell.cell_type == "markdown" else []
+            ):
                 assert target.startswith("https://") or (path.parent / target).is_file(), target
 
     def test_imports_only_the_package_and_what_is_installed(self, path):
-        declared = {re.split(r"[=<>\[]", line)[0] for line in _project()["dependencies"]} | {"collections", "math"}
+        declared = {re.split(r"[=<>\[]", line)[0] for line in _project()["dependencies"]} | {
+            "collections",
+            "math",
+        }
         for cell in _cells(path):
             if cell.cell_type == "code":
                 for module in _imported(ast.parse(cell.source)):
@@ -99,7 +132,9 @@ class TestNotebook:
 
 def test_the_lab_serves_every_folder_that_the_notebooks_link_to():
     """A link that leaves the folder which JupyterLab was started on does nothing there."""
-    served = (ROOT / re.search(r"--notebook-dir=(\S+)", (ROOT / "Makefile").read_text())[1]).resolve()
+    served = (
+        ROOT / re.search(r"--notebook-dir=(\S+)", (ROOT / "Makefile").read_text())[1]
+    ).resolve()
     for path in NOTEBOOKS:
         for target in re.findall(r"\]\(([^)#:]+)\)", "".join(cell.source for cell in _cells(path))):
             assert (path.parent / target).resolve().is_relative_to(served), target
@@ -118,7 +153,11 @@ def test_a_room_imports_only_the_rooms_below_it_and_no_private_name():
             other = [*module.split("."), name][1]
             if other == room or name == "__version__":
                 continue
-            assert other in ("profiles", "common", *ROOMS.get(room, ())), f"{path.name} of {room} imports {module}.{name}"
+            assert other in (
+                "profiles",
+                "common",
+                *ROOMS.get(room, ()),
+            ), f"{path.name} of {room} imports {module}.{name}"
             assert not name.startswith("_"), f"{path.name} imports the private {module}.{name}"
 
 
@@ -127,7 +166,12 @@ def test_no_module_imports_in_a_circle():
     graph = {}
     for name, path in names.items():
         imported = _imported_names(ast.parse(path.read_text()))
-        graph[name] = {dotted for module, what in imported for dotted in (f"{module}.{what}", module) if dotted in names} - {name}
+        graph[name] = {
+            dotted
+            for module, what in imported
+            for dotted in (f"{module}.{what}", module)
+            if dotted in names
+        } - {name}
     done: set[str] = set()
     while len(done) < len(graph):
         ready = {module for module in graph.keys() - done if graph[module] <= done}
@@ -143,12 +187,20 @@ def test_what_the_benchmarks_take_from_the_package_is_there():
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kl3m_nb":
                 taken_from = importlib.import_module(node.module)
                 for alias in node.names:
-                    value = getattr(taken_from, alias.name, None) or importlib.import_module(f"{node.module}.{alias.name}")
+                    value = getattr(taken_from, alias.name, None) or importlib.import_module(
+                        f"{node.module}.{alias.name}"
+                    )
                     if isinstance(value, types.ModuleType):
                         modules[alias.asname or alias.name] = value
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-                assert hasattr(modules[node.value.id], node.attr), f"{path.name}: {node.value.id}.{node.attr}"
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in modules
+            ):
+                assert hasattr(modules[node.value.id], node.attr), (
+                    f"{path.name}: {node.value.id}.{node.attr}"
+                )
 
 
 def test_environment_yml_takes_its_versions_from_pyproject():
@@ -162,7 +214,10 @@ def test_environment_yml_takes_its_versions_from_pyproject():
 
 
 def test_every_version_is_pinned_once():
-    requirements = [*_project()["dependencies"], *itertools.chain(*_project()["optional-dependencies"].values())]
+    requirements = [
+        *_project()["dependencies"],
+        *itertools.chain(*_project()["optional-dependencies"].values()),
+    ]
     assert all("==" in requirement for requirement in requirements)
     assert "torch==2.13.0" in requirements
     assert not any("flash-attn" in requirement for requirement in _project()["dependencies"])
@@ -182,7 +237,9 @@ def _project() -> dict:
 
 
 def _imported(tree: ast.AST) -> set[str]:
-    """Dotted names of what a tree imports at any depth; `from kl3m_nb import a` counts as kl3m_nb.a."""
+    """Dotted names of what a tree imports at any depth; `from kl3m_nb import a` counts as
+    kl3m_nb.a.
+    """
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

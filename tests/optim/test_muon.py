@@ -1,4 +1,6 @@
-"""Muon against a float64 reference built from singular value decompositions, and against torch.optim.Muon."""
+"""Muon against a float64 reference built from singular value decompositions, and against
+torch.optim.Muon.
+"""
 
 from __future__ import annotations
 
@@ -45,20 +47,35 @@ class ReferenceMuon:
 
     def __init__(self, weight, lr, momentum, weight_decay, nesterov, factor, fused=1):
         self.weight, self.buffer = weight.detach().double().numpy().copy(), 0.0
-        self.lr, self.momentum, self.weight_decay, self.nesterov = lr, momentum, weight_decay, nesterov
+        self.lr, self.momentum, self.weight_decay, self.nesterov = (
+            lr,
+            momentum,
+            weight_decay,
+            nesterov,
+        )
         self.factor, self.fused = factor, fused
 
     def step(self, gradient: torch.Tensor) -> None:
         gradient = gradient.double().numpy()
         self.buffer = self.momentum * self.buffer + (1 - self.momentum) * gradient
-        update = (1 - self.momentum) * gradient + self.momentum * self.buffer if self.nesterov else self.buffer
-        parts = np.concatenate([reference_update(part) for part in np.split(update, self.fused, axis=-2)], axis=-2)
-        self.weight = (1 - self.lr * self.weight_decay) * self.weight - self.lr * self.factor * parts
+        update = (
+            (1 - self.momentum) * gradient + self.momentum * self.buffer
+            if self.nesterov
+            else self.buffer
+        )
+        parts = np.concatenate(
+            [reference_update(part) for part in np.split(update, self.fused, axis=-2)], axis=-2
+        )
+        self.weight = (
+            1 - self.lr * self.weight_decay
+        ) * self.weight - self.lr * self.factor * parts
 
 
 def conditioned(*shape, low=0.3, generator=None) -> torch.Tensor:
     """Matrices whose singular values are spread evenly over [low, 1]."""
-    u, _, vt = torch.linalg.svd(torch.randn(*shape, generator=generator, dtype=torch.float64), full_matrices=False)
+    u, _, vt = torch.linalg.svd(
+        torch.randn(*shape, generator=generator, dtype=torch.float64), full_matrices=False
+    )
     return u * torch.linspace(1.0, low, min(shape[-2:]), dtype=torch.float64) @ vt
 
 
@@ -80,11 +97,17 @@ def take_step(optimizer: Muon) -> None:
 def test_float32_steps_equal_the_float64_reference(shape, nesterov, adjust_lr):
     torch.manual_seed(0)
     rows, cols = shape[-2:]
-    factor = math.sqrt(max(1, rows / cols)) if adjust_lr == "original" else 0.2 * math.sqrt(max(rows, cols))
+    factor = (
+        math.sqrt(max(1, rows / cols))
+        if adjust_lr == "original"
+        else 0.2 * math.sqrt(max(rows, cols))
+    )
     parameter = nn.Parameter(torch.randn(shape))
     expected = ReferenceMuon(parameter, 0.1, 0.9, 0.3, nesterov, factor)
     start = expected.weight
-    settings = dict(momentum=0.9, weight_decay=0.3, nesterov=nesterov, adjust_lr=adjust_lr, precision="float32")
+    settings = dict(
+        momentum=0.9, weight_decay=0.3, nesterov=nesterov, adjust_lr=adjust_lr, precision="float32"
+    )
     optimizer = Muon([parameter], lr=0.1, **settings)
     for _ in range(4):
         parameter.grad = torch.randn(shape)
@@ -96,9 +119,13 @@ def test_float32_steps_equal_the_float64_reference(shape, nesterov, adjust_lr):
 def test_fused_matrices_are_updated_each_on_its_own():
     torch.manual_seed(0)
     parameter = nn.Parameter(torch.randn(3, 32, 24))
-    expected = ReferenceMuon(parameter, 0.1, 0.9, 0.0, True, factor=1.0, fused=2)  # each matrix is 16 × 24: wide
+    expected = ReferenceMuon(
+        parameter, 0.1, 0.9, 0.0, True, factor=1.0, fused=2
+    )  # each matrix is 16 × 24: wide
     start = expected.weight
-    optimizer = Muon([{"params": [parameter], "fused": 2}], lr=0.1, momentum=0.9, precision="float32")
+    optimizer = Muon(
+        [{"params": [parameter], "fused": 2}], lr=0.1, momentum=0.9, precision="float32"
+    )
     for _ in range(2):
         parameter.grad = torch.randn(3, 32, 24) * torch.linspace(1, 50, 32)[:, None]
         expected.step(parameter.grad)
@@ -124,12 +151,19 @@ def test_same_update_as_torch(shape, adjust_lr, nesterov, precision):
         theirs.grad = ours.grad.clone()
         optimizer.step()
         reference.step()
-        assert relative_error(ours.detach() - before, theirs.detach() - before) < 2.5e-2  # torch iterates in bfloat16
+        assert (
+            relative_error(ours.detach() - before, theirs.detach() - before) < 2.5e-2
+        )  # torch iterates in bfloat16
 
 
-@pytest.mark.parametrize(("coefficients", "polynomials"), [("keller_jordan", KELLER_JORDAN), ("polar_express", POLAR_EXPRESS)])
+@pytest.mark.parametrize(
+    ("coefficients", "polynomials"),
+    [("keller_jordan", KELLER_JORDAN), ("polar_express", POLAR_EXPRESS)],
+)
 @pytest.mark.parametrize("steps", [1, 3, 4, 5])
-def test_orthogonalize_maps_singular_values_through_the_polynomials(coefficients, polynomials, steps):
+def test_orthogonalize_maps_singular_values_through_the_polynomials(
+    coefficients, polynomials, steps
+):
     matrices = torch.randn(2, 12, 30)
     actual = orthogonalize(matrices, steps, coefficients, "float32")
     assert relative_error(actual, reference_update(matrices.numpy(), polynomials[:steps])) < 1e-5
@@ -151,7 +185,9 @@ def test_orthogonalize_keeps_shape_and_dtype_and_its_input(dtype):
 @pytest.mark.parametrize("shape", [(64, 64), (48, 128), (128, 48), (1, 7)], ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_singular_values_of_an_update_lie_near_one(coefficients, shape, precision):
-    values = torch.linalg.svdvals(orthogonalize(conditioned(*shape).float(), 5, coefficients, precision))
+    values = torch.linalg.svdvals(
+        orthogonalize(conditioned(*shape).float(), 5, coefficients, precision)
+    )
     assert 0.6 < values.min() and values.max() < 1.25
 
 
@@ -160,7 +196,11 @@ def test_the_precision_is_chosen_by_device_unless_it_is_named(monkeypatch, amx):
     monkeypatch.setattr(muon, "_has_amx", lambda: amx)
     single, double = torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.float64)
     assert muon.iteration_dtype(single, "auto") == (torch.bfloat16 if amx else torch.float32)
-    assert muon.iteration_dtype(single.bfloat16(), "float32") == muon.iteration_dtype(single, "float32") == torch.float32
+    assert (
+        muon.iteration_dtype(single.bfloat16(), "float32")
+        == muon.iteration_dtype(single, "float32")
+        == torch.float32
+    )
     assert muon.iteration_dtype(double, "auto") == torch.float64
     assert muon.iteration_dtype(double, "bfloat16") == torch.bfloat16
 
@@ -196,8 +236,12 @@ def random_spectrum(rows: int, cols: int, kind: str, seed: int) -> torch.Tensor:
 )
 def test_no_singular_value_exceeds_the_bound(rows, cols, kind, steps, coefficients, dtype, seed):
     matrix = random_spectrum(rows, cols, kind, seed)[None]
-    result = muon._newton_schulz(muon._normalized(matrix, dtype), muon.polynomials(steps, coefficients))
-    assert torch.linalg.matrix_norm(result.double(), 2).item() <= singular_value_bound(steps, coefficients, dtype)
+    result = muon._newton_schulz(
+        muon._normalized(matrix, dtype), muon.polynomials(steps, coefficients)
+    )
+    assert torch.linalg.matrix_norm(result.double(), 2).item() <= singular_value_bound(
+        steps, coefficients, dtype
+    )
 
 
 @pytest.mark.parametrize("coefficients", ["keller_jordan", "polar_express"])
@@ -210,11 +254,18 @@ def test_the_bound_is_tight_and_holds_for_every_bfloat16_value(coefficients, ste
     assert 0.98 * bound < largest <= bound
 
 
-@pytest.mark.parametrize(("coefficients", "polynomials"), [("keller_jordan", KELLER_JORDAN), ("polar_express", POLAR_EXPRESS)])
+@pytest.mark.parametrize(
+    ("coefficients", "polynomials"),
+    [("keller_jordan", KELLER_JORDAN), ("polar_express", POLAR_EXPRESS)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("steps", [3, 4, 5])
-def test_the_bound_has_room_for_the_rounding_of_the_largest_value(coefficients, polynomials, dtype, steps):
-    """Rows of equal entries, their norms about the one that the exact polynomials make largest: some end beyond that."""
+def test_the_bound_has_room_for_the_rounding_of_the_largest_value(
+    coefficients, polynomials, dtype, steps
+):
+    """Rows of equal entries, their norms about the one that the exact polynomials make largest:
+    some end beyond that.
+    """
 
     def exact(values: np.ndarray) -> np.ndarray:
         for a, b, c in polynomials[:steps]:
@@ -226,11 +277,20 @@ def test_the_bound_has_room_for_the_rounding_of_the_largest_value(coefficients, 
     grid = np.linspace(peak - 1e-6, peak + 1e-6, 20_001)
     peak, largest = grid[exact(grid).argmax()], exact(grid).max()
     eps, cols = torch.finfo(dtype).eps, 1000
-    norms = torch.from_numpy(peak * (1.0 + np.linspace(-0.1, 0.1, 1000) * math.sqrt(eps)))  # the exact result is flat there
+    norms = torch.from_numpy(
+        peak * (1.0 + np.linspace(-0.1, 0.1, 1000) * math.sqrt(eps))
+    )  # the exact result is flat there
     rows = (norms / math.sqrt(cols)).to(dtype).view(-1, 1, 1).repeat(1, 1, cols)
     result = muon._newton_schulz(rows, muon.polynomials(steps, coefficients))
-    rounded = math.sqrt(cols) * result.double().amin(-1).max().item()  # at most the norm of one of them
-    assert largest * (1.0 + eps / 2) < rounded <= singular_value_bound(steps, coefficients, dtype) < 1.02 * largest
+    rounded = (
+        math.sqrt(cols) * result.double().amin(-1).max().item()
+    )  # at most the norm of one of them
+    assert (
+        largest * (1.0 + eps / 2)
+        < rounded
+        <= singular_value_bound(steps, coefficients, dtype)
+        < 1.02 * largest
+    )
 
 
 @pytest.mark.parametrize("norm", [1e-5, 1e-7, 1e-9])
@@ -238,7 +298,12 @@ def test_a_gradient_that_all_but_vanishes_is_not_blown_up(norm):
     """To the norm 1e-7 is added, as in Keller Jordan's code."""
     matrices = conditioned(12, 30, generator=torch.Generator().manual_seed(0))
     matrices *= norm / torch.linalg.matrix_norm(matrices)
-    assert relative_error(orthogonalize(matrices.float(), precision="float32"), reference_update(matrices.numpy())) < 1e-4
+    assert (
+        relative_error(
+            orthogonalize(matrices.float(), precision="float32"), reference_update(matrices.numpy())
+        )
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("coefficients", ["keller_jordan", "polar_express"])
@@ -246,9 +311,20 @@ def test_a_gradient_that_all_but_vanishes_is_not_blown_up(norm):
 def test_movement_bounds_hold_for_every_matrix(coefficients, precision):
     torch.manual_seed(0)
     groups = [
-        {"params": [nn.Parameter(torch.randn(20, 20)), nn.Parameter(torch.randn(30, 10))], "weight_decay": 2.0},
-        {"params": [nn.Parameter(torch.randn(3, 16, 24))], "fused": 2, "lr": 0.01, "adjust_lr": "match_rms_adamw"},
-        {"params": [nn.Parameter(1e6 * torch.randn(8, 8))], "lr": 0.1},  # a few units in the last place
+        {
+            "params": [nn.Parameter(torch.randn(20, 20)), nn.Parameter(torch.randn(30, 10))],
+            "weight_decay": 2.0,
+        },
+        {
+            "params": [nn.Parameter(torch.randn(3, 16, 24))],
+            "fused": 2,
+            "lr": 0.01,
+            "adjust_lr": "match_rms_adamw",
+        },
+        {
+            "params": [nn.Parameter(1e6 * torch.randn(8, 8))],
+            "lr": 0.1,
+        },  # a few units in the last place
     ]
     optimizer = Muon(groups, lr=0.05, ns_steps=4, coefficients=coefficients, precision=precision)
     for _ in range(5):
@@ -259,31 +335,44 @@ def test_movement_bounds_hold_for_every_matrix(coefficients, precision):
             for parameter, old in zip(group["params"], old_parameters, strict=True):
                 matrices = (-1, parameter.size(-2) // group.get("fused", 1), parameter.size(-1))
                 old = old.detach().double().reshape(matrices)
-                moved = torch.linalg.matrix_norm(parameter.detach().double().reshape(matrices) - old, 2)
+                moved = torch.linalg.matrix_norm(
+                    parameter.detach().double().reshape(matrices) - old, 2
+                )
                 additive, relative = bounds[parameter]
                 assert (moved <= additive + relative * torch.linalg.matrix_norm(old, 2)).all()
     square = groups[0]["params"][0]
-    assert bounds[square][0] == pytest.approx(0.05 * singular_value_bound(4, coefficients, getattr(torch, precision)), rel=1e-4)
+    assert bounds[square][0] == pytest.approx(
+        0.05 * singular_value_bound(4, coefficients, getattr(torch, precision)), rel=1e-4
+    )
     assert bounds[square][1] == pytest.approx(0.05 * 2.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("direction", [1.0, -1.0])
-def test_a_movement_bound_holds_where_rounding_moves_a_weight_further_than_its_update(dtype, direction):
+def test_a_movement_bound_holds_where_rounding_moves_a_weight_further_than_its_update(
+    dtype, direction
+):
     """Every entry is to move by 0.55 of the unit in its last place, and so moves by a whole one."""
     pattern = torch.tensor([[1.0]])
     for _ in range(3):
-        pattern = torch.cat([torch.cat([pattern, pattern], 1), torch.cat([pattern, -pattern], 1)])  # Hadamard's, 8 × 8
+        pattern = torch.cat(
+            [torch.cat([pattern, pattern], 1), torch.cat([pattern, -pattern], 1)]
+        )  # Hadamard's, 8 × 8
     update = orthogonalize(direction * pattern, precision="float32")
     unit = 2.0**19 * torch.finfo(dtype).eps
     parameter = nn.Parameter((1.5 * 2.0**19 * pattern).to(dtype))
-    optimizer = Muon([parameter], lr=0.55 * unit / update.abs().mean().item(), momentum=0.0, precision="float32")
+    optimizer = Muon(
+        [parameter], lr=0.55 * unit / update.abs().mean().item(), momentum=0.0, precision="float32"
+    )
     before = parameter.detach().double().clone()
     parameter.grad = (direction * pattern).to(dtype)
     optimizer.step()
     moved = torch.linalg.matrix_norm(parameter.detach().double() - before, 2).item()
     additive, relative = optimizer.movement_bounds()[parameter]
-    assert moved == pytest.approx(unit * math.sqrt(8)) and moved > 1.2 * optimizer.param_groups[0]["lr"]
+    assert (
+        moved == pytest.approx(unit * math.sqrt(8))
+        and moved > 1.2 * optimizer.param_groups[0]["lr"]
+    )
     assert moved <= additive + relative * torch.linalg.matrix_norm(before, 2).item()
 
 
@@ -295,7 +384,10 @@ def test_parameters_without_a_gradient_stay_and_have_not_moved():
     moving.grad = torch.randn(6, 6)
     optimizer.step()
     assert torch.equal(still, before) and still not in optimizer.state
-    assert optimizer.movement_bounds()[still] == (0.0, 0.0) and optimizer.movement_bounds()[moving][0] > 0.1
+    assert (
+        optimizer.movement_bounds()[still] == (0.0, 0.0)
+        and optimizer.movement_bounds()[moving][0] > 0.1
+    )
 
 
 class CountBatches(TorchDispatchMode):
@@ -331,7 +423,11 @@ def test_batching_changes_no_update(monkeypatch):
         torch.manual_seed(0)
         shapes = [(12, 12), (12, 12), (4, 12, 12), (12, 20), (12, 12)]
         parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-        optimizer = Muon([{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:]}], lr=0.05, weight_decay=0.1)
+        optimizer = Muon(
+            [{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:]}],
+            lr=0.05,
+            weight_decay=0.1,
+        )
         take_step(optimizer)
         return [parameter.detach() for parameter in parameters]
 
@@ -372,7 +468,11 @@ def test_state_round_trip_continues_the_same_run():
 
 def test_a_torch_scheduler_drives_the_groups():
     parameters = [nn.Parameter(torch.zeros(6, 6)), nn.Parameter(torch.zeros(6, 6))]
-    optimizer = Muon([{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.2}], lr=1.0, momentum=0.0)
+    optimizer = Muon(
+        [{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "lr": 0.2}],
+        lr=1.0,
+        momentum=0.0,
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5, 0.0][step])
     gradient = conditioned(6, 6).float()
     update = orthogonalize(gradient)
@@ -391,7 +491,12 @@ def test_bfloat16_parameters_keep_their_dtype():
     parameter.grad = conditioned(8, 8).bfloat16()
     optimizer.step()
     assert parameter.dtype == optimizer.state[parameter]["momentum_buffer"].dtype == torch.bfloat16
-    assert relative_error(parameter.detach().double(), -0.5 * reference_update(parameter.grad.double().numpy())) < 1e-2
+    assert (
+        relative_error(
+            parameter.detach().double(), -0.5 * reference_update(parameter.grad.double().numpy())
+        )
+        < 1e-2
+    )
 
 
 def test_closure_is_called_with_gradients_enabled():
@@ -446,11 +551,15 @@ def test_parameters_that_hold_no_matrices_are_refused():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"params": [nn.Parameter(torch.zeros(3))]}, {"params": [nn.Parameter(torch.zeros(3, 2))], "lr": -1.0},
-     {"params": [nn.Parameter(torch.zeros(3, 2))], "fused": 2}, {"params": [nn.Parameter(torch.zeros(3, 2))], "ns_steps": 2},
-     {"params": [nn.Parameter(torch.zeros(3, 2))], "precision": "half"}],
+    [
+        {"params": [nn.Parameter(torch.zeros(3))]},
+        {"params": [nn.Parameter(torch.zeros(3, 2))], "lr": -1.0},
+        {"params": [nn.Parameter(torch.zeros(3, 2))], "fused": 2},
+        {"params": [nn.Parameter(torch.zeros(3, 2))], "ns_steps": 2},
+        {"params": [nn.Parameter(torch.zeros(3, 2))], "precision": "half"},
+    ],
     ids=["a vector", "lr", "fused", "ns_steps", "precision"],
-)  # fmt: skip
+)
 def test_a_group_that_is_refused_leaves_nothing_behind(bad):
     parameter = nn.Parameter(torch.randn(4, 3))
     optimizer, alone = Muon([parameter], lr=0.1), nn.Parameter(parameter.detach().clone())

@@ -19,13 +19,17 @@ from kl3m_nb.optim.objective import activation_penalty, chunked_objective
 from kl3m_nb.profiles import ObjectiveSpec
 
 CARD = ObjectiveSpec()
-STRONG = ObjectiveSpec(label_smoothing=0.1, entropy_bonus=0.3, entropy_target_bits=2.0, entropy_target_weight=0.5)
+STRONG = ObjectiveSpec(
+    label_smoothing=0.1, entropy_bonus=0.3, entropy_target_bits=2.0, entropy_target_weight=0.5
+)
 OVER_BATCH = dataclasses.replace(STRONG, entropy_target_over="batch")
 PLAIN = ObjectiveSpec(label_smoothing=0.0, entropy_bonus=0.0, entropy_target_weight=0.0)
 
 
 def reference(hidden, weight, labels, spec, num_valid=None) -> dict[str, torch.Tensor]:
-    """Every term from the full logits, in the inputs' precision, by torch's own cross-entropy and an explicit entropy."""
+    """Every term from the full logits, in the inputs' precision, by torch's own cross-entropy and
+    an explicit entropy.
+    """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     valid = labels != -100
     count = int(valid.sum()) if num_valid is None else num_valid
@@ -36,7 +40,10 @@ def reference(hidden, weight, labels, spec, num_valid=None) -> dict[str, torch.T
     terms = {
         "cross_entropy": plain,
         "entropy_bits": bits.sum(),
-        "label_smoothing": F.cross_entropy(logits, labels, reduction="sum", label_smoothing=spec.label_smoothing) - plain,
+        "label_smoothing": (
+            F.cross_entropy(logits, labels, reduction="sum", label_smoothing=spec.label_smoothing)
+            - plain
+        ),
         "entropy_bonus": -spec.entropy_bonus * bits.sum(),
         "entropy_target": spec.entropy_target_weight * (_met(bits, spec) ** 2).sum(),
     }
@@ -46,18 +53,24 @@ def reference(hidden, weight, labels, spec, num_valid=None) -> dict[str, torch.T
 
 def _met(bits, spec):
     """The distance of each token's entropy from the target, or of the mean over all of them."""
-    return (bits if spec.entropy_target_over == "token" else bits.mean().expand_as(bits)) - spec.entropy_target_bits
+    return (
+        bits if spec.entropy_target_over == "token" else bits.mean().expand_as(bits)
+    ) - spec.entropy_target_bits
 
 
 def reference_gradients(hidden, weight, labels, spec, num_valid=None):
     """Float64 terms, ∂total/∂hidden and ∂total/∂weight by autograd."""
-    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden.clone(), weight.clone()))
+    hidden, weight = (
+        tensor.detach().double().requires_grad_() for tensor in (hidden.clone(), weight.clone())
+    )
     terms = reference(hidden, weight, labels, spec, num_valid)
     gradients = torch.autograd.grad(terms["total"], (hidden, weight))
     return {name: term.detach() for name, term in terms.items()}, *gradients
 
 
-def problem(tokens=37, hidden=16, vocabulary=101, ignored=0.3, dtype=torch.float64, seed=0, spread=1.0):
+def problem(
+    tokens=37, hidden=16, vocabulary=101, ignored=0.3, dtype=torch.float64, seed=0, spread=1.0
+):
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
     weight = spread * torch.randn(vocabulary, hidden, generator=generator, dtype=torch.float64)
@@ -68,17 +81,27 @@ def problem(tokens=37, hidden=16, vocabulary=101, ignored=0.3, dtype=torch.float
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the norms. A gradient that all but vanishes, as of a token predicted with certainty, counts as one of norm 1e-3."""
-    return float((actual.detach().double() - expected.detach()).norm() / expected.detach().norm().clamp(min=1e-3))
+    """Of the norms. A gradient that all but vanishes, as of a token predicted with certainty,
+    counts as one of norm 1e-3.
+    """
+    return float(
+        (actual.detach().double() - expected.detach()).norm()
+        / expected.detach().norm().clamp(min=1e-3)
+    )
 
 
 def assert_equals_reference(hidden, weight, labels, spec, tolerance, num_valid=None):
-    expected, hidden_grad, weight_grad = reference_gradients(hidden, weight, labels, spec, num_valid)
+    expected, hidden_grad, weight_grad = reference_gradients(
+        hidden, weight, labels, spec, num_valid
+    )
     terms = chunked_objective(hidden, weight, labels, spec, num_valid)
     actual_hidden_grad, actual_weight_grad = torch.autograd.grad(terms.total, (hidden, weight))
     for name, value in expected.items():
         scale = max(abs(float(value)), tolerance)  # a regulariser may be zero
-        assert abs(float(getattr(terms, name).detach()) - float(value)) <= tolerance * scale + tolerance * 1e-2, name
+        assert (
+            abs(float(getattr(terms, name).detach()) - float(value))
+            <= tolerance * scale + tolerance * 1e-2
+        ), name
     assert relative_error(actual_hidden_grad, hidden_grad) < tolerance
     assert relative_error(actual_weight_grad, weight_grad) < tolerance
 
@@ -100,17 +123,23 @@ weights_of_terms = st.floats(0.0, 0.5)
     over=st.sampled_from(["token", "batch"]),
     seed=st.integers(0, 1000),
 )
-def test_equals_float64_autograd(tokens, hidden, vocabulary, chunk, ignored, smoothing, bonus, target, target_weight, over, seed):
+def test_equals_float64_autograd(
+    tokens, hidden, vocabulary, chunk, ignored, smoothing, bonus, target, target_weight, over, seed
+):
     spec = ObjectiveSpec(smoothing, bonus, target, target_weight, over, chunk_tokens=chunk)
     assert_equals_reference(*problem(tokens, hidden, vocabulary, ignored, seed=seed), spec, 1e-8)
 
 
-@pytest.mark.parametrize("spec", [CARD, STRONG, OVER_BATCH, PLAIN], ids=["card", "strong", "over batch", "plain"])
+@pytest.mark.parametrize(
+    "spec", [CARD, STRONG, OVER_BATCH, PLAIN], ids=["card", "strong", "over batch", "plain"]
+)
 @pytest.mark.parametrize("ignored", [0.0, 1.0], ids=["all valid", "one valid"])
 def test_float32_equals_float64_autograd_at_a_large_vocabulary(spec, ignored):
     # At this length torch's own float32 softmax is off by 1e-5.
     hidden, weight, labels = problem(24, 32, 50_000, ignored, torch.float32, spread=0.2)
-    assert_equals_reference(hidden, weight, labels, dataclasses.replace(spec, chunk_tokens=10), 1e-6)
+    assert_equals_reference(
+        hidden, weight, labels, dataclasses.replace(spec, chunk_tokens=10), 1e-6
+    )
 
 
 def test_shape_of_the_batch_does_not_matter():
@@ -133,12 +162,26 @@ def test_micro_batches_add_up_to_the_whole_step():
     _, hidden_grad, weight_grad = reference_gradients(hidden, weight, labels, STRONG)
     pieces = [
         chunked_objective(h, weight, y, STRONG, n)
-        for h, y, n in zip(hidden.split(11), labels.split(11), (num_valid, torch.tensor(num_valid)) * 2, strict=True)
+        for h, y, n in zip(
+            hidden.split(11),
+            labels.split(11),
+            (num_valid, torch.tensor(num_valid)) * 2,
+            strict=True,
+        )
     ]
     sum(piece.total for piece in pieces).backward()
     whole = chunked_objective(hidden, weight, labels, STRONG)
-    for name in ("total", "cross_entropy", "entropy_bits", "label_smoothing", "entropy_bonus", "entropy_target"):
-        torch.testing.assert_close(sum(getattr(piece, name).detach() for piece in pieces), getattr(whole, name).detach())
+    for name in (
+        "total",
+        "cross_entropy",
+        "entropy_bits",
+        "label_smoothing",
+        "entropy_bonus",
+        "entropy_target",
+    ):
+        torch.testing.assert_close(
+            sum(getattr(piece, name).detach() for piece in pieces), getattr(whole, name).detach()
+        )
     assert relative_error(hidden.grad, hidden_grad) < 1e-10
     assert relative_error(weight.grad, weight_grad) < 1e-10
 
@@ -147,7 +190,8 @@ def test_over_the_batch_micro_batches_add_up_to_the_step_and_the_variance_of_the
     hidden, weight, labels = problem(tokens=40)
     num_valid = int((labels != -100).sum())
     pieces = [
-        chunked_objective(h, weight, y, OVER_BATCH, num_valid) for h, y in zip(hidden.split(11), labels.split(11), strict=True)
+        chunked_objective(h, weight, y, OVER_BATCH, num_valid)
+        for h, y in zip(hidden.split(11), labels.split(11), strict=True)
     ]
     counts = torch.tensor([float((y != -100).sum()) for y in labels.split(11)])
     means = torch.stack([piece.entropy_bits for piece in pieces]) * num_valid / counts
@@ -160,7 +204,9 @@ def test_over_the_batch_micro_batches_add_up_to_the_step_and_the_variance_of_the
 
 
 def test_masking_equals_leaving_rows_out():
-    """On CUDA ignored rows stay in the chunks with weight zero, on a CPU they are dropped first: both must agree."""
+    """On CUDA ignored rows stay in the chunks with weight zero, on a CPU they are dropped first:
+    both must agree.
+    """
     hidden, weight, labels = problem()
     expected, hidden_grad, weight_grad = reference_gradients(hidden, weight, labels, STRONG)
     valid = labels != -100
@@ -188,7 +234,9 @@ def test_without_valid_labels_everything_is_zero(tokens):
 def compile_without_a_compiler(monkeypatch):
     """The graph is traced as for the compiler, and run operation by operation."""
     torch._dynamo.reset()
-    traced = torch.compile(objective._fused_softmax_terms_, backend="aot_eager", fullgraph=True, dynamic=False)
+    traced = torch.compile(
+        objective._fused_softmax_terms_, backend="aot_eager", fullgraph=True, dynamic=False
+    )
     monkeypatch.setattr(objective, "_compiled_softmax_terms", lambda: traced)
 
 
@@ -199,7 +247,9 @@ def check_counts_of_valid_labels(counts, vocabulary):
         labels = torch.where(torch.arange(len(labels)) < valid, labels.clamp(min=0), -100)
         _, hidden_grad, _ = reference_gradients(hidden, weight, labels, CARD)
         hidden.grad = None
-        chunked_objective(hidden, weight, labels, dataclasses.replace(CARD, chunk_tokens=16), compiled=True).total.backward()
+        chunked_objective(
+            hidden, weight, labels, dataclasses.replace(CARD, chunk_tokens=16), compiled=True
+        ).total.backward()
         assert relative_error(hidden.grad, hidden_grad) < 1e-10
 
 
@@ -215,21 +265,29 @@ def test_compiled_code_takes_any_count_of_labels_and_another_vocabulary():
 
 
 @pytest.mark.parametrize("vocabulary", [101, 1280], ids=["in one piece", "in five pieces"])
-@pytest.mark.parametrize("spec", [CARD, STRONG, OVER_BATCH, PLAIN], ids=["card", "strong", "over batch", "plain"])
-def test_the_work_for_the_compiler_gives_the_same_terms_and_gradients(monkeypatch, spec, vocabulary):
+@pytest.mark.parametrize(
+    "spec", [CARD, STRONG, OVER_BATCH, PLAIN], ids=["card", "strong", "over batch", "plain"]
+)
+def test_the_work_for_the_compiler_gives_the_same_terms_and_gradients(
+    monkeypatch, spec, vocabulary
+):
     compile_without_a_compiler(monkeypatch)
     hidden, weight, labels = problem(vocabulary=vocabulary, spread=3.0)
     expected, hidden_grad, weight_grad = reference_gradients(hidden, weight, labels, spec)
-    terms = chunked_objective(hidden, weight, labels, dataclasses.replace(spec, chunk_tokens=16), compiled=True)
+    terms = chunked_objective(
+        hidden, weight, labels, dataclasses.replace(spec, chunk_tokens=16), compiled=True
+    )
     terms.total.backward()
     for name, value in expected.items():
-        torch.testing.assert_close(getattr(terms, name).detach(), value, rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(
+            getattr(terms, name).detach(), value, rtol=1e-10, atol=1e-12, msg=name
+        )
     assert relative_error(hidden.grad, hidden_grad) < 1e-10
     assert relative_error(weight.grad, weight_grad) < 1e-10
     with torch.no_grad():
-        assert chunked_objective(hidden, weight, labels, spec, compiled=True).total == pytest.approx(
-            float(terms.total), rel=1e-12
-        )
+        assert chunked_objective(
+            hidden, weight, labels, spec, compiled=True
+        ).total == pytest.approx(float(terms.total), rel=1e-12)
 
 
 def test_gradient_of_the_loss_scales_the_gradients():
@@ -262,7 +320,9 @@ def test_frozen_input_gets_no_gradient(frozen):
 def test_tied_head_adds_both_gradients():
     embedding = torch.nn.Embedding(50, 8, dtype=torch.float64)
     tokens = torch.randint(50, (20,))
-    chunked_objective(embedding(tokens).tanh(), embedding.weight, tokens.roll(-1), CARD).total.backward()
+    chunked_objective(
+        embedding(tokens).tanh(), embedding.weight, tokens.roll(-1), CARD
+    ).total.backward()
     weight = embedding.weight.detach().clone().requires_grad_()
     reference(F.embedding(tokens, weight).tanh(), weight, tokens.roll(-1), CARD)["total"].backward()
     assert relative_error(embedding.weight.grad, weight.grad) < 1e-10
@@ -277,14 +337,18 @@ class LargestTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.sizes += [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.sizes += [
+            leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)
+        ]
         return result
 
 
 def test_logits_never_exist_at_once():
     hidden, weight, labels = problem(tokens=64, hidden=4, vocabulary=500)
     with LargestTensors() as seen:
-        chunked_objective(hidden, weight, labels, dataclasses.replace(CARD, chunk_tokens=8)).total.backward()
+        chunked_objective(
+            hidden, weight, labels, dataclasses.replace(CARD, chunk_tokens=8)
+        ).total.backward()
     assert max(seen.sizes) == 8 * 500
 
 
@@ -294,9 +358,13 @@ def test_evaluation_gives_the_same_terms_without_gradient_work():
     with torch.no_grad(), LargestTensors() as seen:
         evaluated = chunked_objective(hidden, weight, labels, STRONG)
     for field in dataclasses.fields(evaluated):
-        assert torch.equal(getattr(evaluated, field.name), getattr(trained, field.name).detach()), field.name
+        assert torch.equal(getattr(evaluated, field.name), getattr(trained, field.name).detach()), (
+            field.name
+        )
     assert not evaluated.total.requires_grad
-    assert sum(size == weight.numel() for size in seen.sizes) <= 2  # the head and its transpose, no gradient of it
+    assert (
+        sum(size == weight.numel() for size in seen.sizes) <= 2
+    )  # the head and its transpose, no gradient of it
 
 
 def test_extreme_logits_stay_finite_and_right():
@@ -327,8 +395,12 @@ def test_gradient_of_the_head_is_accumulated_in_float32():
     weight = torch.zeros(3, 4, requires_grad=True)
     labels = torch.zeros(512, dtype=torch.int64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        chunked_objective(hidden, weight, labels, dataclasses.replace(PLAIN, chunk_tokens=1)).total.backward()
-    torch.testing.assert_close(weight.grad[:, 0], torch.tensor([-2 / 3, 1 / 3, 1 / 3]), rtol=4e-3, atol=0.0)
+        chunked_objective(
+            hidden, weight, labels, dataclasses.replace(PLAIN, chunk_tokens=1)
+        ).total.backward()
+    torch.testing.assert_close(
+        weight.grad[:, 0], torch.tensor([-2 / 3, 1 / 3, 1 / 3]), rtol=4e-3, atol=0.0
+    )
 
 
 def test_float16_products_are_refused():
@@ -363,11 +435,16 @@ def test_activation_penalty_of_micro_batches_adds_up():
     labels[0] = -100
     whole = activation_penalty(residual, labels, 0.1)
     counts = (25, torch.tensor(25), 25)
-    pieces = [activation_penalty(r, y, 0.1, n) for r, y, n in zip(residual.split(2), labels.split(2), counts, strict=True)]
+    pieces = [
+        activation_penalty(r, y, 0.1, n)
+        for r, y, n in zip(residual.split(2), labels.split(2), counts, strict=True)
+    ]
     torch.testing.assert_close(sum(pieces), whole)
 
 
-@pytest.mark.parametrize("num_valid", [None, 0, torch.tensor(0)], ids=["counted", "a number", "a tensor"])
+@pytest.mark.parametrize(
+    "num_valid", [None, 0, torch.tensor(0)], ids=["counted", "a number", "a tensor"]
+)
 @pytest.mark.parametrize("tokens", [5, 0])
 def test_activation_penalty_without_valid_labels_is_zero(tokens, num_valid):
     residual = torch.randn(3, tokens, 8, requires_grad=True)

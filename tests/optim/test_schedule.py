@@ -1,4 +1,6 @@
-"""Learning-rate factors at their closed-form points, and clipping against torch's own and the recurrence worked out by hand."""
+"""Learning-rate factors at their closed-form points, and clipping against torch's own and the
+recurrence worked out by hand.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ CARD = ScheduleSpec()
 
 
 def parameters_with_norm(norm: float) -> list[nn.Parameter]:
-    """Parameters of several shapes, one without a gradient, whose gradients have the given global norm."""
+    """Parameters of several shapes, one without a gradient, whose gradients have the given global
+    norm.
+    """
     shapes = [(3, 4), (5,), (2, 2, 2), (1,)]
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
     gradients = [torch.randn(shape) for shape in shapes]
@@ -30,11 +34,15 @@ def parameters_with_norm(norm: float) -> list[nn.Parameter]:
 
 
 def flat_gradient(parameters: list[nn.Parameter]) -> torch.Tensor:
-    return torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+    return torch.cat(
+        [parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]
+    )
 
 
 def test_warmup_is_linear_and_starts_above_zero():
-    assert [lr_factor(step, CARD) for step in (0, 1, 49, 99, 100)] == pytest.approx([0.01, 0.02, 0.5, 1.0, 1.0])
+    assert [lr_factor(step, CARD) for step in (0, 1, 49, 99, 100)] == pytest.approx(
+        [0.01, 0.02, 0.5, 1.0, 1.0]
+    )
 
 
 def test_cosine_passes_its_middle_and_ends_at_the_minimum():
@@ -66,7 +74,9 @@ def test_fresh_optimizers_warm_up_wherever_a_run_begins():
     begun = [lr_factor(step, CARD, first_step=37_000) for step in range(37_000, 37_200)]
     assert begun[:3] == pytest.approx([0.01, 0.02, 0.03])
     assert begun[100:] == [lr_factor(step, CARD) for step in range(37_100, 37_200)]
-    assert [lr_factor(step, CARD, first_step=0) for step in range(300)] == [lr_factor(step, CARD) for step in range(300)]
+    assert [lr_factor(step, CARD, first_step=0) for step in range(300)] == [
+        lr_factor(step, CARD) for step in range(300)
+    ]
 
 
 def test_a_torch_scheduler_can_use_it():
@@ -88,7 +98,9 @@ def test_fixed_mode_equals_torch(norm):
         other.grad = None if parameter.grad is None else parameter.grad.clone()
     outcome = AdaptiveClip(ScheduleSpec(clip_mode="fixed", clip_max_norm=2.0)).clip_(ours)
     expected = torch.nn.utils.clip_grad_norm_(theirs, 2.0)
-    assert outcome == ClipOutcome(pytest.approx(float(expected)), 2.0, clipped=norm > 2.0, finite=True)
+    assert outcome == ClipOutcome(
+        pytest.approx(float(expected)), 2.0, clipped=norm > 2.0, finite=True
+    )
     torch.testing.assert_close(flat_gradient(ours), flat_gradient(theirs))
 
 
@@ -98,8 +110,12 @@ def test_adaptive_threshold_follows_the_recurrence():
     for norm in (2.0, 100.0, 1000.0, 30.0, 0.0, 5.0, 1e-3, 40.0, 0.0, 7.0):
         parameters = parameters_with_norm(norm)
         outcome = clip.clip_(parameters)
-        assert outcome.threshold == pytest.approx(threshold) and outcome.clipped == (norm > threshold)
-        assert float(flat_gradient(parameters).norm()) == pytest.approx(min(norm, threshold), rel=1e-5)
+        assert outcome.threshold == pytest.approx(threshold) and outcome.clipped == (
+            norm > threshold
+        )
+        assert float(flat_gradient(parameters).norm()) == pytest.approx(
+            min(norm, threshold), rel=1e-5
+        )
         if norm > 0:
             counted, ema = counted + 1, 0.9 * ema + 0.1 * min(norm, threshold)
             threshold = min(64.0, 2.0 * ema / (1 - 0.9**counted))
@@ -133,7 +149,10 @@ def test_a_state_of_an_earlier_version_goes_on_as_it_was():
         ema = 0.9 * ema + 0.1 * min(norm, threshold)
     again = AdaptiveClip(CARD)
     again.load_state_dict(clip.state_dict())
-    assert again.clip_([], norm=2.0) == clip.clip_([], norm=2.0) and again.state_dict() == clip.state_dict()
+    assert (
+        again.clip_([], norm=2.0) == clip.clip_([], norm=2.0)
+        and again.state_dict() == clip.state_dict()
+    )
 
 
 @settings(deadline=None)
@@ -179,7 +198,9 @@ def test_a_non_finite_loss_changes_nothing_however_large_the_norm(mode, loss):
     parameters = parameters_with_norm(1000.0)
     before, state = flat_gradient(parameters).clone(), clip.state_dict()
     outcome = clip.clip_(parameters, loss=loss)
-    assert outcome == ClipOutcome(pytest.approx(1000.0), clip.threshold, clipped=False, finite=False)
+    assert outcome == ClipOutcome(
+        pytest.approx(1000.0), clip.threshold, clipped=False, finite=False
+    )
     assert torch.equal(flat_gradient(parameters), before) and clip.state_dict() == state
 
 

@@ -47,8 +47,14 @@ def test_a_flipped_bit_is_found_before_anything_is_loaded(run_dir):
     content = bytearray((newest / "model.safetensors").read_bytes())
     content[len(content) // 2] ^= 1
     (newest / "model.safetensors").write_bytes(content)
-    assert "model.safetensors is damaged" in checkpoints.flaw_of(newest) and checkpoints.flaw_of(older) is None
-    assert checkpoints.newest_sound_checkpoint(run_dir) == (older, {newest: checkpoints.flaw_of(newest)})
+    assert (
+        "model.safetensors is damaged" in checkpoints.flaw_of(newest)
+        and checkpoints.flaw_of(older) is None
+    )
+    assert checkpoints.newest_sound_checkpoint(run_dir) == (
+        older,
+        {newest: checkpoints.flaw_of(newest)},
+    )
     with pytest.warns(UserWarning, match="model.safetensors is damaged.*passed over"):
         assert checkpoints.require_checkpoint(run_dir) == older
 
@@ -105,7 +111,9 @@ class _Tokenizer:
 def _write(run_dir, step, model=None, **kept):
     model = model or _Model()
     snapshot = checkpoints.take_snapshot(step, model, {})
-    return checkpoints.write_checkpoint(run_dir, snapshot, model, _Tokenizer(), "# card", "me", **kept)
+    return checkpoints.write_checkpoint(
+        run_dir, snapshot, model, _Tokenizer(), "# card", "me", **kept
+    )
 
 
 def test_the_newest_are_kept_and_every_nth(tmp_path):
@@ -118,10 +126,15 @@ def test_the_newest_are_kept_and_every_nth(tmp_path):
     assert [path.name for path in checkpoints.whole_checkpoints(tmp_path)] == ["step-000020"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("failed writing"), SafetensorError("io")])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("failed writing"), SafetensorError("io")],
+)
 def test_a_save_that_fails_leaves_the_earlier_ones(run_dir, error):
     before = sorted((run_dir / "checkpoints").rglob("*"))
-    with pytest.raises(checkpoints.CheckpointFailed, match=f"step-000007 could not be written: .*{error.args[-1]}"):
+    with pytest.raises(
+        checkpoints.CheckpointFailed, match=f"step-000007 could not be written: .*{error.args[-1]}"
+    ):
         _write(run_dir, 7, _Model(error), keep=1)
     assert sorted((run_dir / "checkpoints").rglob("*")) == before
 
@@ -129,11 +142,15 @@ def test_a_save_that_fails_leaves_the_earlier_ones(run_dir, error):
 def test_a_snapshot_is_not_reached_by_what_training_does_meanwhile():
     model = _Model()
     moments = torch.zeros(2)
-    snapshot = checkpoints.take_snapshot(1, model, {"moments": [moments], "alias": moments, "step": 1})
+    snapshot = checkpoints.take_snapshot(
+        1, model, {"moments": [moments], "alias": moments, "step": 1}
+    )
     with torch.no_grad():
         model.weight.zero_()
         moments.fill_(9)
-    assert snapshot.weights["weight"].tolist() == [1, 1, 1] and snapshot.state["moments"][0].tolist() == [0, 0]
+    assert snapshot.weights["weight"].tolist() == [1, 1, 1] and snapshot.state["moments"][
+        0
+    ].tolist() == [0, 0]
     assert snapshot.state["alias"] is snapshot.state["moments"][0] and snapshot.bytes == 20
 
 
@@ -165,7 +182,10 @@ def test_leftovers_of_killed_processes_are_removed_and_nothing_else(run_dir):
         (run_dir / "checkpoints" / name).mkdir()
     (run_dir / "checkpoints" / ".saving-mine").mkdir()
     checkpoints.remove_leftovers(run_dir)
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [".saving-mine", *before]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        ".saving-mine",
+        *before,
+    ]
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch):
@@ -174,18 +194,28 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure(tmp_path, monkeypatch
             raise OSError(39, "Directory not empty")
 
     monkeypatch.setattr(shutil, "rmtree", refused)
-    with pytest.warns(UserWarning, match="step-000001 is no longer needed and could not be removed: .*not empty"):
-        result = loop.train(small_profile(checkpoint_every=1, keep_checkpoints=1, max_steps=2), tmp_path / "run")
+    with pytest.warns(
+        UserWarning, match="step-000001 is no longer needed and could not be removed: .*not empty"
+    ):
+        result = loop.train(
+            small_profile(checkpoint_every=1, keep_checkpoints=1, max_steps=2), tmp_path / "run"
+        )
     assert result.step == 2 and checkpoints.flaw_of(result.checkpoint) is None
 
 
 def test_what_a_checkpoint_counts_on_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     done, sync, rename = [], os.fsync, os.rename
-    monkeypatch.setattr(os, "fsync", lambda fd: done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or sync(fd))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd: done.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name) or sync(fd),
+    )
     monkeypatch.setattr(os, "rename", lambda old, new: done.append("renamed") or rename(old, new))
     loop.train(small_profile(max_steps=1), tmp_path / "run")
     before = done[: done.index("renamed")]
-    assert {"run.json", "metrics.jsonl", "model.safetensors", "state.pt", "manifest.json"} <= set(before)
+    assert {"run.json", "metrics.jsonl", "model.safetensors", "state.pt", "manifest.json"} <= set(
+        before
+    )
 
 
 def test_leftovers_of_any_process_are_removed_whatever_its_number(tmp_path):

@@ -53,7 +53,11 @@ def hub(monkeypatch):
 
 
 def _contents(folder) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_an_exported_model_is_whole_and_has_no_training_state(trained_run, tmp_path):
@@ -71,8 +75,14 @@ def test_an_exported_model_is_whole_and_has_no_training_state(trained_run, tmp_p
 
 
 @pytest.mark.parametrize("name", [None, "my.model-step6"])
-def test_what_is_exported_or_pushed_is_the_model_without_state_and_spectra(trained_run, tmp_path, hub, name):
-    checkpoint = shutil.copytree(trained_run[1].checkpoint, tmp_path / "checkpoint", ignore=shutil.ignore_patterns(".spectra"))
+def test_what_is_exported_or_pushed_is_the_model_without_state_and_spectra(
+    trained_run, tmp_path, hub, name
+):
+    checkpoint = shutil.copytree(
+        trained_run[1].checkpoint,
+        tmp_path / "checkpoint",
+        ignore=shutil.ignore_patterns(".spectra"),
+    )
     whole = set(_contents(checkpoint))
     SpectrumCache.beside(checkpoint).path.parent.mkdir()
     SpectrumCache.beside(checkpoint).path.write_bytes(b"spectra")
@@ -89,12 +99,24 @@ def test_pushing_uploads_the_model_privately(trained_run, hub):
     assert name == committed == f"someone/{NAME}" and created["private"] is True
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"])
-def test_a_repository_that_holds_a_model_is_not_written_over(trained_run, tmp_path, hub, capsys, weights):
+@pytest.mark.parametrize(
+    "weights", ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]
+)
+def test_a_repository_that_holds_a_model_is_not_written_over(
+    trained_run, tmp_path, hub, capsys, weights
+):
     hub.repositories[f"someone/{NAME}"] = {".gitattributes": b"", weights: b"another"}
-    with pytest.raises(ValueError, match=rf"someone/{NAME} on the hub holds a model already \({weights}\).*another name"):
+    with pytest.raises(
+        ValueError,
+        match=rf"someone/{NAME} on the hub holds a model already \({weights}\).*another name",
+    ):
         export.push_to_hub(trained_run[1].checkpoint, "someone")
-    assert cli.main(["export", str(trained_run[1].checkpoint), str(tmp_path), "--push-to-hub", "someone"]) == 2
+    assert (
+        cli.main(
+            ["export", str(trained_run[1].checkpoint), str(tmp_path), "--push-to-hub", "someone"]
+        )
+        == 2
+    )
     assert capsys.readouterr().err.count("\n") == 1
     assert not hub.calls and not list(tmp_path.iterdir()), "refused before anything is written"
 
@@ -104,7 +126,10 @@ def test_the_same_push_again_is_refused_and_another_name_is_taken(trained_run, h
     first = dict(hub.repositories[f"someone/{NAME}"])
     with pytest.raises(ValueError, match="holds a model already"):
         export.push_to_hub(trained_run[1].checkpoint, "someone")
-    assert export.push_to_hub(trained_run[1].checkpoint, "someone", name="scratch-step6") == "someone/scratch-step6"
+    assert (
+        export.push_to_hub(trained_run[1].checkpoint, "someone", name="scratch-step6")
+        == "someone/scratch-step6"
+    )
     assert hub.repositories[f"someone/{NAME}"] == first
 
 
@@ -117,21 +142,36 @@ def test_a_repository_without_weights_can_be_pushed_to(trained_run, hub):
 
 def test_a_model_bears_the_name_it_is_given(trained_run, tmp_path, hub, capsys):
     checkpoint = trained_run[1].checkpoint
-    arguments = ["export", str(checkpoint), str(tmp_path), "--name", "a-b-step6", "--push-to-hub", "someone"]
+    arguments = [
+        "export",
+        str(checkpoint),
+        str(tmp_path),
+        "--name",
+        "a-b-step6",
+        "--push-to-hub",
+        "someone",
+    ]
     assert cli.main(arguments) == 0
     assert "a-b-step6" in capsys.readouterr().out
-    card, before = (tmp_path / "a-b-step6" / "README.md").read_text(), (checkpoint / "README.md").read_text()
+    card, before = (
+        (tmp_path / "a-b-step6" / "README.md").read_text(),
+        (checkpoint / "README.md").read_text(),
+    )
     assert NAME in before and card == before.replace(NAME, "a-b-step6")
     assert hub.repositories["someone/a-b-step6"]["README.md"].decode() == card
     assert export.card_name(tmp_path / "a-b-step6") == "a-b-step6"
     assert lineage.carried_counts(tmp_path / "a-b-step6").step == 6
     export.export_model(tmp_path / "a-b-step6", tmp_path, "again-step6")
-    assert (tmp_path / "again-step6" / "README.md").read_text() == before.replace(NAME, "again-step6")
+    assert (tmp_path / "again-step6" / "README.md").read_text() == before.replace(
+        NAME, "again-step6"
+    )
 
 
 def test_a_start_of_the_same_name_keeps_its_name_in_the_card(trained_run, tmp_path):
     checkpoint = shutil.copytree(
-        trained_run[1].checkpoint, tmp_path / "checkpoint", ignore=shutil.ignore_patterns("training_state")
+        trained_run[1].checkpoint,
+        tmp_path / "checkpoint",
+        ignore=shutil.ignore_patterns("training_state"),
     )
     text = (checkpoint / "README.md").read_text().replace("random weights", NAME)
     (checkpoint / "README.md").write_text(text)
@@ -154,7 +194,9 @@ def test_a_start_of_the_same_name_keeps_its_name_in_the_card(trained_run, tmp_pa
         ("step6", "ends in -step6"),
     ],
 )
-def test_a_name_is_one_of_a_folder_and_says_the_models_steps(trained_run, tmp_path, hub, name, words):
+def test_a_name_is_one_of_a_folder_and_says_the_models_steps(
+    trained_run, tmp_path, hub, name, words
+):
     with pytest.raises(ValueError, match=f"cannot be named '{name}'; .*{words}"):
         export.export_model(trained_run[1].checkpoint, tmp_path, name)
     with pytest.raises(ValueError, match=words):
@@ -162,8 +204,12 @@ def test_a_name_is_one_of_a_folder_and_says_the_models_steps(trained_run, tmp_pa
     assert not list(tmp_path.iterdir()) and not hub.calls
 
 
-def test_a_model_from_random_weights_is_not_called_grown_where_training_continues_from_it(trained_run, tmp_path):
-    """Its name ends in -stepN, as that of the family's grown model does, and the profile says how such a model is grown."""
+def test_a_model_from_random_weights_is_not_called_grown_where_training_continues_from_it(
+    trained_run, tmp_path
+):
+    """Its name ends in -stepN, as that of the family's grown model does, and the profile says how
+    such a model is grown.
+    """
     start = export.export_model(trained_run[1].checkpoint, tmp_path)
     assert not (start / "stack.json").exists()
     result = loop.train(small_profile(growth_factor=2, max_steps=8), tmp_path / "run", init=start)
@@ -179,19 +225,30 @@ def _grown_profile(**overrides):
 
 @pytest.fixture(scope="module")
 def grown(trained_run, tmp_path_factory):
-    """(stack with random blocks, checkpoint after two steps from there, that checkpoint exported)."""
+    """(stack with random blocks, checkpoint after two steps from there, that
+    checkpoint exported).
+    """
     folder = tmp_path_factory.mktemp("grown")
     stacking.stack_checkpoint(trained_run[1].checkpoint, folder / "stack", factor=2, order="random")
-    trained = loop.train(_grown_profile(max_steps=2), folder / "run", init=folder / "stack").checkpoint
+    trained = loop.train(
+        _grown_profile(max_steps=2), folder / "run", init=folder / "stack"
+    ).checkpoint
     return folder / "stack", trained, export.export_model(trained, folder)
 
 
 class TestStacked:
-    def test_an_export_says_what_its_stack_was_made_of_and_how_long_it_was_trained(self, grown, hub):
+    def test_an_export_says_what_its_stack_was_made_of_and_how_long_it_was_trained(
+        self, grown, hub
+    ):
         stack, trained, exported = grown
-        made, record = (json.loads((folder / "stack.json").read_text()) for folder in (stack, exported))
+        made, record = (
+            json.loads((folder / "stack.json").read_text()) for folder in (stack, exported)
+        )
         assert Path(made["source"]).is_absolute() and record.pop("trained_steps") == 2
-        assert record == made | {"source": "run/checkpoints/step-000006", "target": "stack"}, "paths of this machine stay here"
+        assert record == made | {
+            "source": "run/checkpoints/step-000006",
+            "target": "stack",
+        }, "paths of this machine stay here"
         for checkpoint, name in ((trained, None), (exported, "again-step2")):
             pushed = hub.repositories[export.push_to_hub(checkpoint, "someone", name=name)]
             assert pushed["stack.json"] == (exported / "stack.json").read_bytes()
@@ -199,9 +256,15 @@ class TestStacked:
     def test_training_that_continues_from_it_tells_of_the_stack_as_before(self, grown, tmp_path):
         _, trained, exported = grown
         result = loop.train(_grown_profile(max_steps=4), tmp_path / "run", init=exported)
-        before, after = ((folder / "README.md").read_text() for folder in (trained, result.checkpoint))
+        before, after = (
+            (folder / "README.md").read_text() for folder in (trained, result.checkpoint)
+        )
         section = re.search(r"## G_stack\n.*?\n## ", before, re.DOTALL)[0]
-        assert section in after and "the others were drawn at random" in section and "SHA-256 of" in section
+        assert (
+            section in after
+            and "the others were drawn at random" in section
+            and "SHA-256 of" in section
+        )
         assert "grown from 2 layers by random blocks, after 4 training steps" in after
         again = export.export_model(result.checkpoint, tmp_path)
         assert json.loads((again / "stack.json").read_text())["trained_steps"] == 4
@@ -224,16 +287,25 @@ class TestStacked:
         exported = export.export_model(trained, tmp_path)
         card = (exported / "README.md").read_text()
         assert not (exported / "stack.json").exists()
-        assert "grown from 2 layers by random blocks" in card and "continues the grown model" in card
+        assert (
+            "grown from 2 layers by random blocks" in card and "continues the grown model" in card
+        )
 
 
-SHAPE = "layers 2 hidden 32 mlp 64 heads 4 kv_heads 2 head_size 8 growth_factor 1 vocabulary 512 context 64 seq_len 32".split()
-SET_SHAPE = [part for pair in zip(SHAPE[::2], SHAPE[1::2], strict=True) for part in ("--set", *pair)]  # that of `small_profile`
+SHAPE = (
+    "layers 2 hidden 32 mlp 64 heads 4 kv_heads 2 head_size 8 growth_factor 1 vocabulary 512"
+    " context 64 seq_len 32".split()
+)
+SET_SHAPE = [
+    part for pair in zip(SHAPE[::2], SHAPE[1::2], strict=True) for part in ("--set", *pair)
+]  # that of `small_profile`
 
 
 @pytest.mark.parametrize("harm", ["cut off", "a flipped bit", "missing"])
 @pytest.mark.parametrize("command", ["export", "stack", "train", "spectra"])
-def test_a_damaged_checkpoint_is_taken_for_a_model_by_no_command(trained_run, tmp_path, monkeypatch, capsys, harm, command):
+def test_a_damaged_checkpoint_is_taken_for_a_model_by_no_command(
+    trained_run, tmp_path, monkeypatch, capsys, harm, command
+):
     checkpoint = shutil.copytree(trained_run[1].checkpoint, tmp_path / "step-000006")
     weights = checkpoint / "model.safetensors"
     whole = bytearray(weights.read_bytes())
@@ -252,12 +324,28 @@ def test_a_damaged_checkpoint_is_taken_for_a_model_by_no_command(trained_run, tm
     assert {path.name for path in tmp_path.iterdir()} == {"step-000006"}
 
 
-def test_a_hub_that_does_not_answer_is_one_sentence_and_nothing_is_copied(trained_run, tmp_path, monkeypatch, capsys):
+def test_a_hub_that_does_not_answer_is_one_sentence_and_nothing_is_copied(
+    trained_run, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(export, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:1"))
-    assert cli.main(["export", str(trained_run[1].checkpoint), str(tmp_path / "models"), "--push-to-hub", "someone"]) == 2
+    assert (
+        cli.main(
+            [
+                "export",
+                str(trained_run[1].checkpoint),
+                str(tmp_path / "models"),
+                "--push-to-hub",
+                "someone",
+            ]
+        )
+        == 2
+    )
     words = capsys.readouterr().err
-    assert "The hub could not be asked for someone/tiny-2-layers-step6 (" in words and words.count("\n") == 1
+    assert (
+        "The hub could not be asked for someone/tiny-2-layers-step6 (" in words
+        and words.count("\n") == 1
+    )
     assert not (tmp_path / "models").exists()
 
 

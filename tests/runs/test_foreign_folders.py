@@ -1,4 +1,6 @@
-"""Folders from somewhere else: links, pipes, stray files and records that are no records. See docs/faults.md."""
+"""Folders from somewhere else: links, pipes, stray files and records that are no records. See
+docs/faults.md.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,10 @@ def test_a_report_writes_no_figure_through_a_link(run_dir, tmp_path):
     for ending in ("png", "pdf", "csv"):
         os.symlink(outside, run_dir / "figures" / f"training.{ending}")
     write_run_report(run_dir)
-    assert outside.read_text() == PRECIOUS and (run_dir / "figures" / "training.png").stat().st_size > 1000
+    assert (
+        outside.read_text() == PRECIOUS
+        and (run_dir / "figures" / "training.png").stat().st_size > 1000
+    )
 
 
 def test_a_pipe_or_a_device_beside_a_tokenizer_is_not_read(model):
@@ -89,21 +94,35 @@ def test_a_pipe_or_a_device_beside_a_tokenizer_is_not_read(model):
 @pytest.mark.parametrize("name", ["config.json", "run.json", "manifest.json"])
 def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(run_dir, name):
     checkpoint = run_dir / "checkpoints" / "step-000003"
-    path = {"config.json": checkpoint, "run.json": run_dir, "manifest.json": checkpoint / "training_state"}[name] / name
+    path = {
+        "config.json": checkpoint,
+        "run.json": run_dir,
+        "manifest.json": checkpoint / "training_state",
+    }[name] / name
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(ValueError, match=name):
-        decoder.load_model(checkpoint) if name == "config.json" else loop.train(small_profile(), run_dir)
+        (
+            decoder.load_model(checkpoint)
+            if name == "config.json"
+            else loop.train(small_profile(), run_dir)
+        )
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../outside.safetensors", "a/../../b.safetensors", 7])
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../outside.safetensors", "a/../../b.safetensors", 7]
+)
 def test_an_index_that_leaves_its_folder_is_refused(model, name):
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(model, max_shard_size="40KB")
     (model / "model.safetensors").unlink()
     index = model / "model.safetensors.index.json"
     places = json.loads(index.read_text())["weight_map"]
     _change(index, weight_map={**places, next(iter(places)): name})
-    for read in (decoder.load_model, matrices.find_matrices, lambda folder: stacking.stack_checkpoint(folder, folder / "x")):
+    for read in (
+        decoder.load_model,
+        matrices.find_matrices,
+        lambda folder: stacking.stack_checkpoint(folder, folder / "x"),
+    ):
         with pytest.raises(ValueError, match="names the shard"):
             read(model)
 
@@ -115,7 +134,10 @@ def test_an_index_that_leaves_its_folder_is_refused(model, name):
             {"transformers_weights": "other.safetensors"},
             "transformers_weights 'other.safetensors' in config.json, and model.safetensors is",
         ),
-        ({"_attn_implementation": "somebody/kernel"}, "_attn_implementation 'somebody/kernel' in config.json, code"),
+        (
+            {"_attn_implementation": "somebody/kernel"},
+            "_attn_implementation 'somebody/kernel' in config.json, code",
+        ),
         (
             {"text_config": {"attn_implementation": "somebody/kernel:f"}},
             "attn_implementation 'somebody/kernel:f' in config.json, code",
@@ -129,14 +151,22 @@ def test_an_index_that_leaves_its_folder_is_refused(model, name):
 )
 def test_a_config_that_asks_for_something_else_is_refused_by_name(model, entry, words):
     _change(model / "config.json", **entry)
-    for read in (decoder.load_model, matrices.find_matrices, lambda folder: stacking.stack_checkpoint(folder, folder / "x")):
+    for read in (
+        decoder.load_model,
+        matrices.find_matrices,
+        lambda folder: stacking.stack_checkpoint(folder, folder / "x"),
+    ):
         with pytest.raises(ValueError, match=f"has {words}") as told:
             read(model)
         assert len(str(told.value)) < 500
 
 
 def test_a_config_that_names_its_own_weights_is_taken(model):
-    _change(model / "config.json", transformers_weights="model.safetensors", _attn_implementation="eager")
+    _change(
+        model / "config.json",
+        transformers_weights="model.safetensors",
+        _attn_implementation="eager",
+    )
     assert decoder.load_model(model).config._attn_implementation == "sdpa"
 
 
@@ -144,7 +174,14 @@ def test_only_the_files_of_a_model_leave_its_folder(trained_run, tmp_path):
     checkpoint = tmp_path / "step-000006"
     shutil.copytree(trained_run[1].checkpoint, checkpoint)
     sound = {path.name for path in export.export_model(checkpoint, tmp_path / "a").iterdir()}
-    for stray in ("extra.env", ".git/config", "notes.md", "model.safetensors.bak", "pytorch_model.bin", "tokenizer.json~"):
+    for stray in (
+        "extra.env",
+        ".git/config",
+        "notes.md",
+        "model.safetensors.bak",
+        "pytorch_model.bin",
+        "tokenizer.json~",
+    ):
         (checkpoint / stray).parent.mkdir(exist_ok=True)
         (checkpoint / stray).write_text("TOKEN=secret")
     exported = export.export_model(checkpoint, tmp_path / "b")
@@ -164,7 +201,10 @@ def test_what_a_link_points_to_is_neither_exported_nor_stacked(model, tmp_path, 
 
 
 def test_a_snapshot_in_the_hubs_cache_is_made_of_links_and_is_taken(model, tmp_path):
-    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs, snapshot = (
+        tmp_path / "models--a--b" / "blobs",
+        tmp_path / "models--a--b" / "snapshots" / "0123",
+    )
     shutil.move(model, blobs)
     snapshot.mkdir(parents=True)
     for path in blobs.iterdir():
@@ -191,7 +231,10 @@ def test_a_record_that_is_none_is_a_sentence_with_its_name(run_dir, model, conte
             read(model)
     checkpoint = run_dir / "checkpoints" / "step-000003"
     (checkpoint / checkpoints.MANIFEST).write_bytes(BROKEN[content])
-    assert "no whole checkpoint" in checkpoints.flaw_of(checkpoint) and checkpoints.latest_checkpoint(run_dir) is None
+    assert (
+        "no whole checkpoint" in checkpoints.flaw_of(checkpoint)
+        and checkpoints.latest_checkpoint(run_dir) is None
+    )
     (run_dir / "run.json").write_bytes(BROKEN[content])
     with pytest.raises(ValueError, match=r"run\.json cannot be read"):
         loop.train(small_profile(), run_dir)
@@ -204,7 +247,9 @@ def test_a_record_without_end_is_not_read_to_its_end(model):
         decoder.load_model(model)
 
 
-@pytest.mark.parametrize("content", ["[" * 100_000, "a: " + "[" * 5000 + "]" * 5000, "a: 1\n" * 500_000, "\0"])
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "a: " + "[" * 5000 + "]" * 5000, "a: 1\n" * 500_000, "\0"]
+)
 def test_a_parameter_file_that_is_none_is_a_sentence(tmp_path, capsys, content):
     path = tmp_path / "parameters.yaml"
     path.write_text(content)
@@ -215,11 +260,16 @@ def test_a_parameter_file_that_is_none_is_a_sentence(tmp_path, capsys, content):
 @pytest.mark.parametrize(
     "line",
     [
-        "[" * 100_000, '{"kind": "held_out", "step": "six", "held_out_loss": 5}', '{"kind": "held_out"}',
-        '{"kind": "held_out", "step": 6, "held_out_loss": "low"}', '{"kind": "train", "step": 6, "tokens": [1]}',
-        '{"kind": "checkpoint", "step": {}, "tokens": 1}', '{"kind": "train", "step": 6, "seconds": {"a": 1}}', "\0\0\0",
+        "[" * 100_000,
+        '{"kind": "held_out", "step": "six", "held_out_loss": 5}',
+        '{"kind": "held_out"}',
+        '{"kind": "held_out", "step": 6, "held_out_loss": "low"}',
+        '{"kind": "train", "step": 6, "tokens": [1]}',
+        '{"kind": "checkpoint", "step": {}, "tokens": 1}',
+        '{"kind": "train", "step": 6, "seconds": {"a": 1}}',
+        "\0\0\0",
     ],
-)  # fmt: skip
+)
 def test_a_line_that_is_no_row_spoils_neither_its_run_nor_the_table(trained_run, tmp_path, line):
     for name in ("a", "b"):
         shutil.copytree(trained_run[0], tmp_path / name)
@@ -227,10 +277,14 @@ def test_a_line_that_is_no_row_spoils_neither_its_run_nor_the_table(trained_run,
         with open(tmp_path / "a" / "metrics.jsonl", "a") as file:
             file.write(line.replace("held_out", kind) + "\n")
     table = registry.load_runs(tmp_path).set_index("run")
-    assert list(table.loc["a", ["held_out_loss", "tokens"]]) == list(table.loc["b", ["held_out_loss", "tokens"]])
+    assert list(table.loc["a", ["held_out_loss", "tokens"]]) == list(
+        table.loc["b", ["held_out_loss", "tokens"]]
+    )
     assert len(read_metrics(tmp_path / "a", "train")) == 6
 
 
 def test_lists_of_different_lengths_are_no_event(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "clamp", "step": 5, "name": ["a"], "raised": [1, 2]}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "clamp", "step": 5, "name": ["a"], "raised": [1, 2]}\n'
+    )
     assert read_metrics(tmp_path, "clamp").empty

@@ -34,7 +34,9 @@ def test_reopening_at_a_position_forgets_what_came_later(tmp_path):
 
 
 def test_that_a_checkpoint_was_written_is_kept_with_it(tmp_path):
-    """It is logged behind the position that the checkpoint holds, and behind steps that a resume drops."""
+    """It is logged behind the position that the checkpoint holds, and behind steps that a resume
+    drops.
+    """
     log = MetricsLog(tmp_path)
     log.append({"kind": "train", "step": 3})
     position = log.position
@@ -46,13 +48,17 @@ def test_that_a_checkpoint_was_written_is_kept_with_it(tmp_path):
         again = MetricsLog(tmp_path, position, step=3)
         again.append({"kind": "train", "step": 4})
         again.close()
-        assert list(read_metrics(tmp_path, "checkpoint").step) == [3] and list(read_metrics(tmp_path, "train").step) == [3, 4]
+        assert list(read_metrics(tmp_path, "checkpoint").step) == [3] and list(
+            read_metrics(tmp_path, "train").step
+        ) == [3, 4]
         assert again.position == (tmp_path / "metrics.jsonl").stat().st_size
 
 
 def test_a_clamp_event_becomes_a_row_per_matrix(tmp_path):
     log = MetricsLog(tmp_path)
-    log.append({"kind": "clamp", "step": 5, "name": ["a", "b"], "sigma_max": [1.0, 2.0], "raised": [0, 3]})
+    log.append(
+        {"kind": "clamp", "step": 5, "name": ["a", "b"], "sigma_max": [1.0, 2.0], "raised": [0, 3]}
+    )
     log.close()
     frame = read_metrics(tmp_path, "clamp")
     assert list(frame.name) == ["a", "b"] and list(frame.step) == [5, 5]
@@ -61,12 +67,24 @@ def test_a_clamp_event_becomes_a_row_per_matrix(tmp_path):
 
 def test_what_is_not_finite_is_null_in_lists_too_and_comes_back_as_nan(tmp_path):
     log = MetricsLog(tmp_path)
-    log.append({"kind": "clamp", "step": 5, "name": ["a", "b", "c"], "sigma_max": [math.nan, 2.0, math.inf], "tau": math.nan})
+    log.append(
+        {
+            "kind": "clamp",
+            "step": 5,
+            "name": ["a", "b", "c"],
+            "sigma_max": [math.nan, 2.0, math.inf],
+            "tau": math.nan,
+        }
+    )
     log.close()
     line = (tmp_path / "metrics.jsonl").read_bytes()
     json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     frame = read_metrics(tmp_path, "clamp")
-    assert list(frame.sigma_max.isna()) == [True, False, True] and frame.sigma_max.dtype == float and frame.tau.isna().all()
+    assert (
+        list(frame.sigma_max.isna()) == [True, False, True]
+        and frame.sigma_max.dtype == float
+        and frame.tau.isna().all()
+    )
     assert list(map(math.isnan, parse_row(line)["sigma_max"])) == [True, False, True]
 
 
@@ -78,7 +96,9 @@ def test_a_line_cut_before_the_position_is_dropped_with_a_warning(tmp_path):
     log.close()
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.warns(UserWarning, match=f"lost its end, {position - 10} of {position} bytes are left"):
+    with pytest.warns(
+        UserWarning, match=f"lost its end, {position - 10} of {position} bytes are left"
+    ):
         again = MetricsLog(tmp_path, position)
     again.append({"kind": "train", "step": 4})
     again.close()
@@ -95,7 +115,9 @@ def test_lines_that_are_not_the_logs_are_passed_over(tmp_path):
         b'{"kind": "train", "step": 1, "loss": {}}',
         b"\xff\xfe",
     ]
-    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"kind": "train", "step": 2}\n']))
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b"\n".join([*lines, b'{"kind": "train", "step": 2}\n'])
+    )
     assert list(read_metrics(tmp_path, "train").step) == [2]
 
 
@@ -123,4 +145,6 @@ def test_what_no_checkpoint_vouches_for_is_put_back_where_the_file_lacks_it(tmp_
         (tmp_path / str(left) / "metrics.jsonl").write_bytes(path.read_bytes()[:left])
         again = MetricsLog(tmp_path / str(left), position, 3, tail)
         again.close()
-        assert (tmp_path / str(left) / "metrics.jsonl").read_bytes() == whole and again.position == position
+        assert (
+            tmp_path / str(left) / "metrics.jsonl"
+        ).read_bytes() == whole and again.position == position

@@ -40,7 +40,9 @@ def test_progress_runs_once_over_all_checkpoints():
         return pd.DataFrame({"value": [checkpoint]})
 
     calls = []
-    history.over_checkpoints({0: "a", 20: "b"}, measure, progress=lambda *numbers: calls.append(numbers))
+    history.over_checkpoints(
+        {0: "a", 20: "b"}, measure, progress=lambda *numbers: calls.append(numbers)
+    )
     assert calls == [(done, 6) for done in range(1, 7)]
 
 
@@ -48,22 +50,40 @@ def write_clamps(run_dir, events) -> None:
     with open(run_dir / metrics.FILE_NAME, "w") as file:
         for step, matrices in events.items():
             columns = {key: [matrix[key] for matrix in matrices] for key in matrices[0]}
-            file.write(json.dumps({"kind": "clamp", "step": step, "tokens": 0, "seconds": 0.0, **columns}) + "\n")
+            file.write(
+                json.dumps({"kind": "clamp", "step": step, "tokens": 0, "seconds": 0.0, **columns})
+                + "\n"
+            )
 
 
 def matrix(layer, sigma_min, route, raised=0):
     return {
-        "name": f"layers.{layer}.q", "layer": layer, "role": "q_proj" if layer >= 0 else "lm_head", "sigma_max": 6.0,
-        "sigma_min": sigma_min, "tau": 0.002, "raised": raised, "route": route, "max_condition": 3000.0,
-    }  # fmt: skip
+        "name": f"layers.{layer}.q",
+        "layer": layer,
+        "role": "q_proj" if layer >= 0 else "lm_head",
+        "sigma_max": 6.0,
+        "sigma_min": sigma_min,
+        "tau": 0.002,
+        "raised": raised,
+        "route": route,
+        "max_condition": 3000.0,
+    }
 
 
 def test_clamp_events_become_conditions_of_copies(tmp_path):
     write_clamps(
         tmp_path,
         {
-            20: [matrix(-1, 0.1, "tested"), matrix(1, 0.001, "repaired", 4), matrix(5, 0.5, "certified")],
-            40: [matrix(-1, 0.0, "decomposed"), matrix(1, 0.002, "repaired", 1), matrix(5, 0.01, "tested")],
+            20: [
+                matrix(-1, 0.1, "tested"),
+                matrix(1, 0.001, "repaired", 4),
+                matrix(5, 0.5, "certified"),
+            ],
+            40: [
+                matrix(-1, 0.0, "decomposed"),
+                matrix(1, 0.002, "repaired", 1),
+                matrix(5, 0.01, "tested"),
+            ],
         },
     )
     table = history.clamp_history(tmp_path, source_layers=4)
@@ -78,8 +98,21 @@ def test_clamp_events_become_conditions_of_copies(tmp_path):
 
 def test_at_the_ceiling_is_what_comes_within_a_hundredth_of_it(tmp_path):
     shares = (0.8, 0.985, 0.995, 1.1)
-    write_clamps(tmp_path, {20: [matrix(layer, 6.0 / (share * 3000.0), "tested") for layer, share in enumerate(shares)]})
-    assert list(history.clamp_history(tmp_path, source_layers=4).at_ceiling) == [False, False, True, True]
+    write_clamps(
+        tmp_path,
+        {
+            20: [
+                matrix(layer, 6.0 / (share * 3000.0), "tested")
+                for layer, share in enumerate(shares)
+            ]
+        },
+    )
+    assert list(history.clamp_history(tmp_path, source_layers=4).at_ceiling) == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_a_run_without_clamps_has_an_empty_history(tmp_path):

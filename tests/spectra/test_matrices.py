@@ -1,4 +1,6 @@
-"""Finding matrices: the same set from a module, a folder in one or several files, and either layout of a Mixtral's experts."""
+"""Finding matrices: the same set from a module, a folder in one or several files, and either layout
+of a Mixtral's experts.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from kl3m_nb.growth import stacking
 from kl3m_nb.model import roles
@@ -17,22 +26,33 @@ from kl3m_nb.runs import lineage
 from kl3m_nb.spectra.matrices import find_matrices, huggingface_hub, layer_count, local_checkpoint
 
 SHAPE = dict(
-    hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, vocab_size=40, max_position_embeddings=32
-)  # fmt: skip
+    hidden_size=16,
+    intermediate_size=24,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=40,
+    max_position_embeddings=32,
+)
 
 
 def llama(layers=4, tied=True) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=tied, **SHAPE))
+    return LlamaForCausalLM(
+        LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=tied, **SHAPE)
+    )
 
 
 def mixtral(layers=2, experts=3) -> MixtralForCausalLM:
     torch.manual_seed(0)
-    return MixtralForCausalLM(MixtralConfig(num_hidden_layers=layers, num_local_experts=experts, **SHAPE))
+    return MixtralForCausalLM(
+        MixtralConfig(num_hidden_layers=layers, num_local_experts=experts, **SHAPE)
+    )
 
 
 def contents(model_or_checkpoint) -> dict:
-    return {(m.layer, m.role, m.expert): m.read().clone() for m in find_matrices(model_or_checkpoint)}
+    return {
+        (m.layer, m.role, m.expert): m.read().clone() for m in find_matrices(model_or_checkpoint)
+    }
 
 
 def assert_same_contents(first: dict, second: dict):
@@ -76,7 +96,9 @@ def test_beside_a_single_file_shards_are_passed_over_as_transformers_does(tmp_pa
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "both")
     assert_same_contents(contents(loaded), contents(new))
     assert_same_contents(contents(tmp_path / "both"), contents(loaded))
-    assert stacking.stack_checkpoint(tmp_path / "both", tmp_path / "stack").source_sha256.keys() == {"model.safetensors"}
+    assert stacking.stack_checkpoint(
+        tmp_path / "both", tmp_path / "stack"
+    ).source_sha256.keys() == {"model.safetensors"}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -95,7 +117,10 @@ def test_experts_are_the_same_fused_and_one_by_one(tmp_path):
     assert len(expected) == 2 * (4 + 3 * 3) + 1
     model.save_pretrained(tmp_path / "by_name")  # transformers writes w1, w2, w3 of every expert
     assert any(".w1." in name for name in load_file(tmp_path / "by_name" / "model.safetensors"))
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, tmp_path / "fused.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        tmp_path / "fused.safetensors",
+    )
     for place in (tmp_path / "by_name", tmp_path / "fused.safetensors"):
         assert_same_contents(contents(place), expected)
 
@@ -151,7 +176,9 @@ def test_layers_that_the_config_promises_must_be_there(folder, tmp_path):
 
 def test_a_quantised_copy_is_refused(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(
+        torch.int8
+    )
     save_file(tensors, tmp_path / "int8.safetensors")
     with pytest.raises(ValueError, match="up_proj of layer 1 as i8; spectra need"):
         find_matrices(tmp_path / "int8.safetensors")
@@ -166,7 +193,9 @@ def test_a_hub_id_is_downloaded_once_it_is_no_folder(folder, tmp_path, monkeypat
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert_same_contents(contents("owner/some-model"), contents(folder))
-    assert asked == [("owner/some-model", ["*.safetensors", "*.safetensors.index.json", "config.json"])]
+    assert asked == [
+        ("owner/some-model", ["*.safetensors", "*.safetensors.index.json", "config.json"])
+    ]
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, tmp_path / "runs" / "mine")
     assert local_checkpoint("runs/mine") == tmp_path / "runs" / "mine" and len(asked) == 1
@@ -177,23 +206,37 @@ def test_a_hub_that_does_not_answer_is_told_in_a_sentence(monkeypatch):
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(ValueError, match="There is no folder owner/none, and the hub gave no model of that name"):
+    with pytest.raises(
+        ValueError, match="There is no folder owner/none, and the hub gave no model of that name"
+    ):
         find_matrices("owner/none")
 
 
 def test_a_step_is_read_from_the_name_or_the_stack_record(tmp_path):
-    for name, record, step in (("step-000120", False, 120), ("fresh", True, 0), ("somewhere", False, -1)):
+    for name, record, step in (
+        ("step-000120", False, 120),
+        ("fresh", True, 0),
+        ("somewhere", False, -1),
+    ):
         (tmp_path / name).mkdir()
         if record:
             (tmp_path / name / "stack.json").write_text("{}")
         assert lineage.model_step(tmp_path / name) == step
     assert lineage.model_step(torch.nn.Linear(2, 2)) == -1
-    (tmp_path / "fresh" / "stack.json").write_text('{"trained_steps": 240}')  # as an exported model has it
-    assert lineage.model_step(tmp_path / "fresh") == lineage.model_step(tmp_path / "fresh" / "stack.json") == 240
+    (tmp_path / "fresh" / "stack.json").write_text(
+        '{"trained_steps": 240}'
+    )  # as an exported model has it
+    assert (
+        lineage.model_step(tmp_path / "fresh")
+        == lineage.model_step(tmp_path / "fresh" / "stack.json")
+        == 240
+    )
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
-    save_file({"transformer.h.0.attn.c_attn.weight": torch.ones(4, 12)}, tmp_path / "other.safetensors")
+    save_file(
+        {"transformer.h.0.attn.c_attn.weight": torch.ones(4, 12)}, tmp_path / "other.safetensors"
+    )
     for other in (torch.nn.Linear(3, 4), tmp_path / "other.safetensors"):
         with pytest.raises(ValueError, match="is not a decoder"):
             find_matrices(other)
@@ -220,9 +263,15 @@ def test_a_broken_description_is_named(folder, tmp_path, file, content, message)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.0.self_attn.qkv_proj.weight", "stores q_proj, k_proj and v_proj as one matrix"),
+        (
+            "model.layers.0.self_attn.qkv_proj.weight",
+            "stores q_proj, k_proj and v_proj as one matrix",
+        ),
         ("model.layers.0.mlp.gate_up_proj.weight", "stores gate_proj and up_proj as one matrix"),
-        ("vision_model.encoder.layers.0.self_attn.q_proj.weight", "has more than one stack of layers"),
+        (
+            "vision_model.encoder.layers.0.self_attn.q_proj.weight",
+            "has more than one stack of layers",
+        ),
     ],
 )
 def test_what_is_stored_in_another_way_is_named(folder, tmp_path, name, message):
@@ -248,7 +297,9 @@ def test_what_is_not_there_or_cut_off_is_told(folder, tmp_path):
 def of_family(tmp_path, name: str, **settings):
     """A folder of a small model of another family, and the model."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name, num_hidden_layers=2, head_dim=4, pad_token_id=0, **{**SHAPE, **settings})
+    config = AutoConfig.for_model(
+        name, num_hidden_layers=2, head_dim=4, pad_token_id=0, **{**SHAPE, **settings}
+    )
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path / name)
     return tmp_path / name, model
@@ -256,38 +307,61 @@ def of_family(tmp_path, name: str, **settings):
 
 @pytest.mark.parametrize("family", ["llama4_text", "gpt_oss"])
 def test_experts_stored_the_other_way_round_are_refused_and_not_cut_across(tmp_path, family):
-    folder, model = of_family(tmp_path, family, num_local_experts=3, num_experts_per_tok=1, interleave_moe_layer_step=1)
+    folder, model = of_family(
+        tmp_path, family, num_local_experts=3, num_experts_per_tok=1, interleave_moe_layer_step=1
+    )
     for place in (folder, model):
-        with pytest.raises(ValueError, match=r"experts the other way round \(.*gate_up_proj of shape \[3, 16, 48\]\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"experts the other way round \(.*gate_up_proj of shape \[3, 16, 48\]\)",
+        ):
             find_matrices(place)
 
 
 def test_a_whole_model_without_a_gate_gives_what_it_has_and_says_so(tmp_path):
     folder, model = of_family(tmp_path, "nemotron")
     for place in (folder, model):
-        with pytest.warns(UserWarning, match="is whole, but has no gate_proj; spectra are those of its .*up_proj, down_proj"):
+        with pytest.warns(
+            UserWarning,
+            match="is whole, but has no gate_proj; spectra are those of its .*up_proj, down_proj",
+        ):
             found = contents(place)
         assert {role for _, role, _ in found} == {*roles.ROLES} - {"gate_proj"}
         assert torch.equal(found[1, "up_proj", -1], model.model.layers[1].mlp.up_proj.weight)
     lost = load_file(folder / "model.safetensors")
     del lost["model.layers.0.mlp.up_proj.weight"], lost["model.layers.1.mlp.up_proj.weight"]
     save_file(lost, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 2 tensors \(model\.layers\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ValueError, match=r"lacks 2 tensors \(model\.layers\.0\.mlp\.up_proj\.weight"
+    ):
         find_matrices(folder)
 
 
 def test_matrices_of_no_known_role_are_named_and_taken_for_no_other(tmp_path):
-    experts = dict(num_experts=3, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8)
+    experts = dict(
+        num_experts=3,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+        shared_expert_intermediate_size=8,
+    )
     with pytest.warns(UserWarning, match="leave out: .*shared_expert.up_proj"):
         find_matrices(of_family(tmp_path, "qwen2_moe", **experts)[0])
-    folder, model = of_family(tmp_path, "afmoe", num_dense_layers=2)  # its attention has a gate_proj too
+    folder, model = of_family(
+        tmp_path, "afmoe", num_dense_layers=2
+    )  # its attention has a gate_proj too
     with pytest.warns(UserWarning, match="leave out: self_attn.gate_proj"):
-        assert torch.equal(contents(folder)[0, "gate_proj", -1], model.model.layers[0].mlp.gate_proj.weight)
+        assert torch.equal(
+            contents(folder)[0, "gate_proj", -1], model.model.layers[0].mlp.gate_proj.weight
+        )
 
 
 def test_a_whole_model_whose_layers_differ_is_not_called_half(tmp_path):
-    folder, _ = of_family(tmp_path, "afmoe", num_dense_layers=1, num_experts=3, moe_intermediate_size=8)
-    with pytest.raises(ValueError, match=r"is whole, but has no .* spectra need a model whose layers are alike"):
+    folder, _ = of_family(
+        tmp_path, "afmoe", num_dense_layers=1, num_experts=3, moe_intermediate_size=8
+    )
+    with pytest.raises(
+        ValueError, match=r"is whole, but has no .* spectra need a model whose layers are alike"
+    ):
         find_matrices(folder)
 
 

@@ -1,4 +1,6 @@
-"""Kept spectra: used again only for the very same bytes, never trusted when damaged, never a reason to fail."""
+"""Kept spectra: used again only for the very same bytes, never trusted when damaged, never a reason
+to fail.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from kl3m_nb.spectra.matrices import content_hash, find_matrices
 from kl3m_nb.spectra.singular_values import SpectrumCache
 from tests.conftest import files_up_to
 
-SPEC = ModelSpec(layers=4, hidden=32, mlp=48, heads=2, kv_heads=1, head_size=16, vocabulary=80, context=32)
+SPEC = ModelSpec(
+    layers=4, hidden=32, mlp=48, heads=2, kv_heads=1, head_size=16, vocabulary=80, context=32
+)
 
 
 @pytest.fixture
@@ -29,7 +33,9 @@ def counting(monkeypatch) -> list:
     """The shapes of the matrices that are decomposed from now on."""
     decomposed, decompose = [], singular_values.singular_values
     monkeypatch.setattr(
-        singular_values, "singular_values", lambda weight: decomposed.append(tuple(weight.shape)) or decompose(weight)
+        singular_values,
+        "singular_values",
+        lambda weight: decomposed.append(tuple(weight.shape)) or decompose(weight),
     )
     return decomposed
 
@@ -85,11 +91,17 @@ def test_a_damaged_cache_is_computed_anew(known):
 @pytest.mark.parametrize(
     "forged",
     [
-        lambda values: values * 1.01, lambda values: values[::-1].copy(), lambda values: values[:-1].copy(),
-        lambda values: values[None], lambda values: values.astype(np.float32), lambda values: np.full_like(values, np.nan),
-        lambda values: -values, lambda values: np.zeros(0), lambda values: values.astype(np.int64),
+        lambda values: values * 1.01,
+        lambda values: values[::-1].copy(),
+        lambda values: values[:-1].copy(),
+        lambda values: values[None],
+        lambda values: values.astype(np.float32),
+        lambda values: np.full_like(values, np.nan),
+        lambda values: -values,
+        lambda values: np.zeros(0),
+        lambda values: values.astype(np.int64),
     ],
-)  # fmt: skip
+)
 def test_kept_values_that_cannot_be_the_matrixs_are_computed_anew(known, forged):
     before = singular_values.model_spectra(known.trained)
     [kept] = (known.trained / SPECTRA_FOLDER).iterdir()
@@ -102,7 +114,9 @@ def test_kept_values_that_cannot_be_the_matrixs_are_computed_anew(known, forged)
 def test_kept_values_of_a_type_that_numpy_lacks_are_computed_anew(known, dtype):
     before = singular_values.model_spectra(known.trained)
     [kept] = (known.trained / SPECTRA_FOLDER).iterdir()
-    save_file({key: torch.tensor(values).to(dtype) for key, values in load_numpy(kept).items()}, kept)
+    save_file(
+        {key: torch.tensor(values).to(dtype) for key, values in load_numpy(kept).items()}, kept
+    )
     assert singular_values.model_spectra(known.trained).equals(before)
 
 
@@ -113,7 +127,10 @@ def test_a_disk_that_is_full_is_a_warning(known):
 
 def test_who_may_read_the_checkpoint_may_read_its_spectra(known):
     singular_values.model_spectra(known.trained)
-    assert SpectrumCache.beside(known.trained).path.stat().st_mode == (known.trained / "config.json").stat().st_mode
+    assert (
+        SpectrumCache.beside(known.trained).path.stat().st_mode
+        == (known.trained / "config.json").stat().st_mode
+    )
 
 
 def test_a_file_in_the_place_of_the_folder_is_a_warning(known):
@@ -135,6 +152,17 @@ def test_two_writers_lose_nothing(tmp_path):
 
 def test_the_hash_knows_bytes_shape_and_dtype():
     weight = torch.arange(6, dtype=torch.float32).reshape(2, 3)
-    others = [weight.T, weight.reshape(3, 2), weight.double(), weight.bfloat16(), weight + 1e-6, -weight]
-    assert content_hash(weight) == content_hash(weight.clone()) == content_hash(torch.cat([weight, weight])[:2])
+    others = [
+        weight.T,
+        weight.reshape(3, 2),
+        weight.double(),
+        weight.bfloat16(),
+        weight + 1e-6,
+        -weight,
+    ]
+    assert (
+        content_hash(weight)
+        == content_hash(weight.clone())
+        == content_hash(torch.cat([weight, weight])[:2])
+    )
     assert len({content_hash(tensor) for tensor in (weight, *others)}) == 7

@@ -1,4 +1,6 @@
-"""What goes wrong around a long run, tried: see docs/faults.md, which names the test of every fault."""
+"""What goes wrong around a long run, tried: see docs/faults.md, which names the test of every
+fault.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def _weights(run_dir) -> dict[str, torch.Tensor]:
 
 
 def _assert_same_run(run_dir, other, but=()):
-    """Bit for bit the same losses, of every step once, and the same weights; no row of the steps `but`."""
+    """Bit for bit the same losses, of every step once, and the same weights; no row of the steps
+    `but`.
+    """
     ours, theirs = read_metrics(run_dir, "train"), read_metrics(other, "train")
     theirs = theirs[~theirs.step.isin(but)]
     assert list(ours.step) == list(theirs.step) and list(ours.loss) == list(theirs.loss)
@@ -71,8 +75,18 @@ def run_dir(trained_run, tmp_path):
 
 @pytest.mark.parametrize(("name", "model"), [("llama", {}), ("mixtral", MIXTURE)])
 def test_twenty_kills_at_random_moments_change_nothing(warm_processes, tmp_path, name, model):
-    profile = dict(max_steps=150, checkpoint_every=3, eval_every=50, clamp_every=7, grad_accumulation=2, micro_batch=2, **model)
-    answer = warm_processes.call("kill_at_random", kills=20, seed=len(name), run_dir=str(tmp_path / "run"), profile=profile)
+    profile = dict(
+        max_steps=150,
+        checkpoint_every=3,
+        eval_every=50,
+        clamp_every=7,
+        grad_accumulation=2,
+        micro_batch=2,
+        **model,
+    )
+    answer = warm_processes.call(
+        "kill_at_random", kills=20, seed=len(name), run_dir=str(tmp_path / "run"), profile=profile
+    )
     assert answer["code"] == 0, (tmp_path / "run.log").read_text()
     assert len(answer["reached"]) == 20 and answer["reached"][-1] >= 30, answer
     assert warm_processes.train(1, tmp_path / "whole", profile) == [0]
@@ -94,15 +108,23 @@ def test_a_stop_inside_an_accumulation_changes_nothing(tmp_path, monkeypatch, mo
     monkeypatch.setattr(loss, "activation_penalty", stop_in_the_third_step)
     with pytest.raises(KeyboardInterrupt):
         loop.train(profile, tmp_path / "run")
-    assert len(calls) == 10 and checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000002"
+    assert (
+        len(calls) == 10 and checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000002"
+    )
     loop.train(profile, tmp_path / "run")
     _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_checkpoint_on_demand(tmp_path):
     run_dir = tmp_path / "run"
-    loop.train(small_profile(), run_dir, callbacks=[at_step(4, lambda: request_checkpoint(run_dir))])
-    assert [path.name for path in checkpoints.whole_checkpoints(run_dir)] == ["step-000003", "step-000004", "step-000006"]
+    loop.train(
+        small_profile(), run_dir, callbacks=[at_step(4, lambda: request_checkpoint(run_dir))]
+    )
+    assert [path.name for path in checkpoints.whole_checkpoints(run_dir)] == [
+        "step-000003",
+        "step-000004",
+        "step-000006",
+    ]
     assert not (run_dir / SAVE_REQUEST).exists()
     with pytest.raises(ValueError, match="no run folder"):
         request_checkpoint(tmp_path)
@@ -124,9 +146,16 @@ def _damage(checkpoint: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [("cut off", "bytes instead of"), ("a flipped bit", "damaged"), ("no manifest", "no whole"), ("foreign", "another run")],
+    [
+        ("cut off", "bytes instead of"),
+        ("a flipped bit", "damaged"),
+        ("no manifest", "no whole"),
+        ("foreign", "another run"),
+    ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run_dir, trained_run, how, words):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    run_dir, trained_run, how, words
+):
     _damage(run_dir / "checkpoints" / "step-000006", how)
     (run_dir / "checkpoints" / ".saving-step-000009-1").mkdir()
     with pytest.warns(UserWarning, match=f"step-000006.*{words}.*step-000006.damaged"):
@@ -138,20 +167,27 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run_dir, trai
 
 @pytest.mark.parametrize("unread", ["model.safetensors", "manifest.json"])
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
-def test_a_checkpoint_that_cannot_be_read_just_now_is_neither_set_aside_nor_passed_over(run_dir, monkeypatch, unread, number):
+def test_a_checkpoint_that_cannot_be_read_just_now_is_neither_set_aside_nor_passed_over(
+    run_dir, monkeypatch, unread, number
+):
     names = {path.name for path in (run_dir / "checkpoints").iterdir()}
     metrics_before = (run_dir / "metrics.jsonl").read_bytes()
     opened = io.open
 
     def failing(file, *args, **kwargs):
-        if str(file).endswith(f"step-000006/{unread}") or str(file).endswith(f"step-000006/training_state/{unread}"):
+        if str(file).endswith(f"step-000006/{unread}") or str(file).endswith(
+            f"step-000006/training_state/{unread}"
+        ):
             raise OSError(number, os.strerror(number), str(file))
         return opened(file, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", failing)
         patch.setattr("io.open", failing)
-        with pytest.raises(OSError, match=rf"step-000006.*{unread} could not be read \({os.strerror(number)}\).*try again"):
+        with pytest.raises(
+            OSError,
+            match=rf"step-000006.*{unread} could not be read \({os.strerror(number)}\).*try again",
+        ):
             loop.train(small_profile(), run_dir)
     assert {path.name for path in (run_dir / "checkpoints").iterdir()} == names
     assert (run_dir / "metrics.jsonl").read_bytes() == metrics_before
@@ -173,7 +209,9 @@ def _bytes(checkpoint: Path, name: str) -> int:
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
 def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, trained_run, file, monkeypatch):
-    weights, state = (_bytes(trained_run[1].checkpoint, name) for name in ("model.safetensors", "state.pt"))
+    weights, state = (
+        _bytes(trained_run[1].checkpoint, name) for name in ("model.safetensors", "state.pt")
+    )
     assert weights < state
     largest = weights - 1000 if file == "model.safetensors" else (weights + state) // 2
     limits = contextlib.ExitStack()
@@ -192,23 +230,33 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, trained_run, fi
 
     monkeypatch.setattr(checkpoints, "write_checkpoint", noting)
     full = [at_step(1, lambda: limits.enter_context(files_up_to(largest))), at_step(4, make_room)]
-    with limits, pytest.warns(UserWarning, match=r"step-000003 could not be written.*next try is at step"):
+    with (
+        limits,
+        pytest.warns(UserWarning, match=r"step-000003 could not be written.*next try is at step"),
+    ):
         loop.train(small_profile(), tmp_path / "run", callbacks=full)
     _assert_same_run(tmp_path / "run", trained_run[0])
     assert checkpoints.whole_checkpoints(tmp_path / "run")[0].name in ("step-000004", "step-000005")
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_whole_checkpoints(tmp_path, trained_run):
+def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_whole_checkpoints(
+    tmp_path, trained_run
+):
     limits = contextlib.ExitStack()
 
     def fill():
         deadline = time.monotonic() + 30
-        while not (tmp_path / "run" / "checkpoints" / "step-000003").exists():  # it is written in the background
+        while not (
+            tmp_path / "run" / "checkpoints" / "step-000003"
+        ).exists():  # it is written in the background
             assert time.monotonic() < deadline, "the checkpoint of step 3 was not written"
             time.sleep(0.01)
         limits.enter_context(files_up_to(60_000))
 
-    with limits, pytest.raises(checkpoints.CheckpointFailed, match="step-000006 could not be written"):
+    with (
+        limits,
+        pytest.raises(checkpoints.CheckpointFailed, match="step-000006 could not be written"),
+    ):
         loop.train(small_profile(), tmp_path / "run", callbacks=[at_step(4, fill)])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
     loop.train(small_profile(), tmp_path / "run")
@@ -217,7 +265,9 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_word_and_whole_checkpoints(t
 
 def test_too_little_room_is_seen_before_the_disk_is_full(run_dir, monkeypatch):
     (run_dir / "checkpoints" / "step-000006").rename(run_dir / "gone")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    )
     with pytest.raises(checkpoints.CheckpointFailed, match=r"needs 0.00 GB and 0.00 GB are free"):
         loop.train(small_profile(), run_dir)
 
@@ -228,7 +278,9 @@ def test_a_disk_that_is_full_while_logging_costs_no_row(tmp_path, trained_run):
 
     def the_log() -> int:
         return next(
-            int(fd) for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(path.resolve())
+            int(fd)
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.realpath(f"/proc/self/fd/{fd}") == str(path.resolve())
         )
 
     def fill():
@@ -237,9 +289,13 @@ def test_a_disk_that_is_full_while_logging_costs_no_row(tmp_path, trained_run):
         with open("/dev/full", "ab") as full:
             os.dup2(full.fileno(), number)
 
-    with pytest.warns(UserWarning, match=r"metrics.jsonl cannot be written: No space left on device; rows wait"):
+    with pytest.warns(
+        UserWarning, match=r"metrics.jsonl cannot be written: No space left on device; rows wait"
+    ):
         loop.train(
-            small_profile(), tmp_path / "run", callbacks=[at_step(2, fill), at_step(5, lambda: os.dup2(saved[1], saved[0]))]
+            small_profile(),
+            tmp_path / "run",
+            callbacks=[at_step(2, fill), at_step(5, lambda: os.dup2(saved[1], saved[0]))],
         )
     os.close(saved[1])
     _assert_same_run(tmp_path / "run", trained_run[0])
@@ -247,13 +303,20 @@ def test_a_disk_that_is_full_while_logging_costs_no_row(tmp_path, trained_run):
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    for folder in (tmp_path / "file" / "run", Path("/proc/kl3m-nb/run")):  # permissions do not stop root, these do
+    for folder in (
+        tmp_path / "file" / "run",
+        Path("/proc/kl3m-nb/run"),
+    ):  # permissions do not stop root, these do
         with pytest.raises(ValueError, match="cannot be written to"):
             loop.train(small_profile(), folder)
 
 
-def test_a_folder_that_becomes_read_only_is_a_failed_checkpoint_with_its_reason(tmp_path, monkeypatch):
-    """A remount cannot be tried without rights; the system's refusal to make the folder is put in its place."""
+def test_a_folder_that_becomes_read_only_is_a_failed_checkpoint_with_its_reason(
+    tmp_path, monkeypatch
+):
+    """A remount cannot be tried without rights; the system's refusal to make the folder is put in
+    its place.
+    """
     original = Path.mkdir
 
     def refused(self, *arguments, **options):
@@ -262,15 +325,24 @@ def test_a_folder_that_becomes_read_only_is_a_failed_checkpoint_with_its_reason(
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "mkdir", refused)
-    with pytest.warns(UserWarning, match="Read-only file system"), pytest.raises(checkpoints.CheckpointFailed, match="Read-only"):
+    with (
+        pytest.warns(UserWarning, match="Read-only file system"),
+        pytest.raises(checkpoints.CheckpointFailed, match="Read-only"),
+    ):
         loop.train(small_profile(), tmp_path / "run")
     assert len(read_metrics(tmp_path / "run", "train")) == 6
 
 
 def _cut_within_row(path: Path, step: int) -> None:
-    """Leaves of a metrics.jsonl what stands before the row of `step`, and the beginning of that row."""
+    """Leaves of a metrics.jsonl what stands before the row of `step`, and the beginning of that
+    row.
+    """
     lines = path.read_bytes().split(b"\n")
-    kept = next(number for number, line in enumerate(lines) if b'"step": %d' % step in line and b'"train"' in line)
+    kept = next(
+        number
+        for number, line in enumerate(lines)
+        if b'"step": %d' % step in line and b'"train"' in line
+    )
     path.write_bytes(b"\n".join(lines[:kept]) + b"\n" + lines[kept][:40])
 
 
@@ -294,7 +366,9 @@ def test_a_metrics_file_that_has_lost_more_than_a_checkpoint_holds_says_so(tmp_p
     assert list(read_metrics(tmp_path / "run", "train").step) == [1, 4, 5, 6, 7, 8, 9]
 
 
-def test_a_kill_while_the_disk_of_the_log_is_full_costs_no_row_of_a_saved_step(tmp_path, trained_run, monkeypatch):
+def test_a_kill_while_the_disk_of_the_log_is_full_costs_no_row_of_a_saved_step(
+    tmp_path, trained_run, monkeypatch
+):
     """The checkpoints lie on another disk, behind a link."""
 
     def full(log, *_):
@@ -308,9 +382,12 @@ def test_a_kill_while_the_disk_of_the_log_is_full_costs_no_row_of_a_saved_step(t
     with monkeypatch.context() as patch:
         patch.setattr(metrics.MetricsLog, "_write", full)
         with pytest.warns(UserWarning, match="rows wait in memory"), pytest.raises(SystemExit):
-            loop.train(small_profile(checkpoint_every=2), tmp_path / "run", callbacks=[at_step(5, killed)])
+            loop.train(
+                small_profile(checkpoint_every=2), tmp_path / "run", callbacks=[at_step(5, killed)]
+            )
     assert (
-        len(read_metrics(tmp_path / "run", "train")) < 4 and checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004"
+        len(read_metrics(tmp_path / "run", "train")) < 4
+        and checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000004"
     )
     loop.train(small_profile(checkpoint_every=2), tmp_path / "run")
     _assert_same_run(tmp_path / "run", trained_run[0])
@@ -326,7 +403,11 @@ def test_a_lock_that_is_removed_is_made_anew_and_keeps_the_others_out(tmp_path, 
         refused.append(True)
 
     with pytest.warns(UserWarning, match=r"run\.lock was removed while this process held it"):
-        loop.train(small_profile(), tmp_path / "run", callbacks=[at_step(3, path.unlink), at_step(5, second)])
+        loop.train(
+            small_profile(),
+            tmp_path / "run",
+            callbacks=[at_step(3, path.unlink), at_step(5, second)],
+        )
     assert refused
     _assert_same_run(tmp_path / "run", trained_run[0])
 
@@ -342,15 +423,25 @@ def test_a_process_whose_lock_another_one_has_writes_no_more(tmp_path):
     seen: dict[str, bytes] = {}
     with (
         other,
-        pytest.raises(loop.TrainingStopped, match=r"after step 4, and this process writes no more.*in use by process"),
+        pytest.raises(
+            loop.TrainingStopped,
+            match=r"after step 4, and this process writes no more.*in use by process",
+        ),
     ):
         loop.train(small_profile(checkpoint_every=100), run_dir, callbacks=[at_step(4, taken)])
-    assert _contents(run_dir).items() >= {name: seen[name] for name in seen if name != LOCK_FILE}.items()
+    assert (
+        _contents(run_dir).items()
+        >= {name: seen[name] for name in seen if name != LOCK_FILE}.items()
+    )
     assert _contents(run_dir).keys() <= seen.keys()
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_second_process_on_the_same_folder_is_refused(warm_processes, tmp_path):
@@ -360,13 +451,17 @@ def test_a_second_process_on_the_same_folder_is_refused(warm_processes, tmp_path
         codes.extend(warm_processes.train(1, folder, {}))
 
     loop.train(small_profile(), folder, callbacks=[at_step(2, second)])
-    assert codes == [1] and f"in use by process {os.getpid()} on" in (tmp_path / "run.log").read_text()
+    assert (
+        codes == [1] and f"in use by process {os.getpid()} on" in (tmp_path / "run.log").read_text()
+    )
     assert len(read_metrics(folder, "train")) == 6
     assert not (folder / LOCK_FILE).exists()
 
 
 def test_the_lock_of_a_killed_process_is_recognised(warm_processes, tmp_path, trained_run):
-    assert warm_processes.train(1, tmp_path / "run", {}, {"rank": 0, "call": 5, "kind": "kill"}) == [-signal.SIGKILL]
+    assert warm_processes.train(
+        1, tmp_path / "run", {}, {"rank": 0, "call": 5, "kind": "kill"}
+    ) == [-signal.SIGKILL]
     assert (tmp_path / "run" / LOCK_FILE).exists()
     with pytest.warns(UserWarning, match=r"process \d+ on .* was killed; its lock is taken over"):
         loop.train(small_profile(), tmp_path / "run")
@@ -374,7 +469,9 @@ def test_the_lock_of_a_killed_process_is_recognised(warm_processes, tmp_path, tr
 
 
 def test_a_gradient_that_is_not_a_number_is_skipped(tmp_path, monkeypatch):
-    """Only the gradient is poisoned, the loss is finite: the step changes neither weights nor optimizers."""
+    """Only the gradient is poisoned, the loss is finite: the step changes neither weights nor
+    optimizers.
+    """
     original, calls = objective.activation_penalty, []
 
     class Poison(torch.autograd.Function):
@@ -399,7 +496,9 @@ def test_a_gradient_that_is_not_a_number_is_skipped(tmp_path, monkeypatch):
 
 
 class _HubGone:
-    """Documents until the connection breaks, as a stream from the hub does when its retries are used up."""
+    """Documents until the connection breaks, as a stream from the hub does when its retries are
+    used up.
+    """
 
     def __init__(self, after: int):
         self.left = after
@@ -418,7 +517,9 @@ def test_a_hub_that_is_gone_in_mid_stream_ends_the_run_with_nothing_lost(tmp_pat
     with monkeypatch.context() as patch:
         gone = _HubGone(after=35)  # 32 fill the shuffle buffer
         patch.setattr(DocumentStream, "_read", lambda stream: gone(stream))
-        with pytest.raises(loop.TrainingStopped, match=r"data of step \d+ .*ConnectionError: Server Disconnected"):
+        with pytest.raises(
+            loop.TrainingStopped, match=r"data of step \d+ .*ConnectionError: Server Disconnected"
+        ):
             loop.train(profile, tmp_path / "run")
     reached = int(read_metrics(tmp_path / "run", "train").step.max())
     assert 0 < reached < 20
@@ -428,7 +529,9 @@ def test_a_hub_that_is_gone_in_mid_stream_ends_the_run_with_nothing_lost(tmp_pat
 
 
 @pytest.mark.parametrize("batches", [0, 2])
-def test_a_stop_while_the_data_do_not_come_saves_the_last_whole_step(tmp_path, monkeypatch, batches):
+def test_a_stop_while_the_data_do_not_come_saves_the_last_whole_step(
+    tmp_path, monkeypatch, batches
+):
     profile = small_profile(max_steps=8, prefetch_batches=batches)
     loop.train(profile, tmp_path / "whole")
     take, taken, came, hanging = PackedStream.take, [], [], threading.Event()
@@ -453,7 +556,10 @@ def test_a_stop_while_the_data_do_not_come_saves_the_last_whole_step(tmp_path, m
 
 
 def test_a_corrupt_parquet_file_ends_the_run_with_nothing_lost(tmp_path):
-    texts = [document.text for document in corpus.preview("package:licensedcode-data", held_out=False, most=200)]
+    texts = [
+        document.text
+        for document in corpus.preview("package:licensedcode-data", held_out=False, most=200)
+    ]
     folder = tmp_path / "data"
     folder.mkdir()
     for number in range(2):
@@ -463,34 +569,55 @@ def test_a_corrupt_parquet_file_ends_the_run_with_nothing_lost(tmp_path):
     whole = (folder / "1.parquet").read_bytes()
     (folder / "1.parquet").write_bytes(whole[:300] + b"\0" * 4000 + whole[4300:])
     profile = small_profile(
-        source=f"files:{folder}/*.parquet", tokenizer=str(_saved_tokenizer(tmp_path)), max_steps=60, held_out_windows=1
+        source=f"files:{folder}/*.parquet",
+        tokenizer=str(_saved_tokenizer(tmp_path)),
+        max_steps=60,
+        held_out_windows=1,
     )
     with pytest.raises(loop.TrainingStopped, match=r"data of step \d+ could not be read"):
         loop.train(profile, tmp_path / "run")
     reached = int(read_metrics(tmp_path / "run", "train").step.max())
-    assert checkpoints.checkpoint_step(checkpoints.require_checkpoint(tmp_path / "run")) == reached > 0
+    assert (
+        checkpoints.checkpoint_step(checkpoints.require_checkpoint(tmp_path / "run")) == reached > 0
+    )
     (folder / "1.parquet").write_bytes(whole)
     loop.train(profile, tmp_path / "run")
     loop.train(profile, tmp_path / "whole")
     _assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_run_goes_on_without_a_damaged_file_and_each_way_to_leave_it_out_gives_the_same(tmp_path, caplog):
-    texts = [document.text[:200] for document in corpus.preview("package:licensedcode-data", held_out=False, most=180)]
+def test_a_run_goes_on_without_a_damaged_file_and_each_way_to_leave_it_out_gives_the_same(
+    tmp_path, caplog
+):
+    texts = [
+        document.text[:200]
+        for document in corpus.preview("package:licensedcode-data", held_out=False, most=180)
+    ]
     folder = tmp_path / "data"
     folder.mkdir()
     for number in range(3):
-        rows = pa.table({"identifier": [f"{number}{i}-x" for i in range(60)], "text": texts[number * 60 : number * 60 + 60]})
+        rows = pa.table(
+            {
+                "identifier": [f"{number}{i}-x" for i in range(60)],
+                "text": texts[number * 60 : number * 60 + 60],
+            }
+        )
         pq.write_table(rows, folder / f"{number}.parquet", row_group_size=20, use_dictionary=False)
     damaged = folder / "1.parquet"
-    chunk, content = pq.ParquetFile(damaged).metadata.row_group(1).column(1), bytearray(damaged.read_bytes())
+    chunk, content = (
+        pq.ParquetFile(damaged).metadata.row_group(1).column(1),
+        bytearray(damaged.read_bytes()),
+    )
     at = chunk.data_page_offset + chunk.total_compressed_size // 2
     content[at : at + 64] = bytes(byte ^ 255 for byte in content[at : at + 64])
     damaged.write_bytes(bytes(content))
 
     def profile(names: str):
         return small_profile(
-            source=f"files:{folder}/{names}", tokenizer=str(_saved_tokenizer(tmp_path)), max_steps=60, held_out_windows=1
+            source=f"files:{folder}/{names}",
+            tokenizer=str(_saved_tokenizer(tmp_path)),
+            max_steps=60,
+            held_out_windows=1,
         )
 
     with pytest.raises(loop.TrainingStopped, match=r"1\.parquet is .*damaged.*skip=1\.parquet"):
@@ -520,7 +647,9 @@ def _saved_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer"
 
 
-def test_a_second_sigterm_at_once_is_the_same_request_a_later_one_interrupts(tmp_path, monkeypatch, trained_run):
+def test_a_second_sigterm_at_once_is_the_same_request_a_later_one_interrupts(
+    tmp_path, monkeypatch, trained_run
+):
     def twice():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -571,7 +700,9 @@ def test_a_system_that_gives_no_more_threads_costs_no_checkpoint(tmp_path, monke
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt, match="step 2 is saved"):
-        loop.train(small_profile(clamp_every=0), tmp_path / "run", callbacks=[at_step(2, stop)])  # a clamp asks for some
+        loop.train(
+            small_profile(clamp_every=0), tmp_path / "run", callbacks=[at_step(2, stop)]
+        )  # a clamp asks for some
     assert checkpoints.latest_checkpoint(tmp_path / "run").name == "step-000002"
 
 
@@ -579,7 +710,9 @@ def test_a_run_that_is_to_outlive_its_terminal_is_not_stopped_by_its_end(tmp_pat
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
         result = loop.train(
-            small_profile(), tmp_path / "run", callbacks=[at_step(2, lambda: os.kill(os.getpid(), signal.SIGHUP))]
+            small_profile(),
+            tmp_path / "run",
+            callbacks=[at_step(2, lambda: os.kill(os.getpid(), signal.SIGHUP))],
         )
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -617,7 +750,11 @@ def test_memory_files_and_threads_do_not_grow_with_checkpoints_clamps_and_resume
     for resume in range(5):
         stop = at_step(4 * (resume + 1), lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
-            loop.train(small_profile(max_steps=60, checkpoint_every=1, eval_every=50), tmp_path / "run", callbacks=[stop])
+            loop.train(
+                small_profile(max_steps=60, checkpoint_every=1, eval_every=50),
+                tmp_path / "run",
+                callbacks=[stop],
+            )
         seen.append(counts())
     deadline = time.monotonic() + 20
     while (counts()[0] > seen[1][0] or counts()[1] > seen[1][1]) and time.monotonic() < deadline:
@@ -636,16 +773,27 @@ def _lose(run_dir: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["moved away", "behind a link to a disk that is not mounted"])
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_run_whose_checkpoints_are_out_of_sight_is_not_begun_anew(run_dir, tmp_path, how, resumed):
+def test_a_run_whose_checkpoints_are_out_of_sight_is_not_begun_anew(
+    run_dir, tmp_path, how, resumed
+):
     if resumed:  # from step 3, of which the log knew only behind the place it is cut back to
         shutil.rmtree(run_dir / "checkpoints" / "step-000006")
         with pytest.raises(KeyboardInterrupt):
-            loop.train(small_profile(), run_dir, callbacks=[at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))])
+            loop.train(
+                small_profile(),
+                run_dir,
+                callbacks=[at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))],
+            )
         shutil.rmtree(run_dir / "checkpoints" / "step-000004")
     saved = 4 if resumed else 6
     before = (run_dir / "metrics.jsonl").read_bytes()
     _lose(run_dir, how)
-    with pytest.raises(ValueError, match=f"has saved step {saved} and no checkpoint is there.*put its checkpoints back, or move"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            f"has saved step {saved} and no checkpoint is there.*put its checkpoints back, or move"
+        ),
+    ):
         loop.train(small_profile(), run_dir)
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
@@ -655,7 +803,9 @@ def test_a_lost_run_file_is_asked_for_and_each_checkpoint_has_a_copy(run_dir, tr
     for lose in (lambda path: path.unlink(), lambda path: path.write_text("")):
         lose(run_dir / RUN_FILE)
         copy = run_dir / "checkpoints" / "step-000003" / "training_state" / "run.json"
-        with pytest.raises(ValueError, match=rf"run\.json.*put back a copy of it, such as {copy}\.$"):
+        with pytest.raises(
+            ValueError, match=rf"run\.json.*put back a copy of it, such as {copy}\.$"
+        ):
             loop.train(small_profile(base_lr=0.05), run_dir)
         shutil.copy(copy, run_dir)
     loop.train(small_profile(), run_dir)
@@ -663,15 +813,22 @@ def test_a_lost_run_file_is_asked_for_and_each_checkpoint_has_a_copy(run_dir, tr
 
 
 def test_the_copy_that_is_offered_is_that_of_a_checkpoint_which_counts(run_dir):
-    (run_dir / "checkpoints" / "step-000006").rename(run_dir / "checkpoints" / "step-000006.damaged")
+    (run_dir / "checkpoints" / "step-000006").rename(
+        run_dir / "checkpoints" / "step-000006.damaged"
+    )
     (run_dir / RUN_FILE).unlink()
     with pytest.raises(ValueError, match=r"such as \S+/step-000003/training_state/run\.json"):
         loop.train(small_profile(), run_dir)
 
 
-def test_a_disk_that_is_full_when_the_tokenizer_comes_is_a_failed_checkpoint(tmp_path, trained_run, monkeypatch):
+def test_a_disk_that_is_full_when_the_tokenizer_comes_is_a_failed_checkpoint(
+    tmp_path, trained_run, monkeypatch
+):
     """The tokenizers library then raises an `Exception` without a class of its own."""
-    original, tries = type(tokenizer.read_tokenizer(str(trained_run[1].checkpoint))).save_pretrained, []
+    original, tries = (
+        type(tokenizer.read_tokenizer(str(trained_run[1].checkpoint))).save_pretrained,
+        [],
+    )
 
     def full_at_first(self, folder, *arguments, **options):
         tries.append(folder)
@@ -680,24 +837,40 @@ def test_a_disk_that_is_full_when_the_tokenizer_comes_is_a_failed_checkpoint(tmp
         return original(self, folder, *arguments, **options)
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full_at_first)
-    with pytest.warns(UserWarning, match=r"step-000003 could not be written.*No space left on device.*next try is at step"):
+    with pytest.warns(
+        UserWarning,
+        match=r"step-000003 could not be written.*No space left on device.*next try is at step",
+    ):
         loop.train(small_profile(), tmp_path / "run")
     _assert_same_run(tmp_path / "run", trained_run[0])
 
 
 def test_a_source_that_has_grown_does_not_change_the_tokenizer_of_a_run(tmp_path):
-    texts = [f"{document.text}\n" for document in corpus.iterate_documents("package:licensedcode-data", held_out=False)][:60]
+    texts = [
+        f"{document.text}\n"
+        for document in corpus.iterate_documents("package:licensedcode-data", held_out=False)
+    ][:60]
     source = tmp_path / "texts"
     source.mkdir()
     (source / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     profile = small_profile(source=f"files:{source}/*.jsonl", held_out_windows=2)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(profile, tmp_path / "run", callbacks=[at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))])
-    entries = tokenizer.read_tokenizer(str(checkpoints.latest_checkpoint(tmp_path / "run"))).get_vocab()
-    (source / "b.jsonl").write_text("".join(json.dumps({"text": text[::-1]}) + "\n" for text in texts))
+        loop.train(
+            profile,
+            tmp_path / "run",
+            callbacks=[at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))],
+        )
+    entries = tokenizer.read_tokenizer(
+        str(checkpoints.latest_checkpoint(tmp_path / "run"))
+    ).get_vocab()
+    (source / "b.jsonl").write_text(
+        "".join(json.dumps({"text": text[::-1]}) + "\n" for text in texts)
+    )
     assert tokenizer.load_tokenizer("corpus", profile.data.source, 512).get_vocab() != entries
     result = loop.train(profile, tmp_path / "run")
-    assert result.step == 6 and tokenizer.read_tokenizer(str(result.checkpoint)).get_vocab() == entries
+    assert (
+        result.step == 6 and tokenizer.read_tokenizer(str(result.checkpoint)).get_vocab() == entries
+    )
 
 
 def test_data_that_are_not_there_at_the_first_step_leave_no_checkpoint(tmp_path, monkeypatch):
@@ -705,21 +878,33 @@ def test_data_that_are_not_there_at_the_first_step_leave_no_checkpoint(tmp_path,
         raise ValueError("no document is long enough")
 
     monkeypatch.setattr(PackedStream, "take", broken)
-    with pytest.raises(loop.TrainingStopped, match=r"has not begun: the data of step 1 .*long enough.*another run folder"):
+    with pytest.raises(
+        loop.TrainingStopped,
+        match=r"has not begun: the data of step 1 .*long enough.*another run folder",
+    ):
         loop.train(small_profile(), tmp_path / "run")
     assert not has_checkpoints(tmp_path / "run")
     monkeypatch.undo()
     assert loop.train(small_profile(), tmp_path / "run").step == 6
 
 
-def test_a_stack_that_was_made_anew_is_not_taken_for_the_one_a_run_began_with(trained_run, tmp_path):
+def test_a_stack_that_was_made_anew_is_not_taken_for_the_one_a_run_began_with(
+    trained_run, tmp_path
+):
     stack, profile = tmp_path / "stack", small_profile(layers=4, growth_factor=2)
     stacking.stack_checkpoint(trained_run[1].checkpoint, stack, 2)
     loop.train(profile, tmp_path / "run", init=stack)
     shutil.rmtree(stack)
-    assert loop.train(profile, tmp_path / "run", init=stack).step == 6  # what a run began with may be gone
+    assert (
+        loop.train(profile, tmp_path / "run", init=stack).step == 6
+    )  # what a run began with may be gone
     stacking.stack_checkpoint(trained_run[1].checkpoint, stack, 2, order="interpolated")
-    with pytest.raises(ValueError, match=r"another stack than .* its order was 'cyclic' and is 'interpolated'; use another run"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"another stack than .* its order was 'cyclic' and is 'interpolated'; use another run"
+        ),
+    ):
         loop.train(profile, tmp_path / "run", init=stack)
     (stack / "stack.json").write_text("")  # a run that has begun does not need it
     assert loop.train(profile, tmp_path / "run", init=stack).step == 6
@@ -729,10 +914,16 @@ def test_a_stack_that_was_made_anew_is_not_taken_for_the_one_a_run_began_with(tr
 
 
 def _fail(monkeypatch, owner, name: str, step: int, changed_before=None) -> None:
-    """Has a part of the run fail once behind `step`, and when `changed_before` after it has changed what it changes."""
+    """Has a part of the run fail once behind `step`, and when `changed_before` after it has changed
+    what it changes.
+    """
     original, run, failed = getattr(owner, name), [], []
     began = loop._Run.__init__
-    monkeypatch.setattr(loop._Run, "__init__", lambda self, *arguments: (run.append(self), began(self, *arguments))[1])
+    monkeypatch.setattr(
+        loop._Run,
+        "__init__",
+        lambda self, *arguments: (run.append(self), began(self, *arguments))[1],
+    )
 
     def failing(*arguments):
         if run[-1].counters["step"] != step or failed:
@@ -748,16 +939,29 @@ def _fail(monkeypatch, owner, name: str, step: int, changed_before=None) -> None
 @pytest.mark.parametrize(
     ("owner", "name", "step"),
     [
-        (saver.CheckpointSaver, "is_due", 4), (saver.CheckpointSaver, "save", 3), (loop._Run, "_forward_backward", 5),
-        (loop, "take_share", 4), (loop, "lr_factor", 4), (loop, "global_norm", 4), (metrics.MetricsLog, "append", 4),
-        (metrics.MetricsLog, "append", 5), (loop._Run, "_clamp", 4), (scoring, "held_out_loss", 3),
-        (scoring, "held_out_loss", 6), (loop, "tell", 4),
+        (saver.CheckpointSaver, "is_due", 4),
+        (saver.CheckpointSaver, "save", 3),
+        (loop._Run, "_forward_backward", 5),
+        (loop, "take_share", 4),
+        (loop, "lr_factor", 4),
+        (loop, "global_norm", 4),
+        (metrics.MetricsLog, "append", 4),
+        (metrics.MetricsLog, "append", 5),
+        (loop._Run, "_clamp", 4),
+        (scoring, "held_out_loss", 3),
+        (scoring, "held_out_loss", 6),
+        (loop, "tell", 4),
     ],
-)  # fmt: skip
-def test_an_unexpected_error_between_two_steps_saves_the_last_whole_one(tmp_path, trained_run, monkeypatch, owner, name, step):
+)
+def test_an_unexpected_error_between_two_steps_saves_the_last_whole_one(
+    tmp_path, trained_run, monkeypatch, owner, name, step
+):
     with monkeypatch.context() as patch:
         _fail(patch, owner, name, step)
-        with pytest.raises(loop.TrainingStopped, match=r"LookupError: nobody expected this \(test_faults.py, line \d+\)") as told:
+        with pytest.raises(
+            loop.TrainingStopped,
+            match=r"LookupError: nobody expected this \(test_faults.py, line \d+\)",
+        ) as told:
             loop.train(small_profile(), tmp_path / "run")
     assert isinstance(told.value.__cause__, LookupError)
     assert checkpoints.latest_checkpoint(tmp_path / "run").name == f"step-{step:06d}"
@@ -766,8 +970,12 @@ def test_an_unexpected_error_between_two_steps_saves_the_last_whole_one(tmp_path
     assert list(read_metrics(tmp_path / "run", "held_out").step) == [0, 3, 6]
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Muon, "step"), (SpectralClamp, "clamp"), (schedule.AdaptiveClip, "clip_")])
-def test_an_unexpected_error_while_the_weights_change_saves_nothing(tmp_path, trained_run, monkeypatch, owner, name):
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Muon, "step"), (SpectralClamp, "clamp"), (schedule.AdaptiveClip, "clip_")]
+)
+def test_an_unexpected_error_while_the_weights_change_saves_nothing(
+    tmp_path, trained_run, monkeypatch, owner, name
+):
     with monkeypatch.context() as patch:
         _fail(patch, owner, name, 4, changed_before=True)
         with pytest.raises(LookupError):

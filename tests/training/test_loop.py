@@ -47,7 +47,9 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _interrupt_at(step: int):
-    """A callback that asks the run to stop, as the notebook's stop button does, once `step` is reached."""
+    """A callback that asks the run to stop, as the notebook's stop button does, once `step` is
+    reached.
+    """
     return at_step(step, lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
@@ -58,7 +60,13 @@ def test_training_learns_and_logs_every_step(trained_run):
     assert held_out.held_out_loss.iloc[0] == pytest.approx(math.log(512), abs=0.3)
     assert result.held_out_loss == held_out.held_out_loss.iloc[-1] < held_out.held_out_loss.iloc[0]
     assert list(train.tokens) == [128 * step for step in range(1, 7)] == list(train.valid_tokens)
-    parts = train.cross_entropy + train.label_smoothing + train.entropy_bonus + train.entropy_target + train.activation_norm
+    parts = (
+        train.cross_entropy
+        + train.label_smoothing
+        + train.entropy_bonus
+        + train.entropy_target
+        + train.activation_norm
+    )
     assert torch.allclose(torch.tensor(parts), torch.tensor(train.loss), atol=1e-5)
     assert set(read_metrics(run_dir, "clamp").step) == {2, 4, 6}
 
@@ -66,7 +74,9 @@ def test_training_learns_and_logs_every_step(trained_run):
 def test_a_run_that_ends_before_its_warmup_is_warned_of_once_and_trains(tmp_path, recwarn):
     def told() -> list[str]:
         return [
-            text for warned in recwarn if (text := str(warned.message)).startswith("warmup_steps 9 is not below max_steps 3:")
+            text
+            for warned in recwarn
+            if (text := str(warned.message)).startswith("warmup_steps 9 is not below max_steps 3:")
         ]
 
     profile = small_profile(max_steps=3, warmup_steps=9)
@@ -87,12 +97,18 @@ def test_the_logged_cross_entropy_is_the_models_own_on_the_streams_first_windows
     with torch.no_grad():
         logits = decoder.build_model(profile)(input_ids=windows[:, :-1]).logits
     expected = F.cross_entropy(logits.flatten(0, 1).double(), windows[:, 1:].flatten())
-    assert read_metrics(tmp_path / "run", "train").cross_entropy.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert read_metrics(tmp_path / "run", "train").cross_entropy.item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
 
 
 def test_accumulated_micro_batches_are_one_large_batch(tmp_path):
-    whole = loop.train(small_profile(micro_batch=4, grad_accumulation=1, max_steps=4), tmp_path / "whole")
-    split = loop.train(small_profile(micro_batch=1, grad_accumulation=4, max_steps=4), tmp_path / "split")
+    whole = loop.train(
+        small_profile(micro_batch=4, grad_accumulation=1, max_steps=4), tmp_path / "whole"
+    )
+    split = loop.train(
+        small_profile(micro_batch=1, grad_accumulation=4, max_steps=4), tmp_path / "split"
+    )
     assert _losses(tmp_path / "whole") == pytest.approx(_losses(tmp_path / "split"), rel=1e-4)
     assert whole.held_out_loss == pytest.approx(split.held_out_loss, rel=1e-4)
 
@@ -121,7 +137,9 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, experts, stop_at):
     mixture = {"experts": experts, "active_experts": 2, "router_aux_loss": 0.05} if experts else {}
     profile = small_profile(**mixture, grad_accumulation=2)
     whole = loop.train(profile, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt, match=f"step {stop_at} is saved; training again continues"):
+    with pytest.raises(
+        KeyboardInterrupt, match=f"step {stop_at} is saved; training again continues"
+    ):
         loop.train(profile, tmp_path / "run", callbacks=[_interrupt_at(stop_at)])
     assert checkpoints.checkpoint_step(checkpoints.latest_checkpoint(tmp_path / "run")) == stop_at
     resumed = loop.train(profile, tmp_path / "run")
@@ -131,13 +149,17 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, experts, stop_at):
 
 
 @pytest.mark.parametrize("packing", ["dense", "segments"])
-def test_a_run_goes_on_in_smaller_micro_batches_with_the_same_windows(tmp_path, monkeypatch, packing):
+def test_a_run_goes_on_in_smaller_micro_batches_with_the_same_windows(
+    tmp_path, monkeypatch, packing
+):
     taken = []
 
     def take(stream, spec, stop):
         share = loader.take_share(stream, spec, stop)
         taken.extend(row.tolist() for batch in share[0] for row in batch.input_ids)
-        assert max(map(len, share[0])) == spec.micro_batch and len(share[0]) == spec.grad_accumulation
+        assert (
+            max(map(len, share[0])) == spec.micro_batch and len(share[0]) == spec.grad_accumulation
+        )
         return share
 
     monkeypatch.setattr(loop, "take_share", take)
@@ -149,10 +171,17 @@ def test_a_run_goes_on_in_smaller_micro_batches_with_the_same_windows(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         loop.train(small_profile(**settings), tmp_path / "run", callbacks=[_interrupt_at(2)])
     for micro_batch, stop_at in ((1, 4), (2, None)):
-        smaller = small_profile(**settings, micro_batch=micro_batch, grad_accumulation=4 // micro_batch)
-        with pytest.warns(UserWarning, match=f"with {4 // micro_batch} micro-batches of {micro_batch} windows instead of"):
+        smaller = small_profile(
+            **settings, micro_batch=micro_batch, grad_accumulation=4 // micro_batch
+        )
+        with pytest.warns(
+            UserWarning,
+            match=f"with {4 // micro_batch} micro-batches of {micro_batch} windows instead of",
+        ):
             with contextlib.nullcontext() if stop_at is None else pytest.raises(KeyboardInterrupt):
-                loop.train(smaller, tmp_path / "run", callbacks=[_interrupt_at(stop_at)] if stop_at else [])
+                loop.train(
+                    smaller, tmp_path / "run", callbacks=[_interrupt_at(stop_at)] if stop_at else []
+                )
     assert taken == windows
     assert _losses(tmp_path / "run") == pytest.approx(losses, rel=1e-5)
     assert read_run_profile(tmp_path / "run").data.micro_batch == 2
@@ -191,7 +220,10 @@ def test_a_finished_run_is_not_trained_again(trained_run):
 def test_how_a_run_is_carried_out_may_change_on_resume_what_is_learned_may_not(trained_run):
     run_dir, result = trained_run
     assert loop.train(small_profile(eval_every=2, keep_checkpoints=5), run_dir) == result
-    for other, words in ((small_profile(max_steps=9), "max_steps = 6, now it is 9"), (get_profile("tiny"), "profile tiny with")):
+    for other, words in (
+        (small_profile(max_steps=9), "max_steps = 6, now it is 9"),
+        (get_profile("tiny"), "profile tiny with"),
+    ):
         with pytest.raises(ValueError, match=words):
             loop.train(other, run_dir)
     with pytest.raises(ValueError, match="random weights"):
@@ -252,8 +284,12 @@ def test_a_non_finite_step_is_skipped_and_changes_nothing(tmp_path, monkeypatch,
         assert _same(after[part]["state"], before[part]["state"])
     assert _same([after["clip"], after["clamp"]], [before["clip"], before["clamp"]])
     assert after["counters"]["skipped"] == before["counters"]["skipped"] + 1
-    assert all(torch.equal(weight, _weights(first)[name]) for name, weight in _weights(second).items())
-    assert any(not torch.equal(weight, _weights(first)[name]) for name, weight in _weights(third).items())
+    assert all(
+        torch.equal(weight, _weights(first)[name]) for name, weight in _weights(second).items()
+    )
+    assert any(
+        not torch.equal(weight, _weights(first)[name]) for name, weight in _weights(third).items()
+    )
 
 
 def test_ten_bad_steps_in_a_row_stop_with_the_last_good_weights(tmp_path, monkeypatch):
@@ -265,8 +301,13 @@ def test_ten_bad_steps_in_a_row_stop_with_the_last_good_weights(tmp_path, monkey
     assert checkpoints.checkpoint_step(saved) == profile.runtime.checkpoint_every
     fresh = decoder.build_model(profile).state_dict()
     assert all(torch.equal(weight, fresh[name]) for name, weight in _weights(saved).items())
-    for _ in range(4):  # training again gets as many tries, and a restart loop pushes out no earlier checkpoint
-        with pytest.raises(loop.TrainingStopped, match=rf"10 steps in a row .* Nothing has been learned since {saved}"):
+    for _ in range(
+        4
+    ):  # training again gets as many tries, and a restart loop pushes out no earlier checkpoint
+        with pytest.raises(
+            loop.TrainingStopped,
+            match=rf"10 steps in a row .* Nothing has been learned since {saved}",
+        ):
             loop.train(profile, tmp_path / "run")
         assert checkpoints.whole_checkpoints(tmp_path / "run") == [saved]
 
@@ -280,7 +321,9 @@ def test_bad_steps_push_out_no_checkpoint_of_step_0_either(tmp_path, monkeypatch
 
     with pytest.raises(loop.TrainingStopped, match=r"Nothing has been learned since .*step-000000"):
         loop.train(small_profile(max_steps=30, clamp_every=0), tmp_path / "run", callbacks=[ask])
-    assert [path.name for path in checkpoints.whole_checkpoints(tmp_path / "run")] == ["step-000000"]
+    assert [path.name for path in checkpoints.whole_checkpoints(tmp_path / "run")] == [
+        "step-000000"
+    ]
 
 
 def test_ten_bad_steps_at_the_end_of_a_run_are_evaluated_as_well(tmp_path, monkeypatch):
@@ -305,11 +348,16 @@ def test_the_reason_named_is_that_of_the_first_bad_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("spoilt_after", "checkpoint_every", "newest"), [(4, 3, "step-000003"), (4, 1, "step-000003"), (1, 100, None)]
+    ("spoilt_after", "checkpoint_every", "newest"),
+    [(4, 3, "step-000003"), (4, 1, "step-000003"), (1, 100, None)],
 )
-def test_a_weight_that_is_not_a_number_is_named_and_never_saved(tmp_path, monkeypatch, spoilt_after, checkpoint_every, newest):
+def test_a_weight_that_is_not_a_number_is_named_and_never_saved(
+    tmp_path, monkeypatch, spoilt_after, checkpoint_every, newest
+):
     prepare, prepared = prepare_model, []
-    monkeypatch.setattr(loop, "prepare_model", lambda model, runtime: prepared.append(prepare(model, runtime)))
+    monkeypatch.setattr(
+        loop, "prepare_model", lambda model, runtime: prepared.append(prepare(model, runtime))
+    )
 
     def spoil():
         prepared[0].model.layers[1].mlp.up_proj.weight.data[3, 5] = math.nan
@@ -318,8 +366,15 @@ def test_a_weight_that_is_not_a_number_is_named_and_never_saved(tmp_path, monkey
     with pytest.raises(loop.TrainingStopped) as stopped:
         loop.train(profile, tmp_path / "run", callbacks=[at_step(spoilt_after, spoil)])
     name = "model.layers.1.mlp.up_proj.weight"
-    assert f"the weight {name} is not finite after step {spoilt_after}, so nothing is saved;" in str(stopped.value)
-    assert (f"continues from {tmp_path}/run/checkpoints/{newest}" if newest else "there is no checkpoint") in str(stopped.value)
+    assert (
+        f"the weight {name} is not finite after step {spoilt_after}, so nothing is saved;"
+        in str(stopped.value)
+    )
+    assert (
+        f"continues from {tmp_path}/run/checkpoints/{newest}"
+        if newest
+        else "there is no checkpoint"
+    ) in str(stopped.value)
     saved = checkpoints.latest_checkpoint(tmp_path / "run")
     assert (saved and saved.name) == newest
     assert not saved or all(torch.isfinite(weight).all() for weight in _weights(saved).values())
@@ -329,7 +384,10 @@ def test_a_start_that_is_not_finite_is_refused_by_the_name_of_its_weight(tmp_pat
     model = decoder.build_model(small_profile())
     model.model.layers[0].self_attn.k_proj.weight.data[2, 2] = math.inf
     model.save_pretrained(tmp_path / "start")
-    with pytest.raises(ValueError, match=r"The weight model\.layers\.0\.self_attn\.k_proj\.weight of .*start is not finite"):
+    with pytest.raises(
+        ValueError,
+        match=r"The weight model\.layers\.0\.self_attn\.k_proj\.weight of .*start is not finite",
+    ):
         loop.train(small_profile(), tmp_path / "run", init=tmp_path / "start")
     assert not (tmp_path / "run").exists()
 
@@ -337,7 +395,13 @@ def test_a_start_that_is_not_finite_is_refused_by_the_name_of_its_weight(tmp_pat
 def test_no_clipped_step_is_lost_between_two_rows(tmp_path):
     """Nor at the end of the run, nor over a resume: here every step is clipped."""
     profile = small_profile(
-        max_steps=8, log_every=3, clip_mode="fixed", clip_max_norm=1e-3, eval_every=5, checkpoint_every=4, clamp_every=0
+        max_steps=8,
+        log_every=3,
+        clip_mode="fixed",
+        clip_max_norm=1e-3,
+        eval_every=5,
+        checkpoint_every=4,
+        clamp_every=0,
     )
 
     def crash(row):
@@ -348,11 +412,17 @@ def test_no_clipped_step_is_lost_between_two_rows(tmp_path):
         loop.train(profile, tmp_path / "run", callbacks=[crash])
     loop.train(profile, tmp_path / "run")
     rows = read_metrics(tmp_path / "run", "train")
-    assert list(rows.step) == [3, 6, 8] and list(rows.clipped) == [3, 3, 2] and list(rows.skipped) == [0, 0, 0]
+    assert (
+        list(rows.step) == [3, 6, 8]
+        and list(rows.clipped) == [3, 3, 2]
+        and list(rows.skipped) == [0, 0, 0]
+    )
 
 
 def test_the_clamp_holds_its_ceilings(tmp_path):
-    profile = small_profile(attention_max_condition=3.0, mlp_max_condition=2.0, lm_head_max_condition=4.0, clamp_every=3)
+    profile = small_profile(
+        attention_max_condition=3.0, mlp_max_condition=2.0, lm_head_max_condition=4.0, clamp_every=3
+    )
     result = loop.train(profile, tmp_path / "run")
     assert read_metrics(tmp_path / "run", "clamp").raised.sum() > 0
     roles = parameter_roles(decoder.load_model(result.checkpoint))
@@ -367,11 +437,17 @@ def test_the_conditions_on_the_card_are_those_of_the_saved_weights(tmp_path, mon
     """The last step is clamped; its row of the log says which matrices were looked at."""
     if route == "tested":
         monkeypatch.setattr(linalg, "EIGENVALUES_UP_TO", 0)
-    checkpoint = loop.train(small_profile(attention_max_condition=60.0), tmp_path / "run").checkpoint
+    checkpoint = loop.train(
+        small_profile(attention_max_condition=60.0), tmp_path / "run"
+    ).checkpoint
     last = read_metrics(tmp_path / "run", "clamp").query("step == 6")
     assert set(last.route) == {"certified", "repaired", route}
     saved = decoder.load_model(checkpoint).state_dict()
-    shown = dict(re.findall(r"^\| (attention|MLP|LM head) \| (.+) \|$", lineage.read_card(checkpoint), re.MULTILINE))
+    shown = dict(
+        re.findall(
+            r"^\| (attention|MLP|LM head) \| (.+) \|$", lineage.read_card(checkpoint), re.MULTILINE
+        )
+    )
     for name, modules in (("attention", "self_attn"), ("MLP", "mlp"), ("LM head", "embed_tokens")):
         of_group = last[last.name.str.contains(modules)]
         looked_at = of_group[of_group.route != "certified"]
@@ -380,7 +456,9 @@ def test_the_conditions_on_the_card_are_those_of_the_saved_weights(tmp_path, mon
         assert certified == ("all" if looked_at.empty else str(len(of_group) - len(looked_at)))
         spectra = [torch.linalg.svdvals(saved[matrix].double()) for matrix in looked_at.name]
         true = [(sigma[0] / sigma[-1]).item() for sigma in spectra]
-        for figure, expected in ((median, statistics.median(true)), (maximum, max(true))) if true else ():
+        for figure, expected in (
+            ((median, statistics.median(true)), (maximum, max(true))) if true else ()
+        ):
             at_least = (0.95 if route == "tested" else 0.999) * expected
             assert at_least - 0.05 <= float(figure) <= 1.001 * expected + 0.05, name
         assert true or median == maximum == "–"
@@ -425,25 +503,36 @@ def test_a_callback_that_fails_ends_nothing_and_is_not_called_again(tmp_path, ki
         if row["kind"] == kind:
             raise ZeroDivisionError("no axis")
 
-    with pytest.warns(UserWarning, match=r"The callback .*draw failed \(ZeroDivisionError: no axis\) and is not called again"):
+    with pytest.warns(
+        UserWarning,
+        match=r"The callback .*draw failed \(ZeroDivisionError: no axis\) and is not called again",
+    ):
         result = loop.train(small_profile(), tmp_path / "run", callbacks=[draw, other.append])
     assert result.step == 6 and failing.count(kind) == 1 and failing[-1] == kind
     assert len(other) > 6
 
 
 def _family_folder(checkpoint: Path, folder: Path) -> Path:
-    """`checkpoint` as the family publishes a model: its files, an older transformers' config, and the kl3m-007 card's lines."""
+    """`checkpoint` as the family publishes a model: its files, an older transformers' config, and
+    the kl3m-007 card's lines.
+    """
     folder.mkdir()
-    for name in ("model.safetensors", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in (
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
         (folder / name).write_bytes((checkpoint / name).read_bytes())
     config = json.loads((checkpoint / "config.json").read_text())
     config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
     config["torch_dtype"] = config.pop("dtype")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "README.md").write_text(
-        "# KL3M 500M, 7th Gen Model, Step 37000 (4x Stacked Architecture)\n\n## Training Progress\n\n"
-        "- **Steps**: 37,000 / 100,000 planned\n- **Tokens Processed**: 3,917,824,000 (~3.92B)\n"
-        "- **Valid Tokens**: 3,914,825,728\n- **Dataset**: alea-institute/kl3m-data-sample-006-medium\n"
+        "# KL3M 500M, 7th Gen Model, Step 37000 (4x Stacked Architecture)\n\n## Training"
+        " Progress\n\n- **Steps**: 37,000 / 100,000 planned\n- **Tokens Processed**: 3,917,824,000"
+        " (~3.92B)\n- **Valid Tokens**: 3,914,825,728\n- **Dataset**:"
+        " alea-institute/kl3m-data-sample-006-medium\n"
     )
     return folder
 
@@ -453,17 +542,30 @@ def test_a_checkpoint_of_the_family_is_continued(trained_run, tmp_path):
     profile = small_profile(max_steps=100_000, warmup_steps=3, eval_every=2, checkpoint_every=2)
     with pytest.raises(KeyboardInterrupt):
         loop.train(profile, tmp_path / "run", init=folder, callbacks=[_interrupt_at(37_005)])
-    train, held_out = read_metrics(tmp_path / "run", "train"), read_metrics(tmp_path / "run", "held_out")
+    train, held_out = (
+        read_metrics(tmp_path / "run", "train"),
+        read_metrics(tmp_path / "run", "held_out"),
+    )
     assert list(train.step) == list(range(37_001, 37_006)) and held_out.step.iloc[0] == 37_000
-    assert train.tokens.iloc[0] == 3_917_824_000 + 128 and train.valid_tokens.iloc[0] == 3_914_825_728 + 128
+    assert (
+        train.tokens.iloc[0] == 3_917_824_000 + 128
+        and train.valid_tokens.iloc[0] == 3_914_825_728 + 128
+    )
     assert held_out.held_out_loss.iloc[0] == pytest.approx(trained_run[1].held_out_loss, abs=1e-5)
     cosine = schedule.lr_factor(37_004, profile.schedule)
-    assert list(train.lr_muon / profile.muon_lr) == pytest.approx([1 / 3, 2 / 3, *[cosine] * 3], abs=1e-4)
+    assert list(train.lr_muon / profile.muon_lr) == pytest.approx(
+        [1 / 3, 2 / 3, *[cosine] * 3], abs=1e-4
+    )
     checkpoint = checkpoints.latest_checkpoint(tmp_path / "run")
     assert checkpoints.checkpoint_step(checkpoint) == 37_005
-    assert lineage.carried_counts(export.export_model(checkpoint, tmp_path)).tokens == train.tokens.iloc[-1]
+    assert (
+        lineage.carried_counts(export.export_model(checkpoint, tmp_path)).tokens
+        == train.tokens.iloc[-1]
+    )
     steps = find_subject(tmp_path / "run").steps
-    assert next(iter(steps)) == 37_000 and steps[37_000] == str(folder), "what its spectra are drawn over begins there too"
+    assert next(iter(steps)) == 37_000 and steps[37_000] == str(folder), (
+        "what its spectra are drawn over begins there too"
+    )
     with pytest.raises(KeyboardInterrupt):
         loop.train(profile, tmp_path / "run", init=folder, callbacks=[_interrupt_at(37_006)])
     assert list(read_metrics(tmp_path / "run", "train").step) == list(range(37_001, 37_007))
@@ -474,7 +576,14 @@ def test_a_checkpoint_of_the_family_is_continued(trained_run, tmp_path):
 def test_a_run_goes_on_without_what_it_was_started_from(trained_run, tmp_path):
     """Steps, tokens and what the card says of the stack were taken over when it began."""
     folder = _family_folder(trained_run[1].checkpoint, tmp_path / "kl3m-007-500m-step37000")
-    stack = {"source": "a/source", "factor": 2, "order": "cyclic", "noise": 0.0, "source_layers": 1, "source_sha256": {}}
+    stack = {
+        "source": "a/source",
+        "factor": 2,
+        "order": "cyclic",
+        "noise": 0.0,
+        "source_layers": 1,
+        "source_sha256": {},
+    }
     (folder / "stack.json").write_text(json.dumps(stack))
     profile = small_profile(max_steps=37_004, checkpoint_every=2, growth_factor=2)
     with pytest.raises(KeyboardInterrupt):
@@ -487,25 +596,35 @@ def test_a_run_goes_on_without_what_it_was_started_from(trained_run, tmp_path):
 
 
 def test_how_a_mixture_uses_its_experts_is_logged(tmp_path):
-    profile = small_profile(experts=4, active_experts=2, sliding_window=16, router_aux_loss=0.05, grad_accumulation=2)
+    profile = small_profile(
+        experts=4, active_experts=2, sliding_window=16, router_aux_loss=0.05, grad_accumulation=2
+    )
     loop.train(profile, tmp_path / "run")
     used = read_metrics(tmp_path / "run", "experts")
     assert sorted(used.step.unique()) == [3, 6] and len(used) == 2 * 2 * 4
-    assert used.groupby(["step", "layer"]).share.sum().tolist() == pytest.approx([1.0] * 4, abs=1e-4)
-    assert used.least_share.tolist() == used.groupby(["step", "layer"]).share.transform("min").tolist()
+    assert used.groupby(["step", "layer"]).share.sum().tolist() == pytest.approx(
+        [1.0] * 4, abs=1e-4
+    )
+    assert (
+        used.least_share.tolist() == used.groupby(["step", "layer"]).share.transform("min").tolist()
+    )
     # of the choices of all micro-batches: 2 × 256 tokens
     assert (used.share * 2 * 256 % 1).round(2).isin([0.0, 1.0]).all()
     assert (read_metrics(tmp_path / "run", "train").router_loss > 0).all()
 
 
 def test_an_idle_expert_is_warned_of_once_for_its_layer(tmp_path, monkeypatch):
-    """Layer 1 sends nothing to expert 3, of which the router's bias cannot be learned away in six steps."""
+    """Layer 1 sends nothing to expert 3, of which the router's bias cannot be learned away in six
+    steps.
+    """
     original = loss.training_loss
 
     def biased(model, *arguments):
         with torch.no_grad():
             model.model.layers[1].mlp.gate.weight[3] = 0.0
-            model.model.layers[1].mlp.gate.weight[:3] = 10.0 * torch.eye(3, 32) - 10.0 * torch.eye(3, 32).roll(1, 0)
+            model.model.layers[1].mlp.gate.weight[:3] = 10.0 * torch.eye(3, 32) - 10.0 * torch.eye(
+                3, 32
+            ).roll(1, 0)
         return original(model, *arguments)
 
     monkeypatch.setattr(loop, "training_loss", biased)
@@ -517,8 +636,13 @@ def test_an_idle_expert_is_warned_of_once_for_its_layer(tmp_path, monkeypatch):
     assert len(remarks) == 1 and "expert 3" in remarks[0] and "step 1" in remarks[0]
 
 
-def test_a_mixture_trained_with_the_loss_of_an_earlier_version_goes_on_and_says_so_once(tmp_path, monkeypatch):
-    profile, contents = small_profile(experts=4, active_experts=2, router_aux_loss=0.05), loop._Run._contents
+def test_a_mixture_trained_with_the_loss_of_an_earlier_version_goes_on_and_says_so_once(
+    tmp_path, monkeypatch
+):
+    profile, contents = (
+        small_profile(experts=4, active_experts=2, router_aux_loss=0.05),
+        loop._Run._contents,
+    )
 
     def older(self):
         state, card = contents(self)
@@ -529,7 +653,10 @@ def test_a_mixture_trained_with_the_loss_of_an_earlier_version_goes_on_and_says_
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop._Run, "_contents", older)
         loop.train(profile, tmp_path / "run", callbacks=[_interrupt_at(2)])
-    with pytest.warns(UserWarning, match="up to 2 .* pooled all layers"), pytest.raises(KeyboardInterrupt):
+    with (
+        pytest.warns(UserWarning, match="up to 2 .* pooled all layers"),
+        pytest.raises(KeyboardInterrupt),
+    ):
         loop.train(profile, tmp_path / "run", callbacks=[_interrupt_at(4)])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -543,12 +670,17 @@ def test_every_checkpoint_has_a_card_of_its_own(trained_run):
     for checkpoint in checkpoints.whole_checkpoints(run_dir):
         text = (checkpoint / "README.md").read_text()
         step = checkpoints.checkpoint_step(checkpoint)
-        assert f"# tiny-2-layers-step{step}\n" in text and f"**Tokens Processed**: {128 * step:,}\n" in text
+        assert (
+            f"# tiny-2-layers-step{step}\n" in text
+            and f"**Tokens Processed**: {128 * step:,}\n" in text
+        )
     assert f"**Held-out loss**: {result.held_out_loss:.4f} nats per token" in text
     assert "| attention |" in text and "random weights" in text
 
 
-def test_a_run_that_another_process_began_and_left_meanwhile_is_not_written_over(tmp_path, monkeypatch):
+def test_a_run_that_another_process_began_and_left_meanwhile_is_not_written_over(
+    tmp_path, monkeypatch
+):
     original = decoder.build_model
 
     def slowly(profile, **options):
@@ -563,7 +695,9 @@ def test_a_run_that_another_process_began_and_left_meanwhile_is_not_written_over
 
 
 def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path):
-    """It did not hold everything that a card says now, and its conditions were from before the repair, or bounds."""
+    """It did not hold everything that a card says now, and its conditions were from before the
+    repair, or bounds.
+    """
     profile, run_dir = small_profile(clamp_every=5), tmp_path / "run"
     whole = loop.train(profile, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step-000006")
@@ -574,12 +708,20 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path):
     file = older / "training_state" / "state.pt"
     torch.save(state, file)
     manifest = json.loads((older / checkpoints.MANIFEST).read_text())
-    manifest["files"]["training_state/state.pt"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    manifest["files"]["training_state/state.pt"] = {
+        "bytes": file.stat().st_size,
+        "sha256": sha256(file),
+    }
     (older / checkpoints.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(KeyboardInterrupt):
         loop.train(profile, run_dir, callbacks=[_interrupt_at(4)])
     card = lineage.read_card(run_dir / "checkpoints" / "step-000004")
-    assert "777.0" not in card and "not known: no clamp has come since this run began or was last continued" in card
+    assert (
+        "777.0" not in card
+        and "not known: no clamp has come since this run began or was last continued" in card
+    )
     result = loop.train(profile, run_dir)
     assert result.held_out_loss == whole.held_out_loss
-    assert "as the clamp of step 5 left them, 1 training step before" in lineage.read_card(result.checkpoint)
+    assert "as the clamp of step 5 left them, 1 training step before" in lineage.read_card(
+        result.checkpoint
+    )

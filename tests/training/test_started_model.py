@@ -1,4 +1,6 @@
-"""Card, estimate and windows are those of the model that is trained, where it differs from the profile in what may differ."""
+"""Card, estimate and windows are those of the model that is trained, where it differs from the
+profile in what may differ.
+"""
 
 from __future__ import annotations
 
@@ -38,36 +40,60 @@ def start(folder, **changes):
 def test_the_numbers_of_a_configuration_are_those_it_was_made_from(name):
     spec = PROFILES[name].model
     assert decoder.spec_of(decoder.model_config(spec)) == spec
-    other = dataclasses.replace(spec, tied_embeddings=not spec.tied_embeddings, context=77, initializer_range=0.5)
+    other = dataclasses.replace(
+        spec, tied_embeddings=not spec.tied_embeddings, context=77, initializer_range=0.5
+    )
     if not spec.experts:
         other = dataclasses.replace(other, attention_bias=True, mlp_bias=True)
     assert decoder.spec_of(decoder.model_config(other)) == other
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tied_embeddings": False}, {"attention_bias": True}, {"mlp_bias": True}, {"experts": 4, "active_experts": 2}]
+    "changes",
+    [
+        {},
+        {"tied_embeddings": False},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"experts": 4, "active_experts": 2},
+    ],
 )
 def test_parameters_by_arithmetic_are_those_of_the_model(changes):
     profile = small_profile(**changes)
     model = decoder.build_model(profile, device="meta")
-    assert costs.count_parameters(profile.model).total == sum(parameter.numel() for parameter in model.parameters())
+    assert costs.count_parameters(profile.model).total == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("changed", CHANGES)
 def test_the_card_states_what_the_config_does(tmp_path, changed):
     folder = start(tmp_path / "start", **CHANGES[changed])
     checkpoint = loop.train(small_profile(max_steps=1), tmp_path / "run", init=folder).checkpoint
-    card, config = (checkpoint / "README.md").read_text(), json.loads((checkpoint / "config.json").read_text())
-    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint).parameters())
+    card, config = (
+        (checkpoint / "README.md").read_text(),
+        json.loads((checkpoint / "config.json").read_text()),
+    )
+    parameters = sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(checkpoint).parameters()
+    )
     assert f"- **Parameters**: {parameters:,};" in card
     assert f"- **Context**: {config['max_position_embeddings']} tokens\n" in card
-    assert ("scaled (linear, factor 4.0)" in card) == (config["rope_parameters"]["rope_type"] == "linear")
-    biased = [name for name, key in (("attention", "attention_bias"), ("MLP", "mlp_bias")) if config[key]]
+    assert ("scaled (linear, factor 4.0)" in card) == (
+        config["rope_parameters"]["rope_type"] == "linear"
+    )
+    biased = [
+        name for name, key in (("attention", "attention_bias"), ("MLP", "mlp_bias")) if config[key]
+    ]
     assert (f"- **Biases**: {', '.join(biased)}\n" in card) == bool(biased) == ("Biases" in card)
 
 
 def test_the_logged_operations_are_the_models(tmp_path):
-    loop.train(small_profile(max_steps=1), tmp_path / "run", init=start(tmp_path / "start", max_position_embeddings=40))
+    loop.train(
+        small_profile(max_steps=1),
+        tmp_path / "run",
+        init=start(tmp_path / "start", max_position_embeddings=40),
+    )
     row = read_metrics(tmp_path / "run", "held_out").iloc[-1]
     assert row.flops == row.tokens * flops_per_token(small_profile().model, 32)
 
@@ -78,8 +104,13 @@ def test_an_estimate_is_of_the_model_that_is_started_from(tmp_path, changed, cap
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
     profile = decoder.profile_of_start(small_profile(), folder)
     assert estimate.estimate(profile).parameters == parameters
-    assert decoder.profile_of_start(small_profile(), None) == decoder.profile_of_start(small_profile(), tmp_path / "gone")
-    changes = ("layers 2,hidden 32,mlp 64,heads 4,kv_heads 2,head_size 8,growth_factor 1,vocabulary 512,seq_len 32").split(",")
+    assert decoder.profile_of_start(small_profile(), None) == decoder.profile_of_start(
+        small_profile(), tmp_path / "gone"
+    )
+    changes = (
+        "layers 2,hidden 32,mlp 64,heads 4,kv_heads 2,head_size 8,growth_factor 1,vocabulary"
+        " 512,seq_len 32"
+    ).split(",")
     sets = [part for change in changes for part in ("--set", *change.split())]
     assert cli.main(["estimate", "tiny", "--init", str(folder), *sets]) == 0
     assert f"{parameters:,}" in capsys.readouterr().out
@@ -100,9 +131,15 @@ def test_a_window_longer_than_the_models_context_is_refused_before_anything_is_w
 
 def test_a_mixtures_config_has_the_weight_of_the_router_it_was_trained_with(tmp_path):
     changes = {"experts": 4, "active_experts": 2, "max_steps": 1}
-    decoder.build_model(small_profile(**changes, router_aux_loss=0.001)).save_pretrained(tmp_path / "start")
-    trained = loop.train(small_profile(**changes, router_aux_loss=0.02), tmp_path / "run", init=tmp_path / "start")
-    assert json.loads((trained.checkpoint / "config.json").read_text())["router_aux_loss_coef"] == 0.02
+    decoder.build_model(small_profile(**changes, router_aux_loss=0.001)).save_pretrained(
+        tmp_path / "start"
+    )
+    trained = loop.train(
+        small_profile(**changes, router_aux_loss=0.02), tmp_path / "run", init=tmp_path / "start"
+    )
+    assert (
+        json.loads((trained.checkpoint / "config.json").read_text())["router_aux_loss_coef"] == 0.02
+    )
     assert "router loss weight 0.02" in (trained.checkpoint / "README.md").read_text()
 
 

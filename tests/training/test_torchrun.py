@@ -25,7 +25,10 @@ PROFILE = dict(max_steps=400, checkpoint_every=10, eval_every=100, clamp_every=2
 def _process_of_rank(rank: int, run_dir: Path) -> int:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+            words, environment = (
+                (folder / "cmdline").read_bytes(),
+                (folder / "environ").read_bytes(),
+            )
         except OSError:  # it has ended meanwhile
             continue
         if str(run_dir).encode() in words and f"\0RANK={rank}\0".encode() in environment:
@@ -35,7 +38,9 @@ def _process_of_rank(rank: int, run_dir: Path) -> int:
 
 @pytest.mark.slow
 def test_a_run_outlives_its_notebook_and_a_rank_that_is_killed(tmp_path):
-    """The notebook's process is killed; the same call elsewhere follows the run; a rank is killed; torchrun goes on."""
+    """The notebook's process is killed; the same call elsewhere follows the run; a rank is killed;
+    torchrun goes on.
+    """
     run_dir = tmp_path / "run"
     code = f"""
         import sys
@@ -59,11 +64,18 @@ def test_a_run_outlives_its_notebook_and_a_rank_that_is_killed(tmp_path):
             killed.append(_process_of_rank(1, run_dir))
             os.kill(killed[0], signal.SIGKILL)
 
-    result = torchrun.train_with_torchrun(small_profile(**PROFILE), run_dir, processes=2, callbacks=[kill_rank_1])
+    result = torchrun.train_with_torchrun(
+        small_profile(**PROFILE), run_dir, processes=2, callbacks=[kill_rank_1]
+    )
     log = (run_dir / "torchrun.log").read_text()
-    # Which rank torchrun names as the first to fail, when both end within a second, is a matter of chance.
+    # Which rank torchrun names as the first to fail, when both end within a second, is a matter of
+    # chance.
     assert killed and "failed (exitcode: -" in log
-    assert result.step == 400 and not (run_dir / LOCK_FILE).exists() and not torchrun.is_running(run_dir)
+    assert (
+        result.step == 400
+        and not (run_dir / LOCK_FILE).exists()
+        and not torchrun.is_running(run_dir)
+    )
     loop.train(small_profile(**PROFILE), tmp_path / "alone")
     alone, together = read_metrics(tmp_path / "alone", "train"), read_metrics(run_dir, "train")
     assert list(together.step) == list(range(1, 401))
@@ -81,8 +93,14 @@ def test_an_interrupt_says_which_step_the_processes_have_saved(trained_run, monk
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt, match="step 6 is saved"):
-        torchrun.train_with_torchrun(small_profile(), trained_run[0], processes=1, callbacks=[interrupt_at_once])
-    assert stopped == [trained_run[0]] and rows[0]["runtime"] == "torchrun, 1 process" and rows[-1]["kind"] == "end"
+        torchrun.train_with_torchrun(
+            small_profile(), trained_run[0], processes=1, callbacks=[interrupt_at_once]
+        )
+    assert (
+        stopped == [trained_run[0]]
+        and rows[0]["runtime"] == "torchrun, 1 process"
+        and rows[-1]["kind"] == "end"
+    )
 
 
 def test_what_cannot_be_started_is_refused(tmp_path, trained_run, monkeypatch):
@@ -102,7 +120,9 @@ def test_what_cannot_be_started_is_refused(tmp_path, trained_run, monkeypatch):
 def test_a_run_that_is_followed_begins_where_its_log_stands(trained_run, monkeypatch):
     monkeypatch.setattr(torchrun, "_start", lambda *_: None)
     told = []
-    torchrun.train_with_torchrun(small_profile(), trained_run[0], processes=2, callbacks=[told.append])
+    torchrun.train_with_torchrun(
+        small_profile(), trained_run[0], processes=2, callbacks=[told.append]
+    )
     assert (told[0]["kind"], told[0]["step"]) == ("start", 6)
     assert [row["step"] for row in told if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
@@ -110,9 +130,9 @@ def test_a_run_that_is_followed_begins_where_its_log_stands(trained_run, monkeyp
 def test_torchrun_passes_on_what_the_documents_write():
     from torch.distributed.run import parse_args
 
-    assert parse_args([f"--signals-to-handle={torchrun._SIGNALS}", "x"]).signals_to_handle.split(",") == [
-        "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"
-    ]  # fmt: skip
+    assert parse_args([f"--signals-to-handle={torchrun._SIGNALS}", "x"]).signals_to_handle.split(
+        ","
+    ) == ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"]
     words = ["train", "kl3m-007-500m", "--run-dir", "my-run"]
     parsed = parse_args(["--nproc-per-node", "8", "-m", "kl3m_nb", *words])
     assert parsed.training_script_args == words
@@ -121,6 +141,8 @@ def test_torchrun_passes_on_what_the_documents_write():
 def test_a_torchrun_that_is_gone_is_named(tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
-    (tmp_path / torchrun.JOB_FILE).write_text(json.dumps({"pid": ended.pid, "host": socket.gethostname()}))
+    (tmp_path / torchrun.JOB_FILE).write_text(
+        json.dumps({"pid": ended.pid, "host": socket.gethostname()})
+    )
     with pytest.raises(ValueError, match=rf"process {ended.pid} .* is gone"):
         torchrun._stop(tmp_path)
