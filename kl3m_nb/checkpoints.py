@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kl3m_nb import distributed
 from kl3m_nb.metrics import FILE_NAME
 from kl3m_nb.model_folder import STATE_FOLDER, TRAINED_STEPS, read_stack, sha256
+from kl3m_nb.older_readers import rewrite_for_older
 from kl3m_nb.run_folder import RUN_FILE
 from kl3m_nb.tokenizer import save_tokenizer
 
@@ -280,6 +281,7 @@ def _write_files(
 ) -> None:
     model.save_pretrained(folder, state_dict=dict(snapshot.weights))
     save_tokenizer(tokenizer, folder)
+    rewrite_for_older(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / _STATE.parent).mkdir()
     torch.save(snapshot.state, folder / _STATE)

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from kl3m_nb.loading import REFUSALS, empty_model, read_config, reason
+from kl3m_nb.older_readers import older_config
 
 # Lists of some families with an entry for each block, ...
 PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers", "indexer_types", "layer_rope_theta")
@@ -19,7 +20,7 @@ def grown_config(config: dict, blocks: tuple[int, ...]) -> dict:
     """`config` with as many layers as `blocks` has, each set up as the layer of `config` that `blocks` names, or -1 as the first.
 
     What sets one layer apart from another, a sliding window say, is written down where the family's defaults for the new depth
-    would choose other layers.
+    would choose other layers. It is as older versions of transformers read it, too.
     """
     sources = [max(block, 0) for block in blocks]
     grown = dict(config, num_hidden_layers=len(blocks))
@@ -39,7 +40,7 @@ def grown_config(config: dict, blocks: tuple[int, ...]) -> dict:
     for key in _LAST_BLOCK:
         if (config.get(key) or now.get(key)) == config["num_hidden_layers"] - 1:
             write(key, len(blocks) - 1)
-    return grown
+    return older_config(grown)
 
 
 def check_blocks(source: Path, config: dict, grown: dict, blocks: tuple[int, ...]) -> None:

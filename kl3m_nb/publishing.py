@@ -18,6 +18,7 @@ from huggingface_hub.utils import httpx  # the library it asks with, which is an
 
 from kl3m_nb import checkpoints, model_folder, paths
 from kl3m_nb.cards import CARD_FILE, public_name, read_card
+from kl3m_nb.older_readers import REWRITTEN, older_file
 
 _NOT_PUBLISHED = {model_folder.STATE_FOLDER, model_folder.SPECTRA_FOLDER}
 _NAME = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")  # what both a folder and the hub take
@@ -124,6 +125,7 @@ def _published(checkpoint: Path, name: str) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {
         path.as_posix(): checkpoint / path for path in paths_within if path.parts[0] not in _NOT_PUBLISHED
     }
+    files |= {name: older_file(files[name]) for name in REWRITTEN if name in files}  # of a checkpoint from before they were
     files[CARD_FILE] = _named_card(read_card(checkpoint), card_name(checkpoint), name).encode()
     record = checkpoints.stack_record(checkpoint)
     if "source" in record:  # what only a card told stands in the card

@@ -26,6 +26,7 @@ from kl3m_nb.grown_config import check_blocks, grown_config, with_defaults
 from kl3m_nb.loading import check_loads
 from kl3m_nb.model_folder import STACK_IDENTITY, STACK_RECORD, TRAINED_STEPS, WEIGHT_ENDINGS, weight_files
 from kl3m_nb.models import check_checkpoint
+from kl3m_nb.older_readers import rewrite_for_older
 from kl3m_nb.stackable import BLOCK, EMBEDDING, block_count
 from kl3m_nb.stored_tensors import DTYPES, LONGEST_HEADER, PIECE, StoredTensor, read_headers
 
@@ -147,6 +148,7 @@ def stack_checkpoint(
             if path.is_file() and not path.name.endswith(_NOT_COPIED):
                 shutil.copy(path, temporary / path.name)
         (temporary / "config.json").write_text(json.dumps(grown, indent=2) + "\n")
+        rewrite_for_older(temporary)
         _write_tensors(temporary / "model.safetensors", plan)
         check_loads(temporary)
         (temporary / STACK_RECORD).write_text(json.dumps(asdict(summary), indent=2) + "\n")
