@@ -342,12 +342,13 @@ def table(verdicts: dict[str, Verdict]) -> str:
         "",
         (
             "* **evaluate**: losses in notebook 04 and `evaluation` are those of the family's own"
-            " logits, to 1e-5 nats. Most families"
+            " logits, to 1e-5 nats. Most"
         ),
         (
-            "  apply their output embedding to the last hidden state and nothing else; of the"
-            " others all logits of a row exist at once."
+            "  families apply their output embedding to the last hidden state and nothing else; of"
+            " the others all logits of a row"
         ),
+        "  exist at once.",
         (
             "* **stack**: `kl3m_nb stack` copies the blocks, and transformers finds every tensor of"
             " the stack."

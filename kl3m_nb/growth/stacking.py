@@ -41,6 +41,7 @@ from kl3m_nb.model.folder import (
     weight_files,
 )
 from kl3m_nb.model.loading import REFUSALS, check_loads, empty_model, reason, with_defaults
+from kl3m_nb.model.older_readers import older_config, rewrite_for_older
 from kl3m_nb.model.roles import BLOCK_NAME, EMBEDDING_NAME
 from kl3m_nb.model.stored_tensors import DTYPES, LONGEST_HEADER, PIECE, StoredTensor, read_headers
 
@@ -194,8 +195,8 @@ def stack_checkpoint(
         for path in along:
             shutil.copy(path, temporary / path.name)
         (temporary / "config.json").write_text(json.dumps(grown, indent=2) + "\n")
+        rewrite_for_older(temporary)
         _write_tensors(temporary / "model.safetensors", plan)
-        check_loads(temporary)
         (temporary / STACK_RECORD).write_text(json.dumps(asdict(summary), indent=2) + "\n")
     return summary
 
@@ -607,7 +608,8 @@ def grown_config(config: dict, blocks: tuple[int, ...]) -> dict:
     `blocks` names, or -1 as the first.
 
     What sets one layer apart from another, a sliding window say, is written down where the family's
-    defaults for the new depth would choose other layers.
+    defaults for the new depth would choose other layers. It is as older versions of transformers
+    read it, too.
     """
     sources = [max(block, 0) for block in blocks]
     grown = dict(config, num_hidden_layers=len(blocks))
@@ -633,7 +635,7 @@ def grown_config(config: dict, blocks: tuple[int, ...]) -> dict:
     for key in _LAST_BLOCK:
         if (config.get(key) or now.get(key)) == config["num_hidden_layers"] - 1:
             write(key, len(blocks) - 1)
-    return grown
+    return older_config(grown)
 
 
 def check_blocks(source: Path, config: dict, grown: dict, blocks: tuple[int, ...]) -> None:

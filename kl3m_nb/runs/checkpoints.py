@@ -29,6 +29,7 @@ from kl3m_nb.common import distributed
 from kl3m_nb.common.files import json_object, sha256, why
 from kl3m_nb.data.tokenizer import save_tokenizer
 from kl3m_nb.model.folder import STATE_FOLDER, TRAINED_STEPS, read_stack
+from kl3m_nb.model.older_readers import rewrite_for_older
 from kl3m_nb.runs.folder import RUN_FILE
 from kl3m_nb.runs.metrics import FILE_NAME
 
@@ -366,6 +367,7 @@ def _write_files(
 ) -> None:
     model.save_pretrained(folder, state_dict=dict(snapshot.weights))
     save_tokenizer(tokenizer, folder)
+    rewrite_for_older(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / _STATE.parent).mkdir()
     torch.save(snapshot.state, folder / _STATE)

@@ -24,6 +24,7 @@ from huggingface_hub.utils import (
 from kl3m_nb.common import paths
 from kl3m_nb.common.files import written_whole
 from kl3m_nb.model.folder import STACK_RECORD, WEIGHT_ENDINGS, model_files
+from kl3m_nb.model.older_readers import REWRITTEN, older_file
 from kl3m_nb.runs import checkpoints
 from kl3m_nb.runs.card import public_name
 from kl3m_nb.runs.lineage import CARD_FILE, read_card
@@ -155,6 +156,8 @@ def _published(checkpoint: Path, name: str) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {
         path.relative_to(checkpoint).as_posix(): path for path in model_files(checkpoint)
     }
+    # A checkpoint of an earlier version holds these files as transformers 5 alone reads them.
+    files |= {name: older_file(files[name]) for name in REWRITTEN if name in files}
     files[CARD_FILE] = _named_card(read_card(checkpoint), card_name(checkpoint), name).encode()
     record = checkpoints.stack_record(checkpoint)
     if "source" in record:  # what only a card told stands in the card
