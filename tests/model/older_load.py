@@ -1,4 +1,7 @@
-"""For an older transformers: python older_load.py TOKENS FOLDER… prints the logits and the ids that each folder gives."""
+"""Prints the logits and the ids that each folder gives, run by an older transformers.
+
+python older_load.py TOKENS FOLDER…
+"""
 
 import json
 import sys
