@@ -14,14 +14,14 @@ from kl3m_nb.runs.checkpoints import latest_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 PRINTING_RUN = """
 import sys
-sys.path.insert(0, "tests")
 from tests.conftest import small_profile
-from kl3m_nb import printing, training
+from kl3m_nb.common import printing
+from kl3m_nb.training.loop import train
 printing.keep_printing()
 def print_all(row):
     print(row)
     print(row, file=sys.stderr, flush=True)
-training.train(small_profile(warmup_steps=9), sys.argv[1], callbacks=[print_all])
+train(small_profile(warmup_steps=9), sys.argv[1], callbacks=[print_all])
 import warnings, logging
 warnings.warn("said to nobody")
 logging.getLogger("kl3m_nb").warning("nor this")

@@ -17,7 +17,7 @@ BUSY_CELL = """
 import time
 from pathlib import Path
 from IPython.display import display
-from kl3m_nb.live import save_button
+from kl3m_nb.jupyter.live import save_button
 display(save_button({folder!r}))
 until = time.time() + 30
 while not Path({folder!r}, "save-now").exists():

@@ -69,7 +69,8 @@ def test_a_named_source_is_judged_on_its_own_text_with_its_own_tokenizer(short):
         match=f"trained with another tokenizer than this run names; use tokenizer = {short}",
     ):
         execute_notebook(
-            "01_stacking", {"source": str(short), "tokenizer": "corpus", "run": "other"}
+            "01_stacking",
+            {"source": str(short), "tokenizer": "corpus", "run": "other", **WINDOWS},
         )
     assert not (registry.run_path("tiny", "stack", "other") / "checkpoint").exists()
 

@@ -192,8 +192,7 @@ def test_a_run_goes_on_in_smaller_micro_batches_with_the_same_windows(
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
     code = f"""
-        import os, signal, sys
-        sys.path.insert(0, {str(ROOT / "tests")!r})
+        import os, signal
         from tests.conftest import at_step, small_profile
         from kl3m_nb import training
         kill = at_step(5, lambda: os.kill(os.getpid(), signal.SIGKILL))

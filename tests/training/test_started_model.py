@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kl3m_nb import cli
 from kl3m_nb.model import costs, decoder, estimate, scoring
-from kl3m_nb.model.costs import flops_per_token
+from kl3m_nb.model.costs import run_flops
 from kl3m_nb.profiles import PROFILES, get_profile
 from kl3m_nb.runs.metrics import read_metrics
 from kl3m_nb.training import loop
@@ -95,7 +95,7 @@ def test_the_logged_operations_are_the_models(tmp_path):
         init=start(tmp_path / "start", max_position_embeddings=40),
     )
     row = read_metrics(tmp_path / "run", "held_out").iloc[-1]
-    assert row.flops == row.tokens * flops_per_token(small_profile().model, 32)
+    assert row.flops == run_flops(small_profile(), row.step, row.tokens)
 
 
 @pytest.mark.parametrize("changed", CHANGES)

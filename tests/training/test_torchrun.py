@@ -43,11 +43,9 @@ def test_a_run_outlives_its_notebook_and_a_rank_that_is_killed(tmp_path):
     """
     run_dir = tmp_path / "run"
     code = f"""
-        import sys
-        sys.path.insert(0, {str(ROOT / "tests")!r})
         from tests.conftest import small_profile
-        from kl3m_nb import launch
-        launch.train_with_torchrun(small_profile(**{PROFILE!r}), {str(run_dir)!r}, processes=2)
+        from kl3m_nb.training import torchrun
+        torchrun.train_with_torchrun(small_profile(**{PROFILE!r}), {str(run_dir)!r}, processes=2)
     """
     notebook = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT)
     deadline = time.monotonic() + 120
