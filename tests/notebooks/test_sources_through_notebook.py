@@ -17,7 +17,7 @@ import pytest
 
 from kl3m_nb.data.instructions import load_pairs
 from kl3m_nb.data.tokenizer import load_tokenizer
-from kl3m_nb.figures import training
+from kl3m_nb.figures import style
 from kl3m_nb.jupyter import live
 from kl3m_nb.runs import checkpoints, registry
 from kl3m_nb.runs.metrics import read_metrics
@@ -86,7 +86,7 @@ def parameters(request, folder, monkeypatch):
 def test_a_run_from_each_source_is_stopped_and_continues_with_the_next_token(
     parameters, monkeypatch
 ):
-    monkeypatch.setattr(training, "save_figure", lambda *_: None)
+    monkeypatch.setattr(style, "save_figure", lambda *_: None)
     monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
     whole = execute_notebook("00_source_model", {**parameters, "run": parameters["run"] + "-whole"})
     stop = at_step(
