@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 
+from kl3m_nb import evaluation, figures, model
 from kl3m_nb.common import paths
 from kl3m_nb.data import tokenizer
-from kl3m_nb.evaluation import documents, generation
-from kl3m_nb.figures import spectra
+from kl3m_nb.evaluation import generation
 from kl3m_nb.growth import stacking
 from kl3m_nb.jupyter import parameter_checks
-from kl3m_nb.model import decoder, scoring
+from kl3m_nb.model import decoder
 from kl3m_nb.runs import folder, lineage, registry
 from kl3m_nb.spectra import matrices, subject
 from kl3m_nb.training import loop
@@ -84,7 +84,7 @@ class TestEachSpelling:
         assert registry.trained_on(name) == registry.trained_on(place) is not None
         asked = []
         monkeypatch.setattr(
-            generation, "pipeline", lambda task, model, **_: asked.append(model) or _stop()
+            generation, "pipeline", lambda task, **given: asked.append(given["model"]) or _stop()
         )
         with pytest.raises(Enough):
             generation.run_card(name, "kl3m-007-500m", 0)
@@ -99,11 +99,11 @@ class TestEachSpelling:
     @pytest.mark.parametrize(
         ("notebook", "parameter", "last"),
         [
-            ("01_stacking", "source", (scoring, "held_out_loss")),
-            ("03_spectral_analysis", "trained", (spectra, "plot_condition_heatmap")),
-            ("03_spectral_analysis", "stack", (spectra, "plot_condition_heatmap")),
-            ("04_generation_evaluation", "trained", (documents, "evaluate_documents")),
-            ("04_generation_evaluation", "others", (documents, "evaluate_documents")),
+            ("01_stacking", "source", (model, "held_out_loss")),
+            ("03_spectral_analysis", "trained", (figures, "plot_condition_heatmap")),
+            ("03_spectral_analysis", "stack", (figures, "plot_condition_heatmap")),
+            ("04_generation_evaluation", "trained", (evaluation, "evaluate_documents")),
+            ("04_generation_evaluation", "others", (evaluation, "evaluate_documents")),
         ],
     )
     def test_that_the_check_accepts_is_loaded_by_the_cells(

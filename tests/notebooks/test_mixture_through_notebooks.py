@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from kl3m_nb.figures import style
-from kl3m_nb.jupyter import live
+from kl3m_nb import figures, jupyter
 from kl3m_nb.runs.metrics import read_metrics
 from tests.conftest import execute_notebook
 
@@ -19,9 +18,9 @@ STEPS = {"max_steps": 4, "micro_batch": 2}
 def quiet(tmp_path, monkeypatch):
     """An empty `runs/`, no live view, and figures that are drawn and not saved."""
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
-    monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
+    monkeypatch.setattr(jupyter, "LiveView", lambda run_dir: lambda row: None)
     monkeypatch.setattr(
-        style,
+        figures,
         "save_figure",
         lambda figure, folder, *_: folder.mkdir(parents=True, exist_ok=True),
     )

@@ -10,11 +10,11 @@ import shutil
 
 import pytest
 
+from kl3m_nb import evaluation, figures
 from kl3m_nb.data import corpus, loader, sources
 from kl3m_nb.data.documents import DocumentStream
 from kl3m_nb.data.tokenizer import load_tokenizer, read_tokenizer
 from kl3m_nb.evaluation import documents as evaluation_documents
-from kl3m_nb.figures import style
 from kl3m_nb.runs import checkpoints, registry
 from kl3m_nb.training import loop
 from tests.conftest import execute_notebook, small_profile
@@ -39,7 +39,7 @@ def run_dir(tmp_path_factory):
 def no_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
     monkeypatch.setattr(
-        style,
+        figures,
         "save_figure",
         lambda *_: registry.run_path("tiny", "generation").mkdir(exist_ok=True),
     )
@@ -97,7 +97,7 @@ def test_no_document_is_judged_that_stands_in_the_text_trained_on(no_runs, tmp_p
     checkpoint = loop.train(settings, registry.run_path("tiny", "grown")).checkpoint
     judged = []
     monkeypatch.setattr(
-        evaluation_documents,
+        evaluation,
         "evaluate_documents",
         lambda model, tokenizer, documents, *_, **__: judged.extend(documents),
     )

@@ -14,10 +14,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kl3m_nb import cli
-from kl3m_nb.figures import style
+from kl3m_nb import cli, figures, jupyter
 from kl3m_nb.growth import stacking
-from kl3m_nb.jupyter import live, runner
+from kl3m_nb.jupyter import runner
 from kl3m_nb.profiles import source_profile
 from kl3m_nb.runs import registry
 from kl3m_nb.runs.folder import write_run_file
@@ -41,8 +40,8 @@ def short(tmp_path_factory):
 def quiet(tmp_path, monkeypatch):
     """An empty `runs/`, no live view, and figures that are drawn and not saved."""
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
-    monkeypatch.setattr(style, "save_figure", lambda *_: None)
+    monkeypatch.setattr(jupyter, "LiveView", lambda run_dir: lambda row: None)
+    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
 
 
 def _stack(source: Path, order: str = "cyclic", noise: float = 0.0) -> Path:

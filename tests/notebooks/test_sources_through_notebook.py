@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kl3m_nb import figures, jupyter
 from kl3m_nb.data.instructions import load_pairs
 from kl3m_nb.data.tokenizer import load_tokenizer
-from kl3m_nb.figures import style
-from kl3m_nb.jupyter import live
 from kl3m_nb.runs import checkpoints, registry
 from kl3m_nb.runs.metrics import read_metrics
 from tests.conftest import at_step, execute_notebook
@@ -86,18 +85,18 @@ def parameters(request, folder, monkeypatch):
 def test_a_run_from_each_source_is_stopped_and_continues_with_the_next_token(
     parameters, monkeypatch
 ):
-    monkeypatch.setattr(style, "save_figure", lambda *_: None)
-    monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
+    monkeypatch.setattr(figures, "save_figure", lambda *_: None)
+    monkeypatch.setattr(jupyter, "LiveView", lambda run_dir: lambda row: None)
     whole = execute_notebook("00_source_model", {**parameters, "run": parameters["run"] + "-whole"})
     stop = at_step(
         STOP_AFTER, lambda: os.kill(os.getpid(), signal.SIGINT)
     )  # as the notebook's stop button does
-    monkeypatch.setattr(live, "LiveView", lambda run_dir: stop)
+    monkeypatch.setattr(jupyter, "LiveView", lambda run_dir: stop)
     with pytest.raises(KeyboardInterrupt):
         execute_notebook("00_source_model", parameters)
     run_dir = registry.run_path("tiny", "source", parameters["run"])
     assert checkpoints.checkpoint_step(checkpoints.latest_checkpoint(run_dir)) == STOP_AFTER
-    monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
+    monkeypatch.setattr(jupyter, "LiveView", lambda run_dir: lambda row: None)
     namespace = execute_notebook("00_source_model", parameters)
     assert namespace["settings"].data.source == parameters["source"]
     expected, found = (read_metrics(path, "train") for path in (whole["run_dir"], run_dir))
