@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import BEST_KNOWN, TABLE, all_verdicts, judge, small_config, table
 from transformers import AutoModelForCausalLM
 
 from kl3m_nb.evaluation import generation
 from kl3m_nb.jupyter import prompt_box
 from kl3m_nb.model import decoder, logits, scoring
 from kl3m_nb.profiles import get_profile
+from tests.model.families import BEST_KNOWN, TABLE, all_verdicts, judge, small_config, table
 
 
 def written() -> dict[str, list[str]]:
@@ -42,7 +42,7 @@ def test_every_family_of_transformers_does_what_the_table_says():
     } == {}
     assert "WRONG" not in table(verdicts)
     assert table(verdicts) == TABLE.read_text(encoding="utf-8"), (
-        "python tests/families.py writes it anew"
+        "python tests/model/families.py writes it anew"
     )
 
 

@@ -1,7 +1,7 @@
 """Every causal family of the installed transformers, built small, and what this project does with
 it: the table docs/families.md.
 
-`python tests/families.py` writes the table; tests/test_families.py fails where it is out of date.
+`python tests/model/families.py` writes the table; tests/model/test_families.py fails where it is out of date.
 """
 
 from __future__ import annotations
@@ -336,7 +336,7 @@ def table(verdicts: dict[str, Verdict]) -> str:
             f"{transformers.__version__}, tried with a small model of random weights."
         ),
         (
-            "`python tests/families.py` writes this page, and `tests/test_families.py` fails where"
+            "`python tests/model/families.py` writes this page, and `tests/model/test_families.py` fails where"
             " it is out of date."
         ),
         "",
