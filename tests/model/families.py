@@ -1,7 +1,8 @@
 """Every causal family of the installed transformers, built small, and what this project does with
 it: the table docs/families.md.
 
-`python tests/model/families.py` writes the table; tests/model/test_families.py fails where it is out of date.
+`python tests/model/families.py` writes the table; tests/model/test_families.py fails where it is
+out of date.
 """
 
 from __future__ import annotations
@@ -336,8 +337,8 @@ def table(verdicts: dict[str, Verdict]) -> str:
             f"{transformers.__version__}, tried with a small model of random weights."
         ),
         (
-            "`python tests/model/families.py` writes this page, and `tests/model/test_families.py` fails where"
-            " it is out of date."
+            "`python tests/model/families.py` writes this page, and `tests/model/test_families.py`"
+            " fails where it is out of date."
         ),
         "",
         (
