@@ -21,6 +21,7 @@ from kl3m_nb.runs import registry
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "kl3m_nb").rglob("*.py"))
+OTHERS = ("torch", "optim", "model")  # libraries and objects whose methods are called as ours are
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "data/README.md"])
 # What each room may import besides `profiles` and `common`; a room that is not named may import
 # every room below it.
@@ -280,6 +281,26 @@ def test_the_page_of_faults_names_tests_that_are_there():
             assert file in files, name
             end = "" if test.endswith("…") else "("
             assert f"def {test.removesuffix('…')}{end}" in files[file], name
+
+
+def test_texts_name_functions_by_the_module_that_has_them():
+    """`module.function` in a docstring or on a page; what is no function of the package is passed
+    over.
+    """
+    places = {}  # public name -> modules and rooms that define it
+    texts = {page: page.read_text() for page in PAGES if page.name != "log.md"}
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                places.setdefault(node.name, set()).update({path.stem, _room(path)})
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+        texts[path] = "\n".join(filter(None, map(ast.get_docstring, nodes)))
+    for path, text in texts.items():
+        for module, name in re.findall(r"`(?:\w+\.)*([a-z_]+)\.(\w+)(?:\([^`]*)?`", text):
+            if name in places and module not in OTHERS:
+                assert module in places[name], f"{path.name}: {module}.{name}"
 
 
 def _anchors(page: Path) -> set[str]:
