@@ -226,6 +226,17 @@ def test_every_version_is_pinned_once():
     assert not any("flash-attn" in requirement for requirement in _project()["dependencies"])
 
 
+def test_the_hooks_need_no_network_and_call_what_is_pinned():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {repository["repo"] for repository in hooks} == {"local"}
+    pinned = {line.split("==")[0] for line in _project()["optional-dependencies"]["test"]}
+    called = set()
+    for hook in itertools.chain(*(repository["hooks"] for repository in hooks)):
+        assert hook["language"] == "system"
+        called.add(re.search(r"exec ([\w-]+)", hook["entry"])[1])
+    assert called == {"ruff", "nbstripout"} and called | {"pre-commit"} <= pinned
+
+
 def test_the_readme_names_every_notebook_and_every_page_and_stays_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) < 200
