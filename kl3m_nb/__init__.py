@@ -1,9 +1,9 @@
-"""kl3m_nb: the helper package behind the workbook's notebooks. Read the modules in the order of the
+"""The helper package behind the workbook's notebooks. Read the rooms in the order of the
 data's way.
 
-documents (`corpus`) → tokens (`tokenizer`) → windows (`packing`) → model (`models`, `stacking`) →
-objective (`objective`) → Muon / AdamW (`muon`) → clamp (`clamping`, `model_clamp`) → checkpoint
-(`checkpoints`, `training`) → spectra, generations, plots, report.
+documents → tokens → windows (`data`) → model (`model`) → objective → Muon, AdamW → clamp (`optim`)
+→ checkpoint (`runs`, written by `training`) → `growth`, `spectra`, `evaluation` → `figures` →
+notebook and page (`jupyter`). docs/layout.md says where each formula stands.
 """
 
 __version__ = "0.1.0"

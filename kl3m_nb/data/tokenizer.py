@@ -1,7 +1,7 @@
 """Byte-level BPE tokenizers of the KL3M family: loading one, or training one by the family's
 recipe.
 
-The recipe: special tokens with fixed ids first, then BPE, then custom tokens (`custom_tokens`) and
+The recipe: special tokens with fixed ids first, then BPE, then custom tokens (`custom_entries`) and
 runs of whitespace as added tokens; nothing added on encode; left padding. Generation 004
 (`"ordinary"`) normalizes by NFKC and leaves single spaces to the words they precede. Generation 001
 (`"unorthodox"`) normalizes nothing, and every run of spaces or newlines is a token, the lone space

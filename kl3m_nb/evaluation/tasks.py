@@ -3,7 +3,7 @@
 A task is one file pair in `data/tasks/`: lm-eval's own YAML and its items as JSON lines; both
 evaluations read the same files. `answer_items` needs nothing but a model; `run_lm_eval` needs the
 extra `harness` and gives the same accuracies. lm-eval's figures for whole documents
-(`held_out_documents`) are those of `prediction` with a stride of the whole window.
+(`held_out_documents`) are those of `documents` with a stride of the whole window.
 """
 
 from __future__ import annotations

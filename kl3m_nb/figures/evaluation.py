@@ -50,7 +50,7 @@ def plot_prediction(
     """Bits per byte by domain, what the loss gains when context is cut, and calibration: a colour a
     model.
 
-    `contexts` holds what `prediction.worth_of_context` gives of each model. Whiskers of a domain of
+    `contexts` holds what `documents.worth_of_context` gives of each model. Whiskers of a domain of
     few families run out of the panel. Raises ValueError without a model, or for a model that is not
     in both.
     """

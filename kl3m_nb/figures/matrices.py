@@ -58,7 +58,7 @@ def plot_matrix_page(
     among its role, its numbers.
 
     `table` and `singular_values` are those of `spectra.analyse_model`, `row` a row of `table` or of
-    `spectral_summary.ill_matrices` (whose `reason` then stands in the title), `ceiling` its
+    `findings.ill_matrices` (whose `reason` then stands in the title), `ceiling` its
     max_condition (0: not clamped), `source_values` the spectrum of the source's matrix when there
     is one. A matrix that is zero or not finite has no spectrum to draw, and its page says so.
     """

@@ -2,7 +2,7 @@
 returns a Figure.
 
 Their look is that of `figures`, whose `use_style` and `save_figure` are at hand here too. Figures
-of spectra are in `spectral_plots`, those of predictions and samples in `evaluation_plots`.
+of spectra are in `figures.spectra`, those of predictions and samples in `figures.evaluation`.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def plot_objective_terms(train: pd.DataFrame, spec: ObjectiveSpec) -> Figure:
     """What each regulariser adds to the loss (nats per token), and the entropy of the predictions
     (bits) with its target.
 
-    Of the entropy target both parts are drawn, as `pulls.entropy_target_parts` has them.
+    Of the entropy target both parts are drawn, as `loss.entropy_target_parts` has them.
 
     `train` has step, cross_entropy, entropy_bits and the four terms as columns, of a mixture also
     its router_loss. Raises ValueError when it is empty.

@@ -2,7 +2,7 @@
 named GPU.
 
 Everything follows from a profile's numbers, so the real models are estimated on any laptop in no
-time. Memory is that of `memory`; operations are those of `flops`. On a GPU of `GPUS`, this
+time. Memory and operations are those of `costs`. On a GPU of `GPUS`, this
 machine's or a named one, the time is the sum of three: matrix products at 80% of the data sheet's
 rate, attention at 40% of it, and what the element-wise work moves at 90% of the memory's rate. The
 shares, and the bytes moved, are what was measured on an H200 for single operations of kl3m-007-500m

@@ -6,9 +6,9 @@ this order:
    nothing; see `SpectralClamp.note_movement`.
 2. *Test.* Cholesky factorisations of shifted Gram matrices prove that every σ > τ. A Gram matrix
    squares the condition number: in float32 it can prove only well-conditioned matrices healthy, the
-   others get one in float64. For small matrices the eigenvalues themselves cost no more. `gram` has
-   the proofs, which allow for their own rounding errors.
-3. *Repair* of what is left, by its exact spectrum: `clamping`.
+   others get one in float64. For small matrices the eigenvalues themselves cost no more.
+   `common.linalg` has the proofs, which allow for their own rounding errors.
+3. *Repair* of what is left, by its exact spectrum: `clamp`.
 
 On a CPU a matrix is the work of one thread, as small factorisations gain little from more. On a GPU
 the tests run in batches of one shape, and only the Gram matrices of what fails go to threads of the
@@ -493,7 +493,7 @@ class ClampConditions:
     @classmethod
     def after(cls, row: Mapping) -> ClampConditions:
         """From a clamp's row of the metrics: its `step` and the columns of
-        `roles.clamp_columns`.
+        `rules.clamp_columns`.
         """
         groups = {}
         for name, roles in _GROUPS.items():

@@ -51,9 +51,9 @@ class CardFacts:
 @dataclass(frozen=True)
 class ModelFacts:
     """What a card says of the model itself, by its own configuration and tokenizer: a start may
-    differ from the profile in more than `models.check_fits` refuses.
+    differ from the profile in more than `decoder.check_fits` refuses.
 
-    `scaling` says how positions are scaled, as `models.position_scaling` does; `start` is empty for
+    `scaling` says how positions are scaled, as `decoder.position_scaling` does; `start` is empty for
     a tokenizer without that token.
     """
 

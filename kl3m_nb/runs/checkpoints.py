@@ -320,7 +320,7 @@ def stack_record(folder: Path) -> dict:
 
 def stream_state(checkpoint: Path) -> dict:
     """Where the training stream of a run stood at its checkpoint: the state of
-    `streams.open_stream`'s stream.
+    `loader.open_stream`'s stream.
     """
     return _unread_state(checkpoint)["stream"]
 

@@ -96,7 +96,7 @@ def swap_loss(
     `windows` is int64 [N, seq_len + 1], e.g. [16, 257]. loss is that of the model as it is, change
     = swapped loss − loss in nats per token, low and high its 95% interval, effective the effective
     number of `families` that it rests on: the document family of each window, as
-    `packing.sampled_windows` gives it, or without them the windows. Copies that are equal change
+    `windows.sampled_windows` gives it, or without them the windows. Copies that are equal change
     nothing. The model is as it was afterwards, also after an error. Raises ValueError as
     `block_similarity`.
     """

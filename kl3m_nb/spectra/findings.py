@@ -189,7 +189,7 @@ def _describe_group(
 
 def describe_divergence(divergence: pd.DataFrame) -> list[str]:
     """Sentences on a table of `copies.copy_divergence` at one checkpoint: means, as
-    `spectral_plots.plot_divergence` draws.
+    `figures.plot_divergence` draws.
     """
     known = divergence.dropna(subset=["distance"])
     sentences = []

@@ -8,7 +8,7 @@ others. From 1,000 on the smallest, of which a condition number is made, is ther
 matrix itself, to twelve digits (ten where dozens of values lie within that error of it and yet
 differ). Beyond 5,000 an SVD decides, with an error of about 1e-16·σ₁. Matrices come from
 `matrices.find_matrices` one at a time, so a checkpoint of any size needs the memory of its largest
-matrix, and what was decomposed once is kept by `spectral_cache`.
+matrix, and what was decomposed once is kept by `SpectrumCache`.
 
 The cache beside a checkpoint is keyed by a 128-bit hash of dtype, shape and bytes. Equal matrices
 (the copies of a fresh stack) are decomposed once, and a changed weight never gets an old spectrum.
@@ -416,11 +416,11 @@ def model_spectra(
 
     `source_layers` L says that layer i is copy i // L of source block i mod L; by default every
     layer is its own source. The LM head has -1 for layer, source_layer and copy, a matrix outside a
-    mixture -1 for expert, a model that does not tell its age -1 for step (`matrices.model_step`).
+    mixture -1 for expert, a model that does not tell its age -1 for step (`lineage.model_step`).
     `condition_reliable` is False for 16-bit weights, also where they were saved as float32:
     rounding alone moves a condition number of 2500 to 2900-3300. A matrix with NaN or infinite
     values has `finite` False and NaN metrics. Singular values are kept beside the checkpoint
-    (`spectral_cache`). Raises ValueError as `find_matrices`.
+    (`SpectrumCache`). Raises ValueError as `find_matrices`.
     """
     return analyse_model(model_or_checkpoint, source_layers, fit_alpha, progress)[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import itertools
+import operator
 import re
 import tomllib
 import types
@@ -20,6 +21,8 @@ from kl3m_nb.runs import registry
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted((ROOT / "kl3m_nb").rglob("*.py"))
+OTHERS = ("torch", "optim", "model")  # libraries and objects whose methods are called as ours are
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "data/README.md"])
 # What each room may import besides `profiles` and `common`; a room that is not named may import
 # every room below it.
 ROOMS = {
@@ -223,13 +226,98 @@ def test_every_version_is_pinned_once():
     assert not any("flash-attn" in requirement for requirement in _project()["dependencies"])
 
 
-def test_the_readme_tells_of_every_notebook_and_its_links_lead_somewhere():
+def test_the_hooks_need_no_network_and_call_what_is_pinned():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {repository["repo"] for repository in hooks} == {"local"}
+    pinned = {line.split("==")[0] for line in _project()["optional-dependencies"]["test"]}
+    called = set()
+    for hook in itertools.chain(*(repository["hooks"] for repository in hooks)):
+        assert hook["language"] == "system"
+        called.add(re.search(r"exec ([\w-]+)", hook["entry"])[1])
+    assert called == {"ruff", "nbstripout"} and called | {"pre-commit"} <= pinned
+
+
+def test_the_readme_names_every_notebook_and_every_page_and_stays_short():
     text = (ROOT / "README.md").read_text()
-    for path in NOTEBOOKS:
-        assert f"notebooks/{path.name}" in text
-    for target in re.findall(r"\]\(([^)#]+)\)|<img [^>]*src=\"([^\"]+)\"", text):
+    assert len(text.splitlines()) < 200
+    for path in (*NOTEBOOKS, *(ROOT / "docs").glob("*.md")):
+        assert f"]({path.relative_to(ROOT)})" in text, path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)|<img [^>]*src=\"([^\"]+)\"", page.read_text()):
         target = target[0] or target[1]
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        if target.startswith("https://"):
+            continue
+        path, _, heading = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not heading or heading in _anchors(linked), target
+
+
+def test_the_page_on_the_layout_has_the_rooms_and_names_code_that_is_there():
+    """What stands before a link to a module, as in `name` and `Class.name` in [module](path)."""
+    text = (ROOT / "docs/layout.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", text, re.MULTILINE))
+    assert {room for room in ROOMS if room != "__main__"} == rows.keys()
+    for room in rows.keys() - {"profiles", "common"}:
+        above = list(rows)[2 : list(rows).index(room)]
+        allowed = above if rows[room] == "all above" else re.findall(r"`(\w+)`", rows[room])
+        assert set(allowed) == set(ROOMS[room]), room
+    named = re.findall(
+        r"((?:`[\w.]+`(?: and |, )?)+) in \[[^\]]+\]\(\.\./(kl3m_nb/[^)]+)\.py\)", text
+    )
+    assert len(named) > 5
+    for names, path in named:
+        module = importlib.import_module(path.replace("/", "."))
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert operator.attrgetter(name)(module) is not None, name
+
+
+def test_the_page_of_faults_names_tests_that_are_there():
+    """`room/file.py::test`, `test` of training/test_faults.py, or `…::test` of the file before; a
+    name may end in ….
+    """
+    tests = ROOT / "tests"
+    files = {str(path.relative_to(tests)): path.read_text() for path in tests.rglob("test_*.py")}
+    for row in (ROOT / "docs/faults.md").read_text().splitlines():
+        file = "training/test_faults.py"
+        for name in re.findall(r"`([^`\s]*test_[^`\s]*)`", row):
+            if name.endswith(".py"):
+                assert name.removeprefix("tests/") in files, name
+                continue
+            path, _, test = name.rpartition("::")
+            file = file if path == "…" else path or "training/test_faults.py"
+            assert file in files, name
+            end = "" if test.endswith("…") else "("
+            assert f"def {test.removesuffix('…')}{end}" in files[file], name
+
+
+def test_texts_name_functions_by_the_module_that_has_them():
+    """`module.function` in a docstring or on a page; what is no function of the package is passed
+    over.
+    """
+    places = {}  # public name -> modules and rooms that define it
+    texts = {page: page.read_text() for page in PAGES if page.name != "log.md"}
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                places.setdefault(node.name, set()).update({path.stem, _room(path)})
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
+        texts[path] = "\n".join(filter(None, map(ast.get_docstring, nodes)))
+    for path, text in texts.items():
+        for module, name in re.findall(r"`(?:\w+\.)*([a-z_]+)\.(\w+)(?:\([^`]*)?`", text):
+            if name in places and module not in OTHERS:
+                assert module in places[name], f"{path.name}: {module}.{name}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def _project() -> dict:

@@ -73,7 +73,7 @@ class TestSingularValues:
         n = min(shape)
         values = np.linspace(condition, 1.0, n)
         match kind:
-            case "clamped":  # as `clamping` leaves them
+            case "clamped":  # as `clamp` leaves them
                 values = np.maximum(np.geomspace(50 * condition, 1.0, n) / 50, 1.0)
             case "one large":
                 values[1:] = 1.0
