@@ -24,7 +24,6 @@ from kl3m_nb.common import distributed, paths, values
 from kl3m_nb.common.files import why
 from kl3m_nb.common.stopping import EXIT_INTERRUPTED
 from kl3m_nb.common.text import time_left
-from kl3m_nb.growth import compare
 from kl3m_nb.growth.stacking import ORDERS, stack_checkpoint, verify_stack
 from kl3m_nb.model import decoder
 from kl3m_nb.model.estimate import GPUS, estimate
@@ -46,6 +45,14 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 EXIT_REFUSED = 2
+
+
+# The notebooks that train, and what their configuration calls the run's folder.
+_TRAINED_IN = {
+    "00_source_model": "run_dir",
+    "02_training": "run_dir",
+    "05_growth_comparison": "scratch_dir",
+}
 
 
 LONG_WITHOUT_GPU = 6 * 3600  # seconds; a longer job on a CPU is rarely meant
@@ -310,39 +317,22 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from kl3m_nb.jupyter.parameter_checks import check_values, notebook_profile
-    from kl3m_nb.jupyter.parameters import check_parameters, find_notebook, read_parameters
-    from kl3m_nb.jupyter.runner import run_notebook
+    from kl3m_nb.jupyter.parameters import check_parameters, find_notebook
+    from kl3m_nb.jupyter.runner import configuration, run_notebook
 
     notebook = find_notebook(options.notebook)
     given = (values.read_mapping(options.file) if options.file else {}) | dict(options.parameter)
     checked = check_parameters(notebook, given)
-    asked = {
-        parameter.name: parameter.default for parameter in read_parameters(notebook).values()
-    } | checked
-    stage = registry.NOTEBOOK_STAGES.get(notebook.stem)
-    folder = Path.cwd()
-    if stage:
-        check_values(
-            stage, asked
-        )  # the kernel would take seconds, and leave a folder, before it says so
-        folder = registry.run_path(asked["profile"], stage, asked.get("run", ""))
-    if stage in ("source", "grown"):
-        profile = notebook_profile(stage, asked)
+    asked = configuration(notebook, checked)
+    trained_in = asked.get(_TRAINED_IN.get(notebook.stem, ""))
+    if trained_in and asked.get("train_scratch", True):
+        profile, start = asked["settings"], asked.get("start")
         if remark := warmup_remark(profile.schedule):
             warnings.warn(remark, stacklevel=1)
-        init = asked["init"] if stage == "grown" and asked["init"] != "random" else None
-        _require_gpu_or_consent(folder, profile, options.without_gpu, init)
-    if stage == "growth":
-        plan = compare.plan_comparison(
-            registry.run_path(asked["profile"], "grown"), asked["scratch_steps"]
-        )
-        if asked["train_scratch"]:
-            scratch = registry.run_path(asked["profile"], "scratch", asked["scratch_run"])
-            _require_gpu_or_consent(
-                scratch, plan.scratch, options.without_gpu, lower="scratch_steps"
-            )
-    return run_notebook(notebook, options.output or folder / "notebooks" / notebook.name, checked)
+        lower = "scratch_steps" if "scratch_steps" in asked else "max_steps, seq_len or micro_batch"
+        _require_gpu_or_consent(trained_in, profile, options.without_gpu, start, lower)
+    folder = asked.get("run_dir", Path.cwd()) / "notebooks"
+    return run_notebook(notebook, options.output or folder / notebook.name, checked)
 
 
 def _set_fields(options: argparse.Namespace) -> profiles.Profile:

@@ -103,9 +103,10 @@ def execute_notebook(name: str, parameters: dict) -> dict:
     """What a notebook has defined when its cells have run in this process, with `parameters` in
     place of their defaults.
     """
-    namespace = {"display": lambda *_: None}
+    namespace = {"display": lambda *_: None, "In": (seen := [""])}
     for cell in nbformat.read(paths.notebooks_dir() / f"{name}.ipynb", as_version=4).cells:
         if cell.cell_type == "code":
+            seen.append(cell.source)
             exec(cell.source, namespace)
             if "parameters" in cell.metadata.get("tags", ()):
                 assert parameters.keys() <= namespace.keys()

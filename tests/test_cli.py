@@ -50,45 +50,10 @@ def _notebook(path: Path, code: str) -> Path:
             "--without-gpu",
         ),
         (["run", "02_training", "-p", "profile", "kl3m-002-520m"], "init random"),
-        *(
-            (["run", name, "-p", "profile", "nope"], "no profile 'nope'")
-            for name in registry.NOTEBOOK_STAGES
-        ),
-        (
-            ["run", "01_stacking", "-p", "source", "nowhere"],
-            "The parameter source names no checkpoint",
-        ),
-        (
-            ["run", "01_stacking", "-p", "source", "a/nowhere"],
-            "The parameter source names no checkpoint",
-        ),
-        (
-            ["run", "03_spectral_analysis", "-p", "stack", "./nowhere"],
-            "The parameter stack names no checkpoint",
-        ),
-        (
-            ["run", "04_generation_evaluation", "-p", "trained", "runs/nowhere"],
-            "The parameter trained names no checkpoint",
-        ),
-        (
-            ["run", "04_generation_evaluation", "-p", "others", "OWNER/NAME, no/where/x"],
-            "no checkpoint no/where/x",
-        ),
-        *(
-            (["run", name, "-p", "run", "a/b"], "no name of a folder right below")
-            for name in registry.NOTEBOOK_STAGES
-        ),
-        (
-            ["run", "05_growth_comparison", "-p", "scratch_run", ".."],
-            "no name of a folder right below",
-        ),
-        (["run", "00_source_model", "-p", "source", "files:nope/*"], "No file matches"),
-        (["run", "02_training", "-p", "processes", "-1"], "processes is -1"),
-        (["run", "03_spectral_analysis", "-p", "role", "qproj"], "no role 'qproj'"),
-        (["run", "03_spectral_analysis", "-p", "windows", "-1"], "windows is -1"),
-        (["run", "04_generation_evaluation", "-p", "document_count", "0"], "document_count is 0"),
-        (["run", "04_generation_evaluation", "-p", "top_p", "1.5"], "top_p is 1.5"),
-        (["run", "05_growth_comparison", "-p", "scratch_steps", "-1"], "scratch_steps is -1"),
+        (["run", "01_stacking", "-p", "run", "a/b"], "'a/b'"),
+        (["run", "04_generation_evaluation", "-p", "trained", "runs/nowhere"], "runs/nowhere"),
+        (["run", "05_growth_comparison"], "demo-grown"),
+        (["run", "00_source_model", "-p", "source", "files:nope/*"], "nope/*"),
         (["run", "06_unknown"], "02_training"),
         (["run", "02_training", "-f", "nowhere.yaml"], "no parameter file"),
         (["train", "kl3m-007-500m"], "--without-gpu"),
@@ -292,7 +257,7 @@ def test_steps_that_are_done_are_not_asked_about(trained_run, tmp_path, monkeypa
     assert cli.main(["train", str(run_dir)]) == 2
     assert "for 3 steps" in capsys.readouterr().err
     monkeypatch.setattr(
-        cli.models, "profile_of_start", lambda profile, init: profile
+        cli.decoder, "profile_of_start", lambda profile, init: profile
     )  # the model is smaller than the profile's
     published = shutil.copytree(trained_run[1].checkpoint, tmp_path / "model-step37000")
     assert (

@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "paths": ["find"],
         "text": ["Sentences"],
+        "values": ["check_bounds"],
     },
 )

@@ -83,6 +83,16 @@ def listed(value: str | list) -> list[str]:
         raise ValueError(" (a quote in it is not closed)") from None
 
 
+def check_bounds(minimum: float, maximum: float = math.inf, /, **given: float) -> None:
+    """Raises ValueError for the first of the values `given` by name that is not from `minimum` to
+    `maximum`, both included, or not finite.
+    """
+    for name, value in given.items():
+        if not minimum <= value <= maximum or value == math.inf:
+            upper = f" and at most {maximum}" if maximum < math.inf else " and finite"
+            raise ValueError(f"{name} is {value!r}; it must be at least {minimum}{upper}.")
+
+
 def read_mapping(path: Path) -> dict[str, object]:
     """The `name: value` lines of a YAML file, each value a text, a list, a mapping, or None where
     nothing stands.

@@ -8,9 +8,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "corpus": ["measure_leak"],
+        "corpus": ["check_source", "measure_leak"],
         "documents": ["unseen_documents"],
         "loader": ["open_stream"],
+        "special_ids": ["check_tokenizer"],
         "tokenizer": ["CORPUS_NAMES", "check_same_entries", "load_tokenizer", "read_tokenizer"],
         "windows": ["document_table", "sampled_windows"],
     },

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kl3m_nb.data.tokenizer import END_ID, PAD_ID, START_ID
+from kl3m_nb.common import paths
+from kl3m_nb.data.tokenizer import CORPUS_NAMES, END_ID, PAD_ID, START_ID, load_tokenizer
+from kl3m_nb.profiles import DataSpec
 
 
 class SpecialIds(NamedTuple):
@@ -56,6 +58,21 @@ def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
         "bos_token",
         "beginning-of-text token, which opens each document with packing 'segments'",
     )
+
+
+def check_tokenizer(data: DataSpec, vocabulary: int) -> None:
+    """Raises ValueError when the tokenizer that `data` names has ids beyond the model's
+    `vocabulary`, lacks a token that the data need, or cannot be loaded.
+
+    One that would first be trained or downloaded is left to `load_tokenizer`.
+    """
+    name = data.tokenizer
+    if name in CORPUS_NAMES or (paths.is_hub_id(name) and not paths.find(name).is_dir()):
+        return
+    tokenizer = load_tokenizer(name, data.source, vocabulary)
+    end_id(tokenizer)
+    if data.packing == "segments":
+        start_id(tokenizer)
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

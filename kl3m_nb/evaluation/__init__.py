@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "Sampling",
             "advised_sampling",
             "answer_extractions",
+            "check_room",
             "choose_prompts",
             "chosen_sampling",
             "generate",
@@ -29,7 +30,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "legal_form": ["citations"],
         "memorisation": ["NotMeasurable", "PREFIX_LENGTHS", "copying"],
-        "tasks": ["TASKS", "answer_items", "load_items", "run_lm_eval", "task_summary"],
+        "tasks": [
+            "TASKS",
+            "answer_items",
+            "check_lm_eval",
+            "load_items",
+            "run_lm_eval",
+            "task_summary",
+        ],
         "toxicity": ["measure_toxicity"],
         "writing": [
             "entropy_along",

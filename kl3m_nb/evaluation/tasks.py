@@ -9,6 +9,7 @@ extra `harness` and gives the same accuracies. lm-eval's figures for whole docum
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import tempfile
@@ -172,6 +173,12 @@ def task_summary(answers: pd.DataFrame) -> dict[str, float]:
     }
 
 
+def check_lm_eval() -> None:
+    """Raises ValueError where lm-eval, the extra `harness`, is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm-eval is not installed; install it: pip install -e '.[harness]'.")
+
+
 def run_lm_eval(
     checkpoint: str | Path,
     window: int,
@@ -186,16 +193,12 @@ def run_lm_eval(
     of their texts in windows of `window` tokens that do not overlap. A document is predicted from
     the token `prefix` as by `evaluate_documents`: without one from that of `border_id`, where
     lm-eval would take the beginning-of-text token. The tokenizer is that of `read_tokenizer`, and
-    texts are cut by `encode_pair`. Nothing is downloaded. Raises ImportError without the extra
-    `harness` and ValueError for an unknown task or documents without text.
+    texts are cut by `encode_pair`. Nothing is downloaded. Raises ValueError without the extra
+    `harness`, for an unknown task and for documents without text.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "lm-eval is not installed; install the extra: pip install -e '.[harness]'."
-        ) from error
+    check_lm_eval()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
 
     configs = [task_config(task) for task in tasks]
     tokenizer = read_tokenizer(str(checkpoint))

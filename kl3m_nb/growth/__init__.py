@@ -9,6 +9,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "compare": ["curves", "find_source", "is_laptop_run", "plan_comparison", "source_curve"],
         "forecast": ["CALIBRATED", "back_test", "coverage", "forecast_match"],
         "speedups": ["compare_growth"],
-        "stacking": ["ORDERS", "StackSummary", "block_order", "stack_checkpoint", "verify_stack"],
+        "stacking": [
+            "ORDERS",
+            "StackSummary",
+            "block_order",
+            "check_order",
+            "stack_checkpoint",
+            "verify_stack",
+        ],
     },
 )

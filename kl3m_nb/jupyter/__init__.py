@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "explorer": ["SpectrumExplorer"],
         "live": ["LiveView"],
-        "parameter_checks": ["check_notebook"],
+        "parameters": ["check_notebook"],
         "progress": ["ProgressBar"],
         "prompt_box": ["PromptBox"],
     },

@@ -2,7 +2,9 @@
 against it.
 
 Papermill only logs an unknown name and injects a value of any type; a mistyped `learning_rate`
-would train for hours with the default. So every value is checked before a kernel starts.
+would train for hours with the default. So names and types are checked before a kernel starts, and
+again by the notebook's own configuration cell. Whether a value can be meant is judged by what the
+cell hands it to.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import ast
 import io
 import os
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ import nbformat
 from kl3m_nb.common.paths import notebooks_dir
 from kl3m_nb.common.text import did_you_mean
 from kl3m_nb.common.values import KINDS, cast
+
+_INJECTED = "# Parameters\n"  # how papermill begins the cell it injects
 
 
 @dataclass(frozen=True)
@@ -77,26 +81,6 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
     return parameters
 
 
-def assigned_kinds(notebook: Path) -> dict[str, str]:
-    """{name: type} of all that the parameters cell of `notebook` assigns, whatever the value; ""
-    where a line names no type.
-
-    For what is typed in JupyterLab: a line that was saved there may be any Python. Raises
-    ValueError when there is no such notebook or cell, or it is not valid Python.
-    """
-    kinds = {}
-    for statement in _parameters_cell(notebook)[1]:
-        annotated = isinstance(statement, ast.AnnAssign)
-        targets = [statement.target] if annotated else getattr(statement, "targets", [])
-        kind = ast.unparse(statement.annotation) if annotated else ""
-        kinds |= {
-            target.id: kind if kind in KINDS else ""
-            for target in targets
-            if isinstance(target, ast.Name)
-        }
-    return kinds
-
-
 def check_parameters(
     notebook: Path, given: dict[str, object]
 ) -> dict[str, int | float | str | bool | list[str]]:
@@ -122,6 +106,45 @@ def check_parameters(
                 f"The parameter {name!r} of {notebook} is of type {kind}; {value!r} is not{hint}."
             ) from None
     return checked
+
+
+def check_notebook(name: str, namespace: Mapping[str, object]) -> None:
+    """Checks the parameters that a kernel has seen, in the notebook `name` with the `globals()`
+    `namespace`: papermill injects any name and casts no value, and JupyterLab takes any line.
+
+    What was seen is read from the cells that IPython remembers. Raises ValueError for an injected
+    name that no cell declares, and for a value that is not of its declared type.
+    """
+    declared: dict[str, str] = {}
+    injected: Iterable[str] = ()
+    for source in namespace.get("In", ()):
+        declared |= _declared(source)
+        if source.startswith(_INJECTED):
+            injected = assigned_names(source)
+    require_known(injected, declared, name)
+    for key in declared.keys() & namespace.keys():
+        found = type(namespace[key]).__name__, declared[key]
+        if found[0] != found[1] and found not in (("int", "float"), ("str", "list")):
+            raise ValueError(
+                f"The parameter {key!r} of {name} is of type {declared[key]};"
+                f" {namespace[key]!r} is not."
+            )
+
+
+def _declared(source: str) -> dict[str, str]:
+    """{name: type} of the lines `name: type = value` in a cell, the types being of `KINDS`; empty
+    for a cell that is not valid Python.
+    """
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:
+        return {}
+    return {
+        statement.target.id: kind
+        for statement in statements
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        if (kind := ast.unparse(statement.annotation)) in KINDS
+    }
 
 
 def require_known(names: Iterable[object], accepted: Iterable[str], notebook: str | Path) -> None:

@@ -10,6 +10,8 @@ listening until the cell has saved its checkpoint and printed so, whatever signa
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -30,7 +32,9 @@ from nbclient.util import ensure_async
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import Engine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from papermill.iorw import load_notebook_node
 from papermill.log import logger
+from papermill.parameterize import parameterize_notebook
 from traitlets.config import Config
 
 from kl3m_nb.common.files import naming, why
@@ -127,6 +131,27 @@ def run_notebook(
             status.keep()
         print(status.closing_sentence(), flush=True)
     return EXIT_INTERRUPTED if exit_code == EXIT_OK and interruption.requested else exit_code
+
+
+def configuration(notebook: Path, parameters: dict[str, object]) -> dict[str, object]:
+    """Runs the cells of `notebook` up to the one tagged `configuration`, in this process, and
+    returns what they define; empty for a notebook without that tag.
+
+    `parameters` are those that `check_parameters` returns. What these cells refuse is raised as it
+    is, before a kernel starts and before anything is written.
+    """
+    code = [cell for cell in load_notebook(notebook).cells if cell.cell_type == "code"]
+    if not any("configuration" in cell.metadata.get("tags", ()) for cell in code):
+        return {}
+    namespace: dict[str, object] = {"In": (seen := [""])}  # as IPython remembers its cells
+    with contextlib.redirect_stdout(io.StringIO()):
+        for cell in parameterize_notebook(load_notebook_node(_literal(notebook)), parameters).cells:
+            if cell.cell_type == "code":
+                seen.append(cell.source)
+                exec(compile(cell.source, str(notebook), "exec", dont_inherit=True), namespace)
+                if "configuration" in cell.metadata.get("tags", ()):
+                    break
+    return namespace
 
 
 class _Interruption:

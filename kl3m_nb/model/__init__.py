@@ -9,7 +9,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "costs": ["count_parameters"],
-        "decoder": ["build_model", "load_model", "profile_of_start"],
+        "decoder": [
+            "build_model",
+            "check_checkpoint",
+            "context_of",
+            "load_model",
+            "profile_of_start",
+        ],
         "estimate": ["estimate_table"],
         "experts": ["load_balancing_loss"],
         "roles": ["parameter_counts"],

@@ -8,7 +8,9 @@ because the objective computes logits chunk by chunk.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,6 +144,24 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
     Raises ValueError with one sentence when a folder is missing, incomplete or cut off, the hub has
     no such model, or a tensor of the model is missing, left over or of another shape.
     """
+    with _loadable(path_or_hub_id) as name:
+        return use_exact_routers(load_whole(name, attention, torch.float32))
+
+
+def context_of(path_or_hub_id: str | Path) -> int:
+    """The number of tokens that the model of a checkpoint folder or hub id can read at once, by its
+    config.json. Raises ValueError as `load_model`, but looks at no tensor.
+    """
+    with _loadable(path_or_hub_id) as name:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return config.max_position_embeddings
+
+
+@contextlib.contextmanager
+def _loadable(path_or_hub_id: str | Path) -> Iterator[str]:
+    """Gives the name that transformers loads a checkpoint by, and raises what it refuses there as
+    ValueError with one sentence.
+    """
     name = str(path_or_hub_id)
     folder = paths.find(name)
     if folder.is_dir():
@@ -153,7 +173,7 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
             " OWNER/NAME."
         )
     try:
-        model = load_whole(name, attention, torch.float32)
+        yield name
     except TensorsDiffer:
         raise
     except REFUSALS as error:
@@ -166,7 +186,6 @@ def load_model(path_or_hub_id: str | Path, attention: str = "sdpa") -> PreTraine
             f"There is no checkpoint folder {folder}, and the hub gave no model {name} ({why});"
             " name a folder or a hub id."
         ) from error
-    return use_exact_routers(model)
 
 
 def check_checkpoint(folder: str | Path) -> dict:

@@ -118,14 +118,19 @@ def named_checkpoints(
 
     A checkpoint in `given`, by a name of `CHECKPOINT_STAGES`, is taken in place of its stage's; an
     empty string names none. Raises ValueError for an unknown profile, a stage without a sound
-    checkpoint, and `others` as `listed`.
+    checkpoint, `others` as `listed`, and where there is no checkpoint at all.
     """
     found = {
         name: given.get(name) or stage_checkpoint(profile_name, stage)
         for name, stage in CHECKPOINT_STAGES.items()
     }
     named = {name: checkpoint for name, checkpoint in found.items() if checkpoint}
-    return named | {name: name for name in listed(others)}
+    named |= {name: name for name in listed(others)}
+    if not named:
+        raise ValueError(
+            f"There is no checkpoint of {profile_name} yet; run notebook 00, or name a checkpoint."
+        )
+    return named
 
 
 def listed(others: str | list[str]) -> list[str]:

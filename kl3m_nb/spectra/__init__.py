@@ -17,8 +17,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "ill_matrices",
         ],
         "history": ["clamp_history", "over_checkpoints"],
+        "matrices": ["find_matrices"],
         "singular_values": [
             "analyse_model",
+            "check_role",
             "model_spectra",
             "spectra_frame",
             "spectrum_key",

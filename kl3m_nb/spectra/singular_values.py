@@ -289,6 +289,14 @@ def spectrum_key(layer: int, role: str, expert: int = -1) -> tuple[int, str]:
     return layer, role if expert < 0 else f"{role}[{expert}]"
 
 
+def check_role(model_or_checkpoint: ModelOrCheckpoint, role: str) -> None:
+    """Raises ValueError for a role that no block of a model has, and as `find_matrices`."""
+    keys = [spectrum_key(m.layer, m.role, m.expert) for m in find_matrices(model_or_checkpoint)]
+    roles = dict.fromkeys(name for layer, name in keys if layer != HEAD_LAYER)
+    if role not in roles:
+        raise ValueError(f"There is no role {role!r}; choose one of {', '.join(roles)}.")
+
+
 def analyse_model(
     model_or_checkpoint: ModelOrCheckpoint,
     source_layers: int | None = None,

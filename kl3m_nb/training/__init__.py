@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "loop": ["train"],
-        "resume": ["TrainResult"],
-        "torchrun": ["train_with_torchrun"],
+        "resume": ["TrainResult", "check_start"],
+        "torchrun": ["check_processes", "train_with_torchrun"],
     },
 )

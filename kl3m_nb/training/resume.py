@@ -7,6 +7,7 @@ when a step cannot be used.
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import time
@@ -21,7 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.common import distributed, paths
-from kl3m_nb.data.special_ids import adopt_special_ids, special_ids
+from kl3m_nb.data import corpus
+from kl3m_nb.data.special_ids import adopt_special_ids, check_tokenizer, special_ids
 from kl3m_nb.data.tokenizer import check_same_entries
 from kl3m_nb.model import decoder
 from kl3m_nb.optim.schedule import global_norm
@@ -46,6 +48,27 @@ class TrainResult:
     seconds: (
         float  # spent in training steps over the whole run, evaluations and checkpoints not counted
     )
+
+
+def check_start(profile: Profile, run_dir: Path, init: str | Path | None) -> None:
+    """Refuses what `train` with these arguments would refuse, as far as that shows without loading
+    weights or text, downloading or writing.
+
+    A run that has begun needs neither its start nor the named tokenizer any more. Raises ValueError
+    or FileNotFoundError.
+    """
+    init = paths.located(init) if init else None
+    folder.check_run_folder(run_dir, profile, init)
+    corpus.check_source(profile.data.source)
+    if (run_dir / folder.RUN_FILE).exists():
+        return
+    if init and not os.path.exists(paths.find(init)) and not paths.is_hub_id(init):
+        raise ValueError(
+            f"There is no checkpoint {init} to begin with; make or name one, or begin with random"
+            " weights (init random)."
+        )
+    decoder.profile_of_start(profile, init)
+    check_tokenizer(profile.data, profile.model.vocabulary)
 
 
 def find_checkpoint(

@@ -13,7 +13,6 @@ from kl3m_nb.common import paths
 from kl3m_nb.data import tokenizer
 from kl3m_nb.evaluation import generation
 from kl3m_nb.growth import stacking
-from kl3m_nb.jupyter import parameter_checks
 from kl3m_nb.model import decoder
 from kl3m_nb.runs import folder, lineage, registry
 from kl3m_nb.spectra import matrices, subject
@@ -109,9 +108,8 @@ class TestEachSpelling:
     def test_that_the_check_accepts_is_loaded_by_the_cells(
         self, project, name, notebook, parameter, last, monkeypatch
     ):
-        monkeypatch.setattr(
-            parameter_checks.generation, "check_room", lambda *_: None
-        )  # of a model with too little context
+        # the model has too little context
+        monkeypatch.setattr(generation, "check_room", lambda *_: None)
         monkeypatch.setattr(*last, _stop)
         with pytest.raises(Enough):
             short = {"seq_len": 64} if notebook == "01_stacking" else {}  # the model's context

@@ -335,7 +335,7 @@ def test_lm_eval_gives_the_same_figures_for_answers_inside_a_token(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_without_lm_eval_the_extra_is_named(checkpoint):
-    with pytest.raises(ImportError, match=r"pip install -e '.\[harness\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[harness\]'"):
         tasks.run_lm_eval(checkpoint, window=32)
 
 

@@ -133,5 +133,5 @@ def test_a_document_is_predicted_from_a_token_that_stood_there_in_training(no_ru
 
 
 def test_no_checkpoint_at_all_is_said(no_runs):
-    with pytest.raises(AssertionError, match="no checkpoint of tiny yet"):
+    with pytest.raises(ValueError, match="no checkpoint of tiny yet"):
         execute_notebook("04_generation_evaluation", SMALL)

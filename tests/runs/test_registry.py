@@ -38,7 +38,8 @@ def test_checkpoints_are_named_by_their_stage_by_hand_or_as_they_are_given(
     trained_run, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
-    assert registry.named_checkpoints("tiny", {"source": ""}) == {}
+    with pytest.raises(ValueError, match="notebook 00"):
+        registry.named_checkpoints("tiny", {"source": ""})
     shutil.copytree(trained_run[0], registry.run_path("tiny", "grown"))
     newest = checkpoints.latest_checkpoint(registry.run_path("tiny", "grown"))
     (registry.run_path("tiny", "stack") / "checkpoint").mkdir(parents=True)
