@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -181,7 +180,8 @@ def _check_checkpoints(stage: str, values: Mapping[str, object]) -> None:
         keys = ("init",) if values["init"] != "random" else ()
     for key in keys:
         for name in registry.listed(values[key]) if key == "others" else [values[key]]:
-            if name and not _place(name) and (stage == "stack" or not paths.is_hub_id(name)):
+            place = paths.checkpoint_place(name) if name else None
+            if place and not place.is_here and (stage == "stack" or place.kind != "hub"):
                 places = " or ".join(map(str, dict.fromkeys((Path.cwd(), paths.project_root()))))
                 raise ValueError(
                     f"The parameter {key} names no checkpoint {name} below {places}; give a"
@@ -208,7 +208,7 @@ def _check_tokenizer(profile: Profile) -> None:
     the data need.
     """
     name, data = profile.data.tokenizer, profile.data
-    if name in CORPUS_NAMES or (paths.is_hub_id(name) and not paths.find(name).is_dir()):
+    if name in CORPUS_NAMES or paths.checkpoint_place(name).kind == "hub":
         return
     tokenizer = load_tokenizer(name, data.source, profile.model.vocabulary)
     end_id(tokenizer)
@@ -242,7 +242,7 @@ def _check_run(stage: str, values: Mapping[str, object], profile: Profile) -> No
             else None
         )
         folder = registry.run_path(values["profile"], stage, values["run"])
-        check_run_folder(folder, profile, paths.located(start) if start else None)
+        check_run_folder(folder, profile, paths.checkpoint_place(start).name if start else None)
     grown = registry.run_path(values["profile"], "grown")
     if stage == "growth" and (grown / RUN_FILE).is_file() and values["train_scratch"]:
         scratch = registry.run_path(values["profile"], "scratch", values["scratch_run"])
@@ -253,8 +253,8 @@ def _check_run(stage: str, values: Mapping[str, object], profile: Profile) -> No
 
 def _place(checkpoint: str | Path) -> Path | None:
     """Where a checkpoint lies; None where it does not, as a hub id."""
-    place = paths.find(checkpoint)
-    return place if os.path.exists(place) else None  # also for a name that is too long for one
+    place = paths.checkpoint_place(checkpoint)
+    return place.path if place.is_here else None
 
 
 def _check_role(values: Mapping[str, object]) -> None:
