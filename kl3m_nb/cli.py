@@ -413,8 +413,7 @@ def _what_to_train(options: argparse.Namespace) -> tuple[profiles.Profile, Path,
                 " stays."
             )
     profile, init = read_run_profile(folder), read_run_init(folder)
-    recorded = paths.resolve(init or "")  # below the root, whatever lies in the shell's folder
-    start = str(recorded) if init and recorded.exists() else init
+    start = paths.recorded_place(init).name if init else None
     return profiles.override_profile(profile, **changes), folder, start
 
 
@@ -425,18 +424,12 @@ def _start(name: str | None, run_dir: Path) -> str | None:
     """
     if not name:
         return None
-    place, here = paths.located(name), os.path.abspath(name)
-    if os.path.exists(place) or paths.is_hub_id(name):
-        return place
+    place = paths.checkpoint_place(name)
+    if place.kind != "nothing":
+        return place.name
     if not (run_dir / RUN_FILE).exists():
-        places = dict.fromkeys(
-            (here, str(paths.resolve(name)))
-        )  # one where the shell stands in the project's root
-        raise Refused(
-            f"There is no checkpoint folder {' or '.join(places)}; train one first, or name a"
-            " folder or a hub id OWNER/NAME."
-        )
-    return here
+        raise Refused(paths.no_checkpoint(name))
+    return os.path.abspath(name)
 
 
 @distributed.reports_errors
@@ -487,7 +480,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _stack(options: argparse.Namespace) -> int:
-    source, target = Path.cwd() / paths.located(options.source), Path.cwd() / options.target
+    source, target = (
+        Path.cwd() / paths.checkpoint_place(options.source).name,
+        Path.cwd() / options.target,
+    )
     check_sound(source)
     summary = stack_checkpoint(
         source, target, options.factor, options.order, options.noise, options.seed
@@ -502,7 +498,8 @@ def _stack(options: argparse.Namespace) -> int:
 def _estimate(options: argparse.Namespace) -> int:
     if options.micro_batch is not None:
         options.set.append(("micro_batch", str(options.micro_batch)))
-    if options.init and not (config := paths.find(options.init) / "config.json").is_file():
+    start = paths.checkpoint_place(options.init) if options.init else None
+    if start and not (config := start.path / "config.json").is_file():
         raise Refused(
             f"There is no {config} to take the numbers of the model from; name a checkpoint folder,"
             " or leave out --init."
@@ -516,7 +513,7 @@ def _estimate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    checkpoint = Path.cwd() / paths.located(options.checkpoint)
+    checkpoint = Path.cwd() / paths.checkpoint_place(options.checkpoint).name
     if options.push_to_hub:  # asked before gigabytes are copied
         export.free_repository(checkpoint, options.push_to_hub, options.name)
     model = export.export_model(checkpoint, Path.cwd() / options.folder, options.name)

@@ -9,8 +9,9 @@ below the root.
 from __future__ import annotations
 
 import os
-import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 def project_root() -> Path:
@@ -70,14 +71,80 @@ def find(path: str | os.PathLike) -> Path:
     return here if os.path.exists(here) else Path(os.path.abspath(resolve(path)))
 
 
-def located(name: str | os.PathLike) -> str:
-    """`find` of a relative name as text, where something lies there; else the name as it is:
-    absolute, or a hub id.
+RUN_FILE = "run.json"  # what makes a folder the folder of a run
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the name of a checkpoint means.
+
+    `kind` is "run" for the folder of a run, "folder" for any other, "file", "hub" for the id
+    OWNER/NAME of a model on the hub, and "nothing". `path` is where it lies; of the last two, where
+    a folder of that name would lie below the root. `name` is the text that libraries load it by: a
+    path that does not depend on the current folder, or the hub id.
+    """
+
+    kind: Literal["run", "folder", "file", "hub", "nothing"]
+    name: str
+    path: Path
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it lies on this machine's disk."""
+        return self.kind in ("run", "folder", "file")
+
+    @property
+    def folder(self) -> Path:
+        """The folder itself, or the one that a file lies in."""
+        return self.path.parent if self.kind == "file" else self.path
+
+
+def checkpoint_place(name: str | os.PathLike) -> Place:
+    """What `name` means, which somebody gives for a checkpoint or a tokenizer.
+
+    A folder or file comes first, seen from the current folder and then from the root. Else it is a
+    hub id where it has the form of one, except below runs/: that is a run which is not there.
     """
     place = find(name)
-    return str(place) if os.path.exists(place) and not os.path.isabs(name) else os.fspath(name)
+    here = os.path.exists(place) and not os.path.isabs(name)
+    return _place_at(place, str(place) if here else os.fspath(name))
 
 
-def is_hub_id(name: str) -> bool:
-    """True for what can be meant as OWNER/NAME on the hub, and not as a folder."""
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not name.startswith("runs/")
+def recorded_place(name: str | os.PathLike) -> Place:
+    """What `name` means in a record such as run.json or stack.json, which is written as seen from
+    the root.
+    """
+    place = Path(os.path.abspath(resolve(name)))
+    return _place_at(place, str(place) if os.path.exists(place) else os.fspath(name))
+
+
+def no_checkpoint(name: str | os.PathLike) -> str:
+    """The sentence for a name that means nothing where a checkpoint is needed."""
+    places = dict.fromkeys((os.path.abspath(Path(name).expanduser()), str(resolve(name))))
+    return (
+        f"There is no checkpoint folder {' or '.join(places)}; train one first, or name a folder or"
+        " a hub id OWNER/NAME."
+    )
+
+
+def _place_at(path: Path, name: str) -> Place:
+    # os.path says False, and raises nothing, where a name is too long for the disk.
+    if os.path.isdir(path):
+        return Place("run" if (path / RUN_FILE).is_file() else "folder", name, path)
+    if os.path.exists(path):
+        return Place("file", name, path)
+    return Place("hub" if _is_hub_id(name) else "nothing", name, path)
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError  # slow to import, and seldom needed
+    from huggingface_hub.utils import validate_repo_id
+
+    owner, slash, _ = name.partition("/")
+    if not slash or owner == "runs":
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True

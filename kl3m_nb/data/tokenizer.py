@@ -220,7 +220,13 @@ def read_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     Raises ValueError when `name` is neither, or holds no tokenizer that can be loaded.
     """
-    folder = paths.find(name)
+    place = paths.checkpoint_place(name)
+    folder = place.path
+    if place.kind == "nothing" and "/" in name:  # gpt2 and other old models have no owner
+        raise ValueError(
+            f"The tokenizer {name!r} could not be loaded, it is no folder {folder} and no hub id"
+            " OWNER/NAME; name one of them, or corpus."
+        )
     try:
         return (
             _read_folder(folder)
@@ -334,7 +340,7 @@ def check_same_entries(tokenizer: PreTrainedTokenizerBase, checkpoint: str | Pat
 
     A hub id, or a folder without a tokenizer, is taken as it is.
     """
-    folder = paths.find(checkpoint)
+    folder = paths.checkpoint_place(checkpoint).path
     if (folder / _FILE).is_file() and read_tokenizer(
         str(folder)
     ).get_vocab() != tokenizer.get_vocab():

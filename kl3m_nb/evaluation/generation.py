@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from kl3m_nb.common.paths import located, prompts_dir
+from kl3m_nb.common.paths import checkpoint_place, prompts_dir
 from kl3m_nb.data.special_ids import stop_ids
 from kl3m_nb.data.tokenizer import read_tokenizer
 from kl3m_nb.evaluation.extraction import as_instruction, is_decided
@@ -151,7 +151,9 @@ def run_card(checkpoint: str | Path, card: str, seed: int) -> list[list[str]]:
     """
     usage = usage_of(card)
     writer = pipeline(
-        "text-generation", model=located(checkpoint), tokenizer=read_tokenizer(str(checkpoint))
+        "text-generation",
+        model=checkpoint_place(checkpoint).name,
+        tokenizer=read_tokenizer(str(checkpoint)),
     )
     device = writer.model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

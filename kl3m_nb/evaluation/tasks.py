@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kl3m_nb.common.files import replace_text
 from kl3m_nb.common.intervals import Interval, share_interval
-from kl3m_nb.common.paths import located, tasks_dir
+from kl3m_nb.common.paths import checkpoint_place, tasks_dir
 from kl3m_nb.data.sources import Document
 from kl3m_nb.data.special_ids import border_id
 from kl3m_nb.data.tokenizer import read_tokenizer
@@ -213,7 +213,7 @@ def run_lm_eval(
             configs.append(_document_config(documents, Path(folder)))
         results = simple_evaluate(
             model=CutByOurRule(
-                pretrained=located(checkpoint),
+                pretrained=checkpoint_place(checkpoint).name,
                 tokenizer=copy.deepcopy(tokenizer),  # one without a padding token is given one
                 dtype="float32",
                 max_length=window,

@@ -116,7 +116,7 @@ def _source_in(record: dict, grown_dir: Path) -> Source | PublishedSource:
             " so its cost cannot be counted in; compare a run that was started from a stack of"
             " notebook 01."
         )
-    checkpoint = paths.resolve(record["source"])
+    checkpoint = paths.recorded_place(record["source"]).path
     if published := _published(checkpoint, record, grown_dir):
         return published
     run_dir, step = checkpoint.parent.parent, model_step(checkpoint)
@@ -304,7 +304,9 @@ def _stack_of(grown_dir: Path) -> dict:
             " stack."
         )
     newest = checkpoints.latest_checkpoint(grown_dir)
-    record = (checkpoints.start_record(newest) if newest else {}) or read_stack(paths.resolve(init))
+    record = (checkpoints.start_record(newest) if newest else {}) or read_stack(
+        paths.recorded_place(init).path
+    )
     if record.get(TRAINED_STEPS):
         raise ValueError(
             f"{grown_dir} was started from {init}, which had been trained since it was stacked, so"

@@ -168,7 +168,7 @@ def stack_checkpoint(
     checkpoint, the arguments do not fit together or the stack would be larger than the target's
     disk has room for.
     """
-    source, target = paths.find(source), paths.resolve(target)
+    source, target = paths.checkpoint_place(source).path, paths.resolve(target)
     _check_factor(factor)
     check_order(order, noise)
     config = check_checkpoint(source)
@@ -212,7 +212,7 @@ def verify_stack(source: str | Path, target: str | Path) -> int:
     at random or leave out, or for a source that cannot be stacked, a target that is no stack, is
     damaged or was trained since.
     """
-    source, target = paths.find(source), paths.resolve(target)
+    source, target = paths.checkpoint_place(source).path, paths.resolve(target)
     made = read_stack(target)
     if not made:
         raise ValueError(

@@ -29,7 +29,6 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from kl3m_nb.common import paths
-from kl3m_nb.common.paths import is_hub_id
 from kl3m_nb.data.special_ids import FAMILY_IDS, SpecialIds
 from kl3m_nb.model.experts import (
     expert_counts,
@@ -162,29 +161,23 @@ def _loadable(path_or_hub_id: str | Path) -> Iterator[str]:
     """Gives the name that transformers loads a checkpoint by, and raises what it refuses there as
     ValueError with one sentence.
     """
-    name = str(path_or_hub_id)
-    folder = paths.find(name)
-    if folder.is_dir():
-        check_checkpoint(folder)
-        name = str(folder)
-    elif not is_hub_id(name):
-        raise ValueError(
-            f"There is no checkpoint folder {folder}; train one first, or name a folder or a hub id"
-            " OWNER/NAME."
-        )
+    place = paths.checkpoint_place(path_or_hub_id)
+    folder = place.path
+    if place.kind != "hub":
+        check_checkpoint(path_or_hub_id)
     try:
-        yield name
+        yield place.name
     except TensorsDiffer:
         raise
     except REFUSALS as error:
         why = reason(error)
-        if folder.is_dir():
+        if place.is_here:
             raise ValueError(
                 f"The checkpoint {folder} cannot be loaded ({why}); name another."
             ) from error
         raise ValueError(
-            f"There is no checkpoint folder {folder}, and the hub gave no model {name} ({why});"
-            " name a folder or a hub id."
+            f"There is no checkpoint folder {folder}, and the hub gave no model {place.name}"
+            f" ({why}); name a folder or a hub id."
         ) from error
 
 
@@ -193,11 +186,10 @@ def check_checkpoint(folder: str | Path) -> dict:
 
     Raises ValueError with one sentence naming the folder and what is wrong with it.
     """
-    folder = paths.find(folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"There is no checkpoint folder {folder}; train one first, or name another."
-        )
+    place = paths.checkpoint_place(folder)
+    if place.kind not in ("run", "folder"):
+        raise ValueError(paths.no_checkpoint(folder))
+    folder = place.path
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no config.json, so it is no checkpoint; name a Hugging Face model"
@@ -264,7 +256,7 @@ def profile_of_start(profile: Profile, start: str | Path | None) -> Profile:
     start is gone. Weights are not looked at. Raises ValueError for a config.json that cannot be
     read, or one that `check_fits` refuses.
     """
-    folder = paths.find(start) if start else None
+    folder = paths.checkpoint_place(start).path if start else None
     if folder is None or not (folder / "config.json").is_file():
         return profile
     try:

@@ -225,8 +225,8 @@ def stack_source(record: Mapping) -> Path | None:
     """The folder that the stack of this `stack.json` was made of; None when it is not here any
     more, or `record` is empty.
     """
-    source = paths.resolve(record["source"]) if record else None
-    return source if source and source.is_dir() else None
+    source = paths.recorded_place(record["source"]) if record else None
+    return source.path if source and source.is_here else None
 
 
 ModelOrCheckpoint = str | os.PathLike | torch.nn.Module

@@ -44,7 +44,7 @@ def export_model(checkpoint: str | Path, folder: str | Path, name: str | None = 
     damaged or has no card, the name is none or the target exists, OSError when there is no room;
     nothing half copied stays then.
     """
-    checkpoint = paths.resolve(checkpoint)
+    checkpoint = paths.checkpoint_place(checkpoint).path
     checkpoints.check_sound(checkpoint)
     name = _checked_name(checkpoint, name)
     target = paths.resolve(folder) / name
@@ -75,7 +75,7 @@ def push_to_hub(
     ValueError as `free_repository`.
     """
     repository = free_repository(checkpoint, owner, name)
-    files = _published(paths.resolve(checkpoint), repository.rpartition("/")[2])
+    files = _published(paths.checkpoint_place(checkpoint).path, repository.rpartition("/")[2])
     api = HfApi()
     additions = [CommitOperationAdd(file, content) for file, content in files.items()]
     with _asking_the_hub(repository):
@@ -91,7 +91,7 @@ def free_repository(checkpoint: str | Path, owner: str, name: str | None = None)
     repository holds a model already, this one or another; one without weights may be there. Raises
     ConnectionError when the hub does not answer or refuses.
     """
-    checkpoint = paths.resolve(checkpoint)
+    checkpoint = paths.checkpoint_place(checkpoint).path
     checkpoints.check_sound(checkpoint)
     repository, api = f"{owner}/{_checked_name(checkpoint, name)}", HfApi()
     with _asking_the_hub(repository):

@@ -23,12 +23,13 @@ from pathlib import Path
 from kl3m_nb import profiles
 from kl3m_nb.common import distributed, paths
 from kl3m_nb.common.files import json_object, open_plain, replace_text
+from kl3m_nb.common.paths import RUN_FILE
 from kl3m_nb.data.files import may_go_on_with
 from kl3m_nb.model.folder import STACK_IDENTITY, STATE_FOLDER, read_stack
 from kl3m_nb.profiles import REMOVED, Profile
 from kl3m_nb.runs.metrics import FILE_NAME
 
-RUN_FILE, LOCK_FILE, SAVE_REQUEST = "run.json", "run.lock", "save-now"
+LOCK_FILE, SAVE_REQUEST = "run.lock", "save-now"
 
 
 MICRO_BATCHES = (
@@ -351,7 +352,7 @@ def _stack_facts(init: str | Path | None) -> dict:
     where it is gone.
     """
     try:
-        record = read_stack(paths.resolve(init)) if init else {}
+        record = read_stack(paths.recorded_place(init).path) if init else {}
     except ValueError:  # a run that begins refuses it; one that has begun does not need it
         return {}
     return {key: record[key] for key in STACK_IDENTITY if key in record}

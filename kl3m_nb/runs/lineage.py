@@ -66,13 +66,14 @@ def _folder_of(init: str | Path) -> Path:
     """The folder of a start. Of a hub id that which its record and its card are kept in, as far as
     the hub can be reached.
     """
-    folder = paths.resolve(init)
-    if not folder.is_dir():
+    place = paths.checkpoint_place(init)
+    folder = place.path
+    if place.kind == "hub":
         for name in (STACK_RECORD, CARD_FILE):
             with contextlib.suppress(
                 EntryNotFoundError
             ):  # offline too: weights that are kept here can be trained all the same
-                folder = Path(hf_hub_download(str(init), name)).parent
+                folder = Path(hf_hub_download(place.name, name)).parent
     return folder
 
 
@@ -119,8 +120,8 @@ def carried_counts(init: str | Path | None) -> Counts:
     steps = _steps_by_name(init)
     if steps == 0:
         return Counts()
-    folder = paths.find(init)
-    text = read_card(folder) if folder.is_dir() else _fetch_card(str(init))
+    place = paths.checkpoint_place(init)
+    text = _fetch_card(place.name) if place.kind == "hub" else read_card(place.path)
     found = {
         name: re.search(_COUNT.format(name), text, re.IGNORECASE)
         for name in ("Tokens Processed", "Valid Tokens")
@@ -177,8 +178,7 @@ def model_step(model_or_checkpoint: ModelOrCheckpoint) -> int:
     """
     if isinstance(model_or_checkpoint, torch.nn.Module):
         return UNKNOWN_STEP
-    path = paths.find(model_or_checkpoint)
-    folder = path.parent if path.is_file() else path
+    folder = paths.checkpoint_place(model_or_checkpoint).folder
     if match := _STEP_NAME.fullmatch(folder.resolve().name):
         return int(match[1])
     return (

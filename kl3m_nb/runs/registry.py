@@ -151,7 +151,7 @@ def listed(others: str | list[str]) -> list[str]:
 
 def profile_of(checkpoint: str | Path) -> Profile | None:
     """The profile a checkpoint was trained with; None for one that no run here wrote."""
-    folder = paths.find(checkpoint)
+    folder = paths.checkpoint_place(checkpoint).path
     run_dir = folder.parent.parent
     known = (run_dir / RUN_FILE).is_file() and folder in checkpoints.whole_checkpoints(run_dir)
     return read_run_profile(run_dir) if known else None
@@ -168,7 +168,10 @@ def profile_to_judge(
     says. Vocabulary and context are those of its config.json. `changes` are as in `profile_with`, 0
     being the profile's own. Raises ValueError for values that no profile can have.
     """
-    folder, made_with = paths.find(checkpoint), profile_of(checkpoint) or get_profile(profile_name)
+    folder, made_with = (
+        paths.checkpoint_place(checkpoint).path,
+        profile_of(checkpoint) or get_profile(profile_name),
+    )
     own = str(folder) if (folder / "tokenizer.json").is_file() else made_with.data.tokenizer
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     keys = {
@@ -191,7 +194,7 @@ def trained_on(checkpoint: str | Path) -> tuple[Profile, int] | None:
     Steps that a run carries on from a published checkpoint read other data and are not counted.
     Raises ValueError when the run's metrics, which tell at which step it began, are lost.
     """
-    profile, folder = profile_of(checkpoint), paths.find(checkpoint)
+    profile, folder = profile_of(checkpoint), paths.checkpoint_place(checkpoint).path
     if profile is None:
         return None
     run_dir = folder.parent.parent
@@ -212,7 +215,7 @@ def readings(checkpoint: str | Path) -> list[Reading]:
     Of a stack it is what its source had read. Raises UnknownTraining where one of them was not
     written by a run here.
     """
-    known, folder = trained_on(checkpoint), paths.find(checkpoint)
+    known, folder = trained_on(checkpoint), paths.checkpoint_place(checkpoint).path
     if known is None:
         record = read_stack(folder)
         source = stack_source(record)
@@ -238,7 +241,7 @@ def document_prefix(checkpoint: str | Path, tokenizer: PreTrainedTokenizerBase) 
     where no run here tells, windows are taken as dense. Raises ValueError when the tokenizer names
     no such token.
     """
-    record = read_stack(paths.find(checkpoint))
+    record = read_stack(paths.checkpoint_place(checkpoint).path)
     source = None if record.get(TRAINED_STEPS) else stack_source(record)
     profile = profile_of(checkpoint) or (profile_of(source) if source else None)
     in_segments = profile is not None and profile.data.packing == "segments"

@@ -38,9 +38,6 @@ from kl3m_nb.model.roles import (
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
-
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -134,17 +131,11 @@ def local_checkpoint(checkpoint: str | os.PathLike) -> Path:
 
     Raises ValueError when the hub cannot be reached or has no such model.
     """
-    place = paths.find(checkpoint)
-    if place.exists():
-        return place
-    if not _HUB_ID.fullmatch(os.fspath(checkpoint)):
-        return Path(checkpoint)
+    place = paths.checkpoint_place(checkpoint)
+    if place.kind != "hub":
+        return place.path
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                os.fspath(checkpoint), allow_patterns=list(_HUB_FILES)
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(place.name, allow_patterns=list(_HUB_FILES)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"There is no folder {checkpoint}, and the hub gave no model of that name"
@@ -387,5 +378,5 @@ def model_name(model_or_checkpoint: ModelOrCheckpoint) -> str:
     """
     if isinstance(model_or_checkpoint, torch.nn.Module):
         return type(model_or_checkpoint).__name__
-    path = paths.find(model_or_checkpoint)
-    return path.stem if path.is_file() else path.resolve().name
+    place = paths.checkpoint_place(model_or_checkpoint)
+    return place.path.stem if place.kind == "file" else place.path.resolve().name

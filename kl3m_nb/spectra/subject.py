@@ -103,7 +103,7 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
     """
     place = local_checkpoint(checkpoint).absolute()
     name = (
-        model_name(place) if place == paths.find(checkpoint) else str(checkpoint)
+        model_name(place) if place == paths.checkpoint_place(checkpoint).path else str(checkpoint)
     )  # a hub id is not its folder's name
     run_dir = _run_folder(place)
     start_step = (first_step(run_dir) or 0) if run_dir else 0
@@ -197,7 +197,8 @@ def _run_folder(place: Path) -> Path | None:
 def _begun_from(run_dir: Path) -> str:
     """The checkpoint folder a run was begun from, where it still lies; empty for random weights."""
     init = read_run_init(run_dir)
-    return str(paths.resolve(init)) if init and paths.resolve(init).is_dir() else ""
+    place = paths.recorded_place(init) if init else None
+    return place.name if place and place.is_here else ""
 
 
 def _record(place: Path) -> dict:

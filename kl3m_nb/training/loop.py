@@ -85,7 +85,7 @@ def train(
     checkpoint cannot be written, KeyboardInterrupt after the checkpoint of an interrupted run is
     saved.
     """
-    run_dir, init = paths.resolve(run_dir), paths.located(init) if init else None
+    run_dir, init = paths.resolve(run_dir), paths.checkpoint_place(init).name if init else None
     if resume not in ("auto", "never"):
         raise ValueError(f"resume is {resume!r}; it accepts auto and never.")
     with distributed.process_group(), RunLock(run_dir) as lock:

@@ -87,7 +87,7 @@ def find_checkpoint(
             f" more; put its checkpoints back, or move {run_dir / FILE_NAME} away to start over."
         )
     if newest is None and init is not None:
-        checkpoints.check_sound(paths.resolve(init))
+        checkpoints.check_sound(paths.checkpoint_place(init).path)
     if newest and resume == "never":
         raise ValueError(
             f"The run folder {run_dir} already holds {newest.name}; use resume='auto' or another"

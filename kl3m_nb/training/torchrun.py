@@ -65,7 +65,7 @@ def train_with_torchrun(
     and started again up to `max_restarts` times. Raises ValueError for input that does not fit,
     TrainingStopped with the last words of the log when the job has failed.
     """
-    run_dir, init = paths.resolve(run_dir), paths.located(init) if init else None
+    run_dir, init = paths.resolve(run_dir), paths.checkpoint_place(init).name if init else None
     check_processes(profile, processes)
     folder.check_run_folder(run_dir, profile, init)
     run_dir.mkdir(parents=True, exist_ok=True)

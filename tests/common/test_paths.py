@@ -4,11 +4,13 @@ to the notebooks' cells.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
-from kl3m_nb import evaluation, figures, model
+from kl3m_nb import cli, evaluation, figures, model
 from kl3m_nb.common import paths
 from kl3m_nb.data import tokenizer
 from kl3m_nb.evaluation import generation
@@ -52,19 +54,78 @@ def project(trained_run, tmp_path, monkeypatch):
 
 
 def test_what_lies_here_comes_first_and_what_lies_nowhere_is_a_name(project):
-    for name in (FROM_ROOT, FROM_NOTEBOOKS, str(project / FROM_ROOT), f"./{FROM_NOTEBOOKS}"):
-        assert paths.find(name) == project / FROM_ROOT and paths.located(name) == str(
-            project / FROM_ROOT
-        )
-    assert (
-        paths.find("owner/name") == project / "owner" / "name"
-        and paths.located("owner/name") == "owner/name"
+    place = project / FROM_ROOT
+    for name in (FROM_ROOT, FROM_NOTEBOOKS, str(place), f"./{FROM_NOTEBOOKS}"):
+        assert paths.checkpoint_place(name) == paths.Place("folder", str(place), place)
+    missing = project / "owner" / "name"
+    assert paths.checkpoint_place("owner/name") == paths.Place("hub", "owner/name", missing)
+    run, weights = paths.checkpoint_place("runs/demo-grown"), f"{FROM_ROOT}/model.safetensors"
+    assert (run.kind, run.folder) == ("run", project / "runs" / "demo-grown")
+    assert (paths.checkpoint_place(weights).kind, paths.checkpoint_place(weights).folder) == (
+        "file",
+        place,
     )
     (project / "notebooks" / "runs").mkdir()
     assert (
         paths.find("runs") == project / "notebooks" / "runs"
         and paths.resolve("runs") == project / "runs"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("owner/name", "hub"),
+        ("alea-institute/kl3m-006-170m", "hub"),
+        ("runs/typo", "nothing"),
+        ("runs/typo/checkpoints/step-000001", "nothing"),
+        ("typo", "nothing"),
+        ("./owner/name", "nothing"),
+        ("../owner/name", "nothing"),
+        ("-owner/name", "nothing"),
+        ("owner/name-", "nothing"),
+        ("owner/na..me", "nothing"),
+        (f"owner/{'n' * 300}", "nothing"),
+        ("/owner/name", "nothing"),
+    ],
+)
+def test_a_name_is_a_hub_id_to_all_or_to_none(project, name, kind, monkeypatch):
+    """Whatever reads a model, tokenizer, card or spectrum asks the hub for the same names."""
+    asked = []
+
+    def ask(*arguments, **_):
+        asked.append(arguments[0])
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(matrices.huggingface_hub, "snapshot_download", ask)
+    monkeypatch.setattr(decoder, "load_whole", ask)
+    monkeypatch.setattr(tokenizer, "cached_file", ask)
+    monkeypatch.setattr(lineage, "hf_hub_download", ask)
+    assert paths.checkpoint_place(name).kind == kind
+    readers = (
+        matrices.find_matrices,
+        decoder.load_model,
+        lambda name: lineage.carried_stack(name, small_profile()),
+        *([tokenizer.read_tokenizer] if "/" in name else []),  # gpt2 is a tokenizer of the hub
+    )
+    for reader in readers:
+        asked.clear()
+        with contextlib.suppress(ValueError):
+            reader(name)
+        assert {*asked} == ({name} if kind == "hub" else set()), reader
+    if kind == "nothing":
+        with pytest.raises(ValueError, match=r"^There is no checkpoint folder [^\n]*\.$"):
+            decoder.load_model(name)
+        with pytest.raises(cli.Refused):
+            cli._start(name, project / "runs" / "new")
+    else:
+        assert cli._start(name, project / "runs" / "new") == name
+
+
+def test_a_recorded_name_is_seen_from_the_root(project):
+    (project / "notebooks" / STACK).mkdir(parents=True)
+    assert paths.recorded_place(STACK).path == project / STACK
+    assert paths.checkpoint_place(STACK).path == project / "notebooks" / STACK
 
 
 @pytest.mark.parametrize("name", [FROM_ROOT, FROM_NOTEBOOKS])
