@@ -105,17 +105,14 @@ def checkpoint_place(name: str | os.PathLike) -> Place:
     A folder or file comes first, seen from the current folder and then from the root. Else it is a
     hub id where it has the form of one, except below runs/: that is a run which is not there.
     """
-    place = find(name)
-    here = os.path.exists(place) and not os.path.isabs(name)
-    return _place_at(place, str(place) if here else os.fspath(name))
+    return _place_at(find(name), os.fspath(name))
 
 
 def recorded_place(name: str | os.PathLike) -> Place:
     """What `name` means in a record such as run.json or stack.json, which is written as seen from
     the root.
     """
-    place = Path(os.path.abspath(resolve(name)))
-    return _place_at(place, str(place) if os.path.exists(place) else os.fspath(name))
+    return _place_at(Path(os.path.abspath(resolve(name))), os.fspath(name))
 
 
 def no_checkpoint(name: str | os.PathLike) -> str:
@@ -128,11 +125,13 @@ def no_checkpoint(name: str | os.PathLike) -> str:
 
 
 def _place_at(path: Path, name: str) -> Place:
+    # An absolute name stays as it is spelled: run.json has it so, and a resumed run compares it.
     # os.path says False, and raises nothing, where a name is too long for the disk.
+    here = name if os.path.isabs(name) else str(path)
     if os.path.isdir(path):
-        return Place("run" if (path / RUN_FILE).is_file() else "folder", name, path)
+        return Place("run" if (path / RUN_FILE).is_file() else "folder", here, path)
     if os.path.exists(path):
-        return Place("file", name, path)
+        return Place("file", here, path)
     return Place("hub" if _is_hub_id(name) else "nothing", name, path)
 
 

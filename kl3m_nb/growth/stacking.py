@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
@@ -42,7 +41,16 @@ from kl3m_nb.model.folder import (
 )
 from kl3m_nb.model.loading import REFUSALS, check_loads, empty_model, reason, with_defaults
 from kl3m_nb.model.older_readers import older_config, rewrite_for_older
-from kl3m_nb.model.roles import BLOCK_NAME, EMBEDDING_NAME
+from kl3m_nb.model.roles import (
+    BLOCK_NAME,
+    BLOCKS,
+    EMBEDDING_NAME,
+    LM_HEAD_NAME,
+    block_name,
+    is_buffer,
+    reads_residual,
+    residual_writer,
+)
 from kl3m_nb.model.stored_tensors import DTYPES, LONGEST_HEADER, PIECE, StoredTensor, read_headers
 
 ORDERS = ("cyclic", "interpolated", "zero_initialised", "random")
@@ -52,16 +60,6 @@ NEW_BLOCK = -1  # the "source" of a block that is drawn at random
 
 
 _NOT_COPIED = (*WEIGHT_ENDINGS, STACK_RECORD, "README.md")
-
-
-# What writes into the residual stream; with these at zero a block passes its input on unchanged. w2
-# is Mixtral's down_proj.
-_WRITES_RESIDUAL = re.compile(r"\.(o_proj|down_proj|w2)((\.|_)(weight|bias))?$")
-
-
-_READS_RESIDUAL = re.compile(
-    r"\.(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|w1|w3|\w*gate|router)((\.|_)(weight|bias))?$"
-)
 
 
 # bytes at most that name dtype, shape and place of a tensor in a file's header, beside its own name
@@ -333,13 +331,9 @@ def _require_writers(source: Path, tensors: dict[str, StoredTensor]) -> None:
     matrices = [
         name for name, tensor in tensors.items() if BLOCK_NAME.match(name) and len(tensor.shape) > 1
     ]
-    writers = {match[1] for name in matrices if (match := _WRITES_RESIDUAL.search(name))}
-    unknown = [
-        name
-        for name in matrices
-        if not _WRITES_RESIDUAL.search(name) and not _READS_RESIDUAL.search(name)
-    ]
-    if unknown or "o_proj" not in writers or not writers & {"down_proj", "w2"}:
+    writers = {*map(residual_writer, matrices)}
+    unknown = [name for name in matrices if not residual_writer(name) and not reads_residual(name)]
+    if unknown or not {"o_proj", "down_proj"} <= writers:
         what = f"{unknown[0]} in its blocks" if unknown else "no o_proj and down_proj in its blocks"
         raise ValueError(
             f"{source} has {what}, and zeros make only Llama-like blocks add nothing; choose"
@@ -351,19 +345,15 @@ def _parameters(plan: list[_TargetTensor], config: dict) -> int:
     """The numbers that the model of these tensors has: without old files' buffers and a second copy
     of a tied embedding.
     """
-    stored = {
-        tensor.name: tensor.source
-        for tensor in plan
-        if not tensor.name.endswith("rotary_emb.inv_freq")
-    }
-    embedding, head = stored.get(EMBEDDING_NAME), stored.get("lm_head.weight")
+    stored = {tensor.name: tensor.source for tensor in plan if not is_buffer(tensor.name)}
+    embedding, head = stored.get(EMBEDDING_NAME), stored.get(LM_HEAD_NAME)
     if (
         embedding
         and head
         and with_defaults(config).get("tie_word_embeddings")
         and embedding.holds_the_same(head)
     ):
-        del stored["lm_head.weight"]  # transformers ties no head that differs
+        del stored[LM_HEAD_NAME]  # transformers ties no head that differs
     return sum(tensor.elements for tensor in stored.values())
 
 
@@ -431,17 +421,11 @@ def _plan(
             recipe, amount = "copy", 0.0
             if source == NEW_BLOCK:
                 recipe, amount = "fresh", scale
-            elif (
-                order == "zero_initialised"
-                and target >= len(by_block)
-                and _WRITES_RESIDUAL.search("." + rest)
-            ):
+            elif order == "zero_initialised" and target >= len(by_block) and residual_writer(rest):
                 recipe = "zero"
             elif noise and len(tensor.shape) >= 2:
                 recipe, amount = "noise", noise
-            plan.append(
-                _TargetTensor(f"model.layers.{target}.{rest}", tensor, recipe, amount, seed)
-            )
+            plan.append(_TargetTensor(block_name(target, rest), tensor, recipe, amount, seed))
     return plan
 
 
@@ -647,9 +631,7 @@ def check_blocks(source: Path, config: dict, grown: dict, blocks: tuple[int, ...
     `source` is the folder that the sentence names.
     """
     try:
-        small, large = (
-            empty_model(settings).get_submodule("model.layers") for settings in (config, grown)
-        )
+        small, large = (empty_model(settings).get_submodule(BLOCKS) for settings in (config, grown))
     except REFUSALS as error:
         raise ValueError(
             f"transformers cannot build the stack of {source} ({reason(error)}); give another"

@@ -94,7 +94,81 @@ EXPERT_NAME = re.compile(r"layers\.(\d+)\.\w+\.experts\.(\d+)\.(\w+)\.weight$")
 FUSED_NAME = re.compile(r"layers\.(\d+)\.\w+\.experts\.(gate_up_proj|down_proj)$")
 
 
+_HEAD_NAME = re.compile(r"(?:^|\.)(lm_head|embed_tokens)\.weight$")
+
+
+ROUTER_NAME = re.compile(r"(gate|router|wg)(\.\w+)?\.weight$")
+
+
+# the last names of a block's tensor, of whatever architecture
+NAME_IN_BLOCK = re.compile(r"layers\.\d+\.(?:\w+\.)*?((?:\w+\.)?\w+?)(?:\.weight)?$")
+
+
+BLOCKS = "model.layers"
+
+
 BLOCK_NAME = re.compile(r"^model\.layers\.(\d+)\.")
 
 
-EMBEDDING_NAME = "model.embed_tokens.weight"
+EMBEDDING_NAME, LM_HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
+
+
+# What writes into the residual stream; with these at zero a block passes its input on unchanged. w2
+# is Mixtral's down_proj.
+_WRITES_RESIDUAL = re.compile(r"(?:^|\.)(o_proj|down_proj|w2)((\.|_)(weight|bias))?$")
+
+
+_READS_RESIDUAL = re.compile(
+    r"(?:^|\.)(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|w1|w3|\w*gate|router)((\.|_)(weight|bias))?$"
+)
+
+
+def block_name(block: int, rest: str) -> str:
+    """The name of the tensor that a block calls `rest`, such as self_attn.q_proj.weight."""
+    return f"{BLOCKS}.{block}.{rest}"
+
+
+def block_number(name: str) -> int:
+    """The block that the tensor of this name belongs to; -1 for embedding, head and final norm."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return int(match[1]) if match else HEAD_LAYER
+
+
+def head_role(name: str) -> str:
+    """`lm_head` for the matrix of the LM head, `embedding` for that of the embedding, which stands
+    for a tied head; empty for any other tensor.
+    """
+    match = _HEAD_NAME.search(name)
+    return {"lm_head": "lm_head", "embed_tokens": "embedding"}[match[1]] if match else ""
+
+
+def residual_writer(name: str) -> str:
+    """The role of a tensor through which its block writes into the residual stream, `w2` being
+    `down_proj`; empty for any other.
+    """
+    match = _WRITES_RESIDUAL.search(name)
+    return EXPERT_ROLES.get(match[1], match[1]) if match else ""
+
+
+def reads_residual(name: str) -> bool:
+    """Whether a tensor is one of those through which a Llama-like block reads its input."""
+    return _READS_RESIDUAL.search(name) is not None
+
+
+def fused_matrices(role: str) -> tuple[str, ...]:
+    """The roles of the matrices that one tensor of `role` holds, stacked along dim -2 in this
+    order: Mixtral keeps gate and up of an expert in one tensor.
+    """
+    return ("gate_proj", "up_proj") if role == "gate_up_proj" else (role,)
+
+
+def down_name(name: str) -> str:
+    """The name of the fused experts' down_proj beside their gate_up_proj of this name."""
+    return name.replace("gate_up_proj", "down_proj")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of an old file is no parameter: transformers once stored the angles of the
+    rotary embedding.
+    """
+    return name.endswith("rotary_emb.inv_freq")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kl3m_nb.model.roles import MUON_ROLES, parameter_roles
+from kl3m_nb.model.roles import MUON_ROLES, block_number, fused_matrices, parameter_roles
 from kl3m_nb.optim.model_clamp import ClampEvent, ClampTarget
 from kl3m_nb.optim.muon import Muon
 from kl3m_nb.profiles import MLP_ROLES, Profile
@@ -36,16 +36,13 @@ class ParameterRule:
 
     @property
     def fused(self) -> int:
-        """How many matrices are stacked along dim -2: a Mixtral keeps gate and up of an expert in
-        one tensor.
-        """
-        return 2 if self.role == "gate_up_proj" else 1
+        """How many matrices are stacked along dim -2, as `fused_matrices` says."""
+        return len(fused_matrices(self.role))
 
     @property
     def layer(self) -> int:
         """The block it belongs to; -1 for embedding, head and final norm."""
-        parts = self.name.split(".")
-        return int(parts[parts.index("layers") + 1]) if "layers" in parts else -1
+        return block_number(self.name)
 
 
 def role_table(model: nn.Module, profile: Profile) -> list[ParameterRule]:

@@ -10,7 +10,6 @@ have one vocabulary matrix, and it is the LM head.
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,21 +31,18 @@ from kl3m_nb.model.roles import (
     EXPERT_ROLES,
     FUSED_NAME,
     HEAD_LAYER,
+    NAME_IN_BLOCK,
+    ROUTER_NAME,
     SEVERAL_ROLES,
+    down_name,
+    fused_matrices,
+    head_role,
 )
 
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
 
 _FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-_IN_A_BLOCK = re.compile(
-    r"layers\.\d+\.(?:\w+\.)*?((?:\w+\.)?\w+?)(?:\.weight)?$"
-)  # the last names of a block's tensor
-
-
-_ROUTER = re.compile(r"(gate|router|wg)(\.\w+)?\.weight$")
 
 
 @dataclass(frozen=True)
@@ -108,10 +104,11 @@ def find_matrices(model_or_checkpoint: ModelOrCheckpoint) -> list[Matrix]:
             matrices.append(Matrix(int(match[1]), role, int(match[2]), shape, dtype, read))
         elif match := FUSED_NAME.search(name):
             matrices += _split_experts(int(match[1]), match[2], shape, dtype, read)
-        elif name.endswith(("lm_head.weight", "embed_tokens.weight")):
-            heads[name.rsplit(".", 2)[-2]] = Matrix(HEAD_LAYER, "lm_head", -1, shape, dtype, read)
-        elif len(shape) > 1 and not _ROUTER.search(name) and (match := _IN_A_BLOCK.search(name)):
-            others[match[1]] = name
+        elif role := head_role(name):
+            heads[role] = Matrix(HEAD_LAYER, "lm_head", -1, shape, dtype, read)
+        elif len(shape) > 1 and not ROUTER_NAME.search(name):
+            if match := NAME_IN_BLOCK.search(name):
+                others[match[1]] = name
     _check_whole(source, matrices, heads, promised)
     absent = [role for role in BLOCK_ROLES if role not in {matrix.role for matrix in matrices}]
     headless = "lm_head" not in heads and folder is not None and not _is_tied(folder)
@@ -122,7 +119,7 @@ def find_matrices(model_or_checkpoint: ModelOrCheckpoint) -> list[Matrix]:
         _check_alike(source, matrices, absent, headless, is_whole)
     _warn_of_the_rest(source, matrices, absent, list(others))
     matrices.sort(key=lambda matrix: (matrix.layer, BLOCK_ROLES.index(matrix.role), matrix.expert))
-    return [*matrices, heads.get("lm_head", heads.get("embed_tokens"))]
+    return [*matrices, heads.get("lm_head", heads.get("embedding"))]
 
 
 def local_checkpoint(checkpoint: str | os.PathLike) -> Path:
@@ -150,10 +147,9 @@ def _split_experts(
     # Mixtral's fused experts: gate_up_proj is (experts, 2·mlp, hidden) with the gate first,
     # down_proj (experts, hidden, mlp).
     experts, rows, cols = shape
-    parts = {"down_proj": slice(0, rows)}
-    if name == "gate_up_proj":
-        rows //= 2
-        parts = {"gate_proj": slice(0, rows), "up_proj": slice(rows, 2 * rows)}
+    roles = fused_matrices(name)
+    rows //= len(roles)
+    parts = {role: slice(i * rows, (i + 1) * rows) for i, role in enumerate(roles)}
     return [
         Matrix(
             layer,
@@ -313,9 +309,7 @@ def _check_fused(source: str, tensors: dict) -> None:
     """
     for name, (shape, *_) in tensors.items():
         if (match := FUSED_NAME.search(name)) and match[2] == "gate_up_proj":
-            down = tensors.get(
-                name.replace("gate_up_proj", "down_proj"), ((0, shape[2], shape[1] // 2),)
-            )[0]
+            down = tensors.get(down_name(name), ((0, shape[2], shape[1] // 2),))[0]
             if (shape[1], shape[2]) != (2 * down[2], down[1]):
                 raise ValueError(
                     f"{source} stores the matrices of its experts the other way round ({name} of"

@@ -128,6 +128,17 @@ def test_a_recorded_name_is_seen_from_the_root(project):
     assert paths.checkpoint_place(STACK).path == project / "notebooks" / STACK
 
 
+def test_a_run_goes_on_from_a_start_that_was_spelled_in_a_roundabout_way(project, tmp_path):
+    """The record has the spelling, and the command line goes on by the record."""
+    start = f"{shutil.copytree(project / STACK, tmp_path / 'start')}/../start"
+    settings = small_profile(layers=4, max_steps=1)
+    loop.train(settings, "runs/next", init=start)
+    recorded = folder.read_run_init("runs/next")
+    assert recorded == start
+    place = paths.recorded_place(recorded)
+    assert place.path == tmp_path / "start" and loop.train(settings, "runs/next", place.name)
+
+
 @pytest.mark.parametrize("name", [FROM_ROOT, FROM_NOTEBOOKS])
 class TestEachSpelling:
     def test_names_one_checkpoint_to_all_that_read_one(self, project, name, monkeypatch):
