@@ -10,15 +10,16 @@ rank 0 logs and saves, and what one rank is asked for is agreed on between two s
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.profiler import record_function
+from transformers import PreTrainedTokenizerBase
 
 from kl3m_nb import profiles
 from kl3m_nb.common import distributed, paths
@@ -33,7 +34,7 @@ from kl3m_nb.model.runtime import choose_runtime, prepare_model
 from kl3m_nb.optim.loss import training_loss
 from kl3m_nb.optim.model_clamp import ClampConditions, SpectralClamp
 from kl3m_nb.optim.rules import build_optimizers, clamp_columns, clamp_targets, role_table
-from kl3m_nb.optim.schedule import AdaptiveClip, global_norm, lr_factor
+from kl3m_nb.optim.schedule import AdaptiveClip, ClipOutcome, global_norm, lr_factor
 from kl3m_nb.profiles import Profile
 from kl3m_nb.runs import card, checkpoints, folder, lineage
 from kl3m_nb.runs.checkpoints import CheckpointFailed
@@ -48,13 +49,15 @@ from kl3m_nb.training.resume import (
     finished_result,
     first_bad_weight,
     is_complete,
-    random_state,
-    set_random_state,
     starting_model,
     why_not_finite,
 )
+from kl3m_nb.training.state import Counters, Losses, TrainingState
 
-MOST_SKIPS_IN_A_ROW = 10
+# Our choice: one bad batch is skipped, ten in a row are a fault that no later batch will mend.
+MAX_SKIPS_IN_A_ROW = 10
+# Our choice, in windows; it bounds the memory of an evaluation.
+EVALUATION_BATCH = 8
 
 
 class TrainingStopped(RuntimeError):
@@ -99,17 +102,36 @@ def train(
             return finished_result(run_dir, checkpoint)
         if checkpoint:
             check_shared(checkpoint / checkpoints.MANIFEST)
-        return _Run(profile, run_dir, init, checkpoint, list(callbacks), lock).to_the_end()
+        return Trainer(profile, run_dir, init, checkpoint, list(callbacks), lock).train()
 
 
-class _Run:
-    """Everything one run holds between its steps."""
+@dataclass(frozen=True)
+class _Gradients:
+    """What forward and backward of one step have found; the gradients lie in the parameters."""
+
+    norm: float  # 2-norm over all parameters and ranks, before the clip
+    values: dict[str, float]  # the terms of the loss over the whole step, in nats per token
+    expert_counts: torch.Tensor  # this rank's choices by layer and expert; empty without experts
+    lr_factor: float  # of the peak learning rates
+
+
+class Trainer:
+    """Trains one run of `profile` in `run_dir`; `train` is what makes one and calls it.
+
+    The constructor puts the pieces together: data, model, `state` (a `TrainingState`), run folder.
+    It goes on from `checkpoint`, one of this run, or starts from `init`, or from random weights
+    where both are None. `lock` is the lock of the run folder. `Trainer.train` trains to the end;
+    `Trainer.step` does one optimizer step and all that is due after it. Under torchrun every rank
+    has its own Trainer, and all call the same methods in the same order.
+
+    Raises ValueError before anything is written when the pieces do not fit.
+    """
 
     def __init__(
         self,
         profile: Profile,
         run_dir: Path,
-        init,
+        init: str | Path | None,
         checkpoint: Path | None,
         callbacks: list[Callback],
         lock: RunLock,
@@ -130,11 +152,10 @@ class _Run:
                 f"{init} has {carried.step:,} steps behind it and max_steps is"
                 f" {profile.schedule.max_steps:,}; raise max_steps."
             )
-        named = profile.data.tokenizer, profile.data.source, profile.model.vocabulary
-        # The checkpoint's own: text that was added to the source since would give another, or the
-        # named one may be gone.
-        self.tokenizer = read_tokenizer(str(checkpoint)) if checkpoint else load_tokenizer(*named)
-        self.stream = PrefetchedStream(
+
+        # The data, then the model, then what trains it.
+        self.tokenizer = self._read_tokenizer(checkpoint)
+        stream = PrefetchedStream(
             open_stream(profile.data, self.tokenizer), profile.runtime.prefetch_batches
         )
         self.held_out = held_out_windows(profile.data, self.tokenizer)
@@ -142,45 +163,36 @@ class _Run:
         self.model = starting_model(start, profile, self.tokenizer, self.runtime.attention)
         self.described = card.model_facts(self.model, self.tokenizer)
         self.parallel = self._parallel_model()
-        self.parameters = list(self.model.parameters())
-        self.rules = rules = role_table(self.model, profile)
-        self.muon, self.aux = build_optimizers(self.model, rules, profile)
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
-        self.clamp = SpectralClamp(clamp_targets(self.model, rules, profile))
-        self.clip = AdaptiveClip(profile.schedule)
-        self.counters = {
-            "first_step": carried.step,
-            "step": carried.step,
-            "tokens": carried.tokens,
-            "valid_tokens": carried.valid_tokens,
-            "seconds": 0.0,
-            "skipped": 0,
-            "skipped_in_a_row": 0,
-            "clipped_since_row": 0,
-            "clamped_step": carried.step,
-        }
-        self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
-        self.losses = {
-            "held_out_loss": float("nan"),
-            "held_out_step": carried.step,
-            "cross_entropy": float("nan"),
-        }
-        self.conditions, self.idle_experts = ClampConditions(), experts.IdleExperts()
-        self.stack = {} if checkpoint else carried_stack(init, profile)
-        state = checkpoints.load_state(checkpoint) if checkpoint else None
-        if state:
-            self._load_state(state)
+        self.rules = role_table(self.model, profile)
+        muon, aux = build_optimizers(self.model, self.rules, profile)
+        clamp = SpectralClamp(clamp_targets(self.model, self.rules, profile))
+
+        # The state, of the start or of the checkpoint.
+        self.state = TrainingState(
+            counters=Counters.carried_on(carried),
+            losses=Losses(held_out_step=carried.step),
+            stack={} if checkpoint else carried_stack(init, profile),
+            muon=muon,
+            aux=aux,
+            clip=AdaptiveClip(profile.schedule),
+            clamp=clamp,
+            stream=stream,
+        )
+        if checkpoint:
+            self._continue(checkpoint)
         if bad := first_bad_weight(self.model):
             raise ValueError(
                 f"The weight {bad} of {start or 'the new model'} is not finite; start from an"
                 " earlier checkpoint."
             )
-        self._is_whole, self._stream_state = (
-            True,
-            self.stream.state_dict(),
-        )  # behind the last whole step
-        self._begins = state is None or state["metrics_position"] == 0
-        identity = distributed.on_first_rank(lambda: self._open_folder(init))
+        # Nothing is logged yet: neither is the evaluation of the start.
+        self.begins = self.state.metrics_position == 0
+        self.idle_experts = experts.IdleExperts()
+        self.first_bad = ""  # what was not finite at the first of the present row of skipped steps
+
+        # The run folder, once all is known to fit.
+        identity = distributed.on_first_rank(self._open_folder)
         check_shared(run_dir / folder.RUN_FILE)
         self.saver = CheckpointSaver(
             run_dir,
@@ -191,93 +203,73 @@ class _Run:
             checkpoint,
             self._record_checkpoint,
         )
-        position, tail = (
-            (state["metrics_position"], state.get("metrics_tail", "")) if state else (0, "")
-        )
-        self.log = (
-            MetricsLog(run_dir, position, self.counters["step"], tail.encode())
-            if self.world.is_first
-            else None
-        )
-        self._saved_position = position  # in the log, of the checkpoint that is being written
+        self.log = self._open_log() if self.world.is_first else None
 
-    def to_the_end(self) -> TrainResult:
+    def train(self) -> TrainResult:
+        """Trains from where the run stands to `max_steps` and returns the result. Raises as the
+        function `train` does.
+        """
         with StopRequest() as stop:
-            return self._to_the_end(stop)
-
-    def _to_the_end(self, stop: StopRequest) -> TrainResult:
-        runtime, schedule = self.profile.runtime, self.profile.schedule
-        self._tell(
-            {
-                "kind": "start",
-                "step": self.counters["step"],
-                "max_steps": schedule.max_steps,
-                "run": self.run_dir.name,
-                "runtime": self._described(),
-            }
-        )
-        try:
-            if self.counters["step"] > self.counters["first_step"]:
-                self._finish_step()
-            elif self._begins:
-                self._evaluate()
-            while self.counters["step"] < schedule.max_steps:
-                stopping, saving = self._requests(stop)
-                if saving:
-                    self.saver.save(self.counters["step"], self._contents)
-                try:
-                    whole_step = not stopping and self._step(stop)
-                except SourceBroke as broken:
-                    reason = (
-                        f"the data of step {self.counters['step'] + 1} could not be read ({broken})"
-                    )
-                    if self._begins and self.counters["step"] == self.counters["first_step"]:
-                        stopped = TrainingStopped(
-                            f"Training has not begun: {reason}. Another source takes another run"
-                            " folder."
-                        )
-                    else:
-                        stopped = self._stopped(reason)
-                    raise stopped from broken.__cause__
-                if not whole_step:
-                    self._save_and_wait()
-                    raise interrupted(self.counters["step"])
-                step, is_last = self.counters["step"], self.counters["step"] == schedule.max_steps
-                self._finish_step()
-                if self.counters["skipped_in_a_row"] >= MOST_SKIPS_IN_A_ROW:
-                    raise self._given_up()
-                if (
-                    step % runtime.checkpoint_every == 0
-                    and not is_last
-                    and not self._checkpoint_as_good_as_now()
-                ):
-                    self.saver.save(step, self._contents)
-            checkpoint = self._save_and_wait()
-            if any(self._requests(stop)[:1]):
-                raise interrupted(self.counters["step"])
-        except (TrainingStopped, CheckpointFailed):
-            raise
-        except Exception as error:  # whatever it is: hours of training are not to be lost with it
-            self._save_what_is_whole(error)
-            raise
-        finally:
-            self.saver.close()
-            self.stream.close()
-            if self.log is not None:
-                self.log.close()
-            self._tell(
-                {"kind": "end", "step": self.counters["step"], "max_steps": schedule.max_steps}
-            )
+            self._tell_bounds("start", run=self.run_dir.name, runtime=self._described())
+            try:
+                self._catch_up()
+                while self.state.counters.step < self.profile.schedule.max_steps:
+                    if self._is_asked_to_stop(stop) or not self.step(stop):
+                        self._save_and_wait()
+                        raise interrupted(self.state.counters.step)
+                checkpoint = self._save_and_wait()
+                if any(self._requests(stop)[:1]):
+                    raise interrupted(self.state.counters.step)
+            except (TrainingStopped, CheckpointFailed):
+                raise
+            except Exception as error:  # whatever it is: hours of training are not to be lost
+                self._save_what_is_whole(error)
+                raise
+            finally:
+                self._close()
+        counters, losses = self.state.counters, self.state.losses
         return TrainResult(
-            self.run_dir,
-            checkpoint,
-            self.counters["step"],
-            self.losses["held_out_loss"],
-            self.counters["seconds"],
+            self.run_dir, checkpoint, counters.step, losses.held_out_loss, counters.seconds
         )
+
+    def step(self, stop: StopRequest) -> bool:
+        """Does one optimizer step over all its micro-batches, and the clamp, evaluation and
+        checkpoint that are due after it.
+
+        Returns False when a stop was requested before the micro-batches were read and through; the
+        weights and the state are then those of the step before.
+        """
+        began = time.perf_counter()
+        share = self._take(stop)
+        gradients = self._forward_and_backward(share, stop) if share else None
+        if share is None or gradients is None:
+            return False
+        with self.state.changing_weights():
+            clipped = self._clip(gradients)
+            self._update(clipped)
+            seconds = self._count(share, clipped, began)
+        self._log_step(gradients, clipped, seconds)
+        self._clamp_when_due()
+        self._evaluate_when_due()
+        self._give_up_when_stuck()
+        self._save_when_due()
+        return True
+
+    # The parts of the constructor.
+
+    def _read_tokenizer(self, checkpoint: Path | None) -> PreTrainedTokenizerBase:
+        """Reads the tokenizer of `checkpoint`, else the one that the profile names.
+
+        Text that was added to the source since would give another tokenizer, or the named one may
+        be gone.
+        """
+        if checkpoint:
+            return read_tokenizer(str(checkpoint))
+        data, model = self.profile.data, self.profile.model
+        return load_tokenizer(data.tokenizer, data.source, model.vocabulary)
 
     def _parallel_model(self) -> distributed.ParallelModel:
-        """The model, held as the profile says. FSDP2 shards it before it is moved, as it may be too
+        """Holds the model as the profile says. FSDP2 shards it before it is moved, as it may be too
         large for one device.
         """
         runtime, blocks = self.profile.runtime, self.model.model.layers
@@ -289,7 +281,16 @@ class _Run:
         prepare_model(self.model, self.runtime)
         return sharded or distributed.ParallelModel(self.model, blocks, "ddp")
 
-    def _open_folder(self, init: str | Path | None) -> str:
+    def _continue(self, checkpoint: Path) -> None:
+        """Loads the state of `checkpoint`; warns where its routers had another loss."""
+        saved = checkpoints.load_state(checkpoint)
+        experts.warn_of_another_loss(
+            self.profile.model, saved.get("router_loss"), saved["counters"]["step"]
+        )
+        self.state.load_state_dict(saved)
+
+    def _open_folder(self) -> str:
+        """Locks the run folder where that is not done yet, and returns the identity of the run."""
         if not self.lock.held:
             self.lock.acquire()
             if checkpoints.latest_checkpoint(self.run_dir):
@@ -298,10 +299,18 @@ class _Run:
                     " from there."
                 )
         return folder.write_run_file(
-            self.run_dir, self.profile, init, self._described(), self.counters["step"]
+            self.run_dir, self.profile, self.init, self._described(), self.state.counters.step
+        )
+
+    def _open_log(self) -> MetricsLog:
+        """Opens metrics.jsonl and cuts it back to where the state stands."""
+        state = self.state
+        return MetricsLog(
+            self.run_dir, state.metrics_position, state.counters.step, state.metrics_tail.encode()
         )
 
     def _described(self) -> str:
+        """Returns device, precision and processes in words."""
         ranks = (
             f" · {self.world.size} processes, {self.profile.runtime.parallel}"
             if self.world.size > 1
@@ -309,169 +318,98 @@ class _Run:
         )
         return self.runtime.describe() + ranks
 
-    def _requests(self, stop: StopRequest) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save now: what any rank was asked for by a signal, and
-        rank 0 through the folder.
+    # Before the first step, between two steps, and at the end.
+
+    def _catch_up(self) -> None:
+        """Evaluates the start of a new run, or does what the last step of a continued run still
+        lacks.
         """
-        saving = self.world.is_first and self.saver.is_due(self.counters["step"])
+        if self.state.counters.step > self.state.counters.first_step:
+            self._clamp_when_due()
+            self._evaluate_when_due()
+        elif self.begins:
+            self._evaluate()
+
+    def _is_asked_to_stop(self, stop: StopRequest) -> bool:
+        """Returns whether to stop; saves when a checkpoint was asked for."""
+        stopping, saving = self._requests(stop)
+        if saving:
+            self.saver.save(self.state.counters.step, self._contents)
+        return stopping
+
+    def _requests(self, stop: StopRequest) -> tuple[bool, bool]:
+        """Returns whether to stop, and whether to save now: what any rank was asked for by a
+        signal, and rank 0 through the folder.
+        """
+        saving = self.world.is_first and self.saver.is_due(self.state.counters.step)
         stopping, saving = distributed.sum_over_ranks([stop.requested, saving])
         return bool(stopping), bool(saving)
 
-    def _step(self, stop: StopRequest) -> bool:
-        """One optimizer step over all its micro-batches. False when a stop was requested before
-        they were read and through.
+    def _close(self) -> None:
+        """Ends the threads and the log."""
+        self.saver.close()
+        self.state.stream.close()
+        if self.log is not None:
+            self.log.close()
+        self._tell_bounds("end")
+
+    # The parts of a step, in their order.
+
+    def _take(self, stop: StopRequest) -> Share | None:
+        """Takes this rank's micro-batches of the next step; None when a stop was requested before
+        they came. Raises TrainingStopped when the data break off.
         """
-        began = time.perf_counter()
-        # All micro-batches are divided by the labels of the whole step: a mean of means would weigh
-        # short ones too high.
-        with record_function("kl3m_nb data"):
-            share = take_share(self.stream, self.profile.data, stop)
-        if share is None:
-            return False
-        factor = lr_factor(
-            self.counters["step"], self.profile.schedule, self.counters["first_step"]
-        )
-        for group in (*self.muon.param_groups, *self.aux.param_groups):
-            group["lr"] = group["peak_lr"] * factor
+        try:
+            with record_function("kl3m_nb data"):
+                return take_share(self.state.stream, self.profile.data, stop)
+        except SourceBroke as broken:
+            counters = self.state.counters
+            reason = f"the data of step {counters.step + 1} could not be read ({broken})"
+            if self.begins and counters.step == counters.first_step:
+                stopped = TrainingStopped(
+                    f"Training has not begun: {reason}. Another source takes another run folder."
+                )
+            else:
+                stopped = self._stopped(reason)
+            raise stopped from broken.__cause__
+
+    def _forward_and_backward(self, share: Share, stop: StopRequest) -> _Gradients | None:
+        """Adds up the gradients of all micro-batches; None when a stop was requested meanwhile.
+
+        All micro-batches are divided by the labels of the whole step: a mean of means would weigh
+        short ones too high.
+        """
+        factor = self._set_learning_rates()
         terms: dict[str, torch.Tensor] = {}
         for batch in share.micro_batches:
-            if (
-                stop.requested and self.world.size == 1
-            ):  # several ranks have to agree first, which they do between steps
+            # Several ranks have to agree first, which they do between steps.
+            if stop.requested and self.world.size == 1:
                 self._zero_gradients()
-                return False
+                return None
             with self.parallel.averaging_gradients(now=batch is share.micro_batches[-1]):
                 values = self._forward_backward(batch, share)
             for name, value in values.items():
                 terms[name] = terms[name] + value if name in terms else value
         expert_counts = terms.pop("expert_counts")
-        norm = global_norm(
-            [
-                distributed.local(parameter.grad)
-                for parameter in self.parameters
-                if parameter.grad is not None
-            ]
-        )
+        gradients = [
+            distributed.local(parameter.grad)
+            for parameter in self.names
+            if parameter.grad is not None
+        ]
         # One transfer a step, after everything is queued: until here a GPU never waits for the
         # host, nor the host for it.
-        *numbers, norm = torch.stack([*terms.values(), norm]).tolist()
-        values = dict(zip(terms, distributed.sum_over_ranks(numbers), strict=True))
-        with self._changing_weights():
-            clipped = self.clip.clip_(
-                self.parameters, distributed.whole_norm(norm, self.parameters), values["loss"]
-            )
-            if clipped.finite:
-                with record_function("kl3m_nb optimizer"):
-                    self.muon.step()
-                    self.aux.step()
-                bounds = self.muon.movement_bounds()
-                self.clamp.note_movement(
-                    {self.names[parameter]: bound for parameter, bound in bounds.items()}
-                )
-                self.first_bad = ""
-            else:
-                self._require_finite_weights()  # no later step could be finite
-                self.first_bad = self.first_bad or why_not_finite(self.model)
-            self._zero_gradients()
-            seconds = time.perf_counter() - began
-            counters = self.counters
-            counters["step"] += 1
-            counters["tokens"] += self.profile.tokens_per_step
-            counters["valid_tokens"] += share.valid_tokens
-            counters["seconds"] += seconds
-            counters["skipped"] += not clipped.finite
-            counters["skipped_in_a_row"] = 0 if clipped.finite else counters["skipped_in_a_row"] + 1
-            counters["clipped_since_row"] += clipped.clipped
-            self._stream_state = self.stream.state_dict()
-        is_last = counters["step"] == self.profile.schedule.max_steps
-        if counters["step"] % self.profile.runtime.log_every == 0 or is_last or not clipped.finite:
-            self._record(
-                {
-                    "kind": "train",
-                    **_progress(self.counters),
-                    "valid_tokens": counters["valid_tokens"],
-                    **values,
-                    "lr_muon": self.profile.muon_lr * factor,
-                    "lr_aux": self.profile.optimizer.aux_lr * factor,
-                    "grad_norm": clipped.norm,
-                    "clip_threshold": clipped.threshold,
-                    "clipped": counters["clipped_since_row"],
-                    "skipped": int(not clipped.finite),
-                    "tokens_per_second": self.profile.tokens_per_step / seconds,
-                    "epoch": self.stream.epoch,
-                }
-            )
-            counters["clipped_since_row"] = 0
-        if clipped.finite:
-            self.losses["cross_entropy"] = values["cross_entropy"]
-        if expert_counts.numel() and self._evaluates_after(counters["step"]):
-            counts = torch.tensor(
-                distributed.sum_over_ranks(expert_counts.flatten().tolist())
-            ).view_as(expert_counts)
-            self._record(
-                {"kind": "experts", **_progress(self.counters), **experts.expert_columns(counts)}
-            )
-            self.idle_experts.warn(counts, counters["step"])
-        return True
+        *numbers, norm = torch.stack([*terms.values(), global_norm(gradients)]).tolist()
+        sums = dict(zip(terms, distributed.sum_over_ranks(numbers), strict=True))
+        norm = distributed.whole_norm(norm, list(self.names))
+        return _Gradients(norm, sums, expert_counts, factor)
 
-    @contextlib.contextmanager
-    def _changing_weights(self) -> Iterator[None]:
-        """What is in memory is no whole step until the block has ended; an error inside leaves it
-        so.
-        """
-        self._is_whole = False
-        yield
-        self._is_whole = True
-
-    def _save_what_is_whole(self, error: Exception) -> None:
-        """Raises TrainingStopped from an unexpected `error` between two steps, once the last whole
-        one is saved.
-
-        Returns where there is nothing to save: the weights may be half changed, no step was trained
-        yet, or the other processes do not know of the error and would not take part.
-        """
-        step, place = self.counters["step"], traceback.extract_tb(error.__traceback__)[-1]
-        if not self._is_whole or step == self.counters["first_step"] or self.world.size > 1:
-            return
-        reason = (
-            f"{type(error).__name__}: {str(error).rstrip('.')} ({Path(place.filename).name}, line"
-            f" {place.lineno})"
-        )
-        try:
-            stopped = self._stopped(reason)
-        except CheckpointFailed as failed:
-            stopped = TrainingStopped(f"Training has stopped: {reason}. {failed}")
-        raise stopped from error
-
-    def _stopped(self, reason: str) -> TrainingStopped:
-        """The error to end with, once the last whole step is saved."""
-        checkpoint = self._save_and_wait()
-        return TrainingStopped(
-            f"Training has stopped: {reason}. The last good state is in {checkpoint}; training"
-            " again continues there."
-        )
-
-    def _given_up(self) -> TrainingStopped:
-        """The error after too many bad steps in a row."""
-        reason = (
-            f"{self.counters['skipped_in_a_row']} steps in a row were not finite, first in"
-            f" {self.first_bad}; see their data, or begin another run from a checkpoint of this one"
-            " with a lower learning rate"
-        )
-        if newest := self._checkpoint_as_good_as_now():
-            return TrainingStopped(
-                f"Training has stopped: {reason}. Nothing has been learned since {newest}."
-            )
-        self.counters["skipped_in_a_row"] = 0  # training again gets as many tries
-        return self._stopped(reason)
-
-    def _checkpoint_as_good_as_now(self) -> Path | None:
-        """The newest checkpoint, if every step since was skipped: another would only push out an
-        earlier one.
-        """
-        step, skipped = self.counters["step"], self.counters["skipped_in_a_row"]
-        newest = distributed.on_first_rank(lambda: self.saver.newest(step)) if skipped else None
-        return newest if newest and checkpoints.checkpoint_step(newest) >= step - skipped else None
+    def _set_learning_rates(self) -> float:
+        """Sets the learning rates of the next step and returns their factor of the peak rates."""
+        counters = self.state.counters
+        factor = lr_factor(counters.step, self.profile.schedule, counters.first_step)
+        for group in (*self.state.muon.param_groups, *self.state.aux.param_groups):
+            group["lr"] = group["peak_lr"] * factor
+        return factor
 
     def _forward_backward(self, batch: Batch, share: Share) -> dict[str, torch.Tensor]:
         """Adds the gradients of one micro-batch, returns its terms of the loss."""
@@ -487,29 +425,157 @@ class _Run:
                 self.runtime.compile_blocks,
             )
         with record_function("kl3m_nb backward"):
-            (
-                total * self.world.size
-            ).backward()  # the mean over the ranks is then the sum of their parts
+            # The mean over the ranks is then the sum of their parts.
+            (total * self.world.size).backward()
         return values
 
-    def _finish_step(self) -> None:
-        """The clamp and the evaluation that are due after the present step, unless the run was
-        continued behind them.
+    def _clip(self, gradients: _Gradients) -> ClipOutcome:
+        """Clips the gradients to the threshold of the profile's clip."""
+        return self.state.clip.clip_(self.names, gradients.norm, gradients.values["loss"])
+
+    def _update(self, clipped: ClipOutcome) -> None:
+        """Changes the weights, unless the step is to be skipped, and drops the gradients. Raises
+        TrainingStopped when a weight is not finite.
         """
-        step, every = self.counters["step"], self.profile.clamp.clamp_every
-        if every and step % every == 0 and self.counters["clamped_step"] < step:
+        if clipped.finite:
+            with record_function("kl3m_nb optimizer"):
+                self.state.muon.step()
+                self.state.aux.step()
+            bounds = self.state.muon.movement_bounds()
+            self.state.clamp.note_movement(
+                {self.names[parameter]: bound for parameter, bound in bounds.items()}
+            )
+            self.first_bad = ""
+        else:
+            self._require_finite_weights()  # no later step could be finite
+            self.first_bad = self.first_bad or why_not_finite(self.model)
+        self._zero_gradients()
+
+    def _count(self, share: Share, clipped: ClipOutcome, began: float) -> float:
+        """Counts the step as done, notes where the stream stands, and returns the step's
+        seconds.
+        """
+        seconds = time.perf_counter() - began
+        self.state.counters.add_step(
+            self.profile.tokens_per_step, share.valid_tokens, seconds, clipped
+        )
+        self.state.note_stream()
+        return seconds
+
+    def _log_step(self, gradients: _Gradients, clipped: ClipOutcome, seconds: float) -> None:
+        """Logs the step when its row is due or it was skipped, and the experts' shares with each
+        evaluation.
+        """
+        state, counters, schedule = self.state, self.state.counters, self.profile.schedule
+        is_due = counters.step % self.profile.runtime.log_every == 0
+        if is_due or counters.step == schedule.max_steps or not clipped.finite:
+            row = {
+                "valid_tokens": counters.valid_tokens,
+                **gradients.values,
+                "lr_muon": self.profile.muon_lr * gradients.lr_factor,
+                "lr_aux": self.profile.optimizer.aux_lr * gradients.lr_factor,
+                "grad_norm": clipped.norm,
+                "clip_threshold": clipped.threshold,
+                "clipped": counters.clipped_since_row,
+                "skipped": int(not clipped.finite),
+                "tokens_per_second": self.profile.tokens_per_step / seconds,
+                "epoch": state.stream.epoch,
+            }
+            self._record("train", row)
+            counters.clipped_since_row = 0
+        if clipped.finite:
+            state.losses.cross_entropy = gradients.values["cross_entropy"]
+        if gradients.expert_counts.numel() and self._evaluates_after(counters.step):
+            self._log_experts(gradients.expert_counts)
+
+    def _log_experts(self, expert_counts: torch.Tensor) -> None:
+        """Logs how often all ranks chose each expert, and warns of idle ones."""
+        counts = torch.tensor(distributed.sum_over_ranks(expert_counts.flatten().tolist())).view_as(
+            expert_counts
+        )
+        self._record("experts", experts.expert_columns(counts))
+        self.idle_experts.warn(counts, self.state.counters.step)
+
+    def _clamp_when_due(self) -> None:
+        """Clamps after the present step when that is due, and not done before the run was
+        continued.
+        """
+        counters, every = self.state.counters, self.profile.clamp.clamp_every
+        if every and counters.step % every == 0 and counters.clamped_step < counters.step:
             self._clamp()
-        if self._evaluates_after(step) and self.losses["held_out_step"] < step:
+
+    def _clamp(self) -> None:
+        """Clamps the spectra and logs what was found."""
+        state, began = self.state, time.perf_counter()
+        with state.changing_weights(), record_function("kl3m_nb clamp"):
+            events = state.clamp.clamp()
+            state.counters.clamped_step = state.counters.step
+        seconds = time.perf_counter() - began
+        state.counters.seconds += seconds
+        columns = clamp_columns(events, self.rules)
+        self._record("clamp", {"clamp_seconds": seconds, **columns})
+        state.conditions = ClampConditions.after({"step": state.counters.step, **columns})
+
+    def _evaluate_when_due(self) -> None:
+        """Evaluates after the present step when that is due, and not done before the run was
+        continued.
+        """
+        step = self.state.counters.step
+        if self._evaluates_after(step) and self.state.losses.held_out_step < step:
             self._evaluate()
 
     def _evaluates_after(self, step: int) -> bool:
+        """Returns whether an evaluation is due after `step`."""
         return (
             step % self.profile.runtime.eval_every == 0 or step == self.profile.schedule.max_steps
         )
 
+    def _evaluate(self) -> None:
+        """Measures and logs the loss on the held-out windows."""
+        state, counters = self.state, self.state.counters
+        precision = torch.bfloat16 if self.runtime.precision == "bfloat16" else None
+        held_out = self.parallel.evaluate(
+            scoring.held_out_loss, self.model, self.held_out, EVALUATION_BATCH, precision
+        )
+        state.losses.held_out_loss, state.losses.held_out_step = held_out.loss, counters.step
+        trained = dataclasses.replace(self.profile, model=self.described.spec)
+        row = {
+            "flops": run_flops(trained, counters.step, counters.tokens),
+            "held_out_loss": held_out.loss,
+            "held_out_entropy_bits": held_out.entropy_bits,
+        }
+        self._record("held_out", row)
+
+    def _give_up_when_stuck(self) -> None:
+        """Raises TrainingStopped after too many skipped steps in a row."""
+        counters = self.state.counters
+        if counters.skipped_in_a_row < MAX_SKIPS_IN_A_ROW:
+            return
+        reason = (
+            f"{counters.skipped_in_a_row} steps in a row were not finite, first in"
+            f" {self.first_bad}; see their data, or begin another run from a checkpoint of this one"
+            " with a lower learning rate"
+        )
+        if newest := self._checkpoint_as_good_as_now():
+            raise TrainingStopped(
+                f"Training has stopped: {reason}. Nothing has been learned since {newest}."
+            )
+        counters.skipped_in_a_row = 0  # training again gets as many tries
+        raise self._stopped(reason)
+
+    def _save_when_due(self) -> None:
+        """Begins the checkpoint that is due after the present step; the last one is for `train`."""
+        step = self.state.counters.step
+        if (
+            step % self.profile.runtime.checkpoint_every == 0
+            and step != self.profile.schedule.max_steps
+            and not self._checkpoint_as_good_as_now()
+        ):
+            self.saver.save(step, self._contents)
+
     def _zero_gradients(self) -> None:
-        self.muon.zero_grad(set_to_none=True)
-        self.aux.zero_grad(set_to_none=True)
+        self.state.muon.zero_grad(set_to_none=True)
+        self.state.aux.zero_grad(set_to_none=True)
 
     def _require_finite_weights(self) -> None:
         """Ends the run when a weight is not finite, and saves nothing of it."""
@@ -518,7 +584,7 @@ class _Run:
             earlier = distributed.on_first_rank(lambda: checkpoints.latest_checkpoint(self.run_dir))
             raise TrainingStopped(
                 f"Training has stopped: the weight {bad} is not finite after step"
-                f" {self.counters['step']}, so nothing is saved; "
+                f" {self.state.counters.step}, so nothing is saved; "
                 + (
                     f"training again continues from {earlier}."
                     if earlier
@@ -526,112 +592,90 @@ class _Run:
                 )
             )
 
-    def _clamp(self) -> None:
-        began = time.perf_counter()
-        with self._changing_weights(), record_function("kl3m_nb clamp"):
-            events = self.clamp.clamp()
-            self.counters["clamped_step"] = self.counters["step"]
-        seconds = time.perf_counter() - began
-        self.counters["seconds"] += seconds
-        row = {
-            "kind": "clamp",
-            **_progress(self.counters),
-            "clamp_seconds": seconds,
-            **clamp_columns(events, self.rules),
-        }
-        self._record(row)
-        self.conditions = ClampConditions.after(row)
+    # Checkpoints, and errors that end with one.
 
-    def _evaluate(self) -> None:
-        precision = torch.bfloat16 if self.runtime.precision == "bfloat16" else None
-        held_out = self.parallel.evaluate(
-            scoring.held_out_loss, self.model, self.held_out, 8, precision
+    def _save_what_is_whole(self, error: Exception) -> None:
+        """Raises TrainingStopped from an unexpected `error` between two steps, once the last whole
+        one is saved.
+
+        Returns where there is nothing to save: the weights may be half changed, no step was trained
+        yet, or the other processes do not know of the error and would not take part.
+        """
+        counters, place = self.state.counters, traceback.extract_tb(error.__traceback__)[-1]
+        is_untrained = counters.step == counters.first_step
+        if not self.state.is_whole or is_untrained or self.world.size > 1:
+            return
+        reason = (
+            f"{type(error).__name__}: {str(error).rstrip('.')} ({Path(place.filename).name}, line"
+            f" {place.lineno})"
         )
-        self.losses |= {"held_out_loss": held_out.loss, "held_out_step": self.counters["step"]}
-        operations = run_flops(
-            dataclasses.replace(self.profile, model=self.described.spec),
-            self.counters["step"],
-            self.counters["tokens"],
+        try:
+            stopped = self._stopped(reason)
+        except CheckpointFailed as failed:
+            stopped = TrainingStopped(f"Training has stopped: {reason}. {failed}")
+        raise stopped from error
+
+    def _stopped(self, reason: str) -> TrainingStopped:
+        """Saves the last whole step and returns the error to end with."""
+        checkpoint = self._save_and_wait()
+        return TrainingStopped(
+            f"Training has stopped: {reason}. The last good state is in {checkpoint}; training"
+            " again continues there."
         )
-        self._record(
-            {
-                "kind": "held_out",
-                **_progress(self.counters),
-                "flops": operations,
-                "held_out_loss": held_out.loss,
-                "held_out_entropy_bits": held_out.entropy_bits,
-            }
-        )
+
+    def _checkpoint_as_good_as_now(self) -> Path | None:
+        """Returns the newest checkpoint if every step since was skipped: another would only push
+        out an earlier one.
+        """
+        step, skipped = self.state.counters.step, self.state.counters.skipped_in_a_row
+        newest = distributed.on_first_rank(lambda: self.saver.newest(step)) if skipped else None
+        return newest if newest and checkpoints.checkpoint_step(newest) >= step - skipped else None
 
     def _save_and_wait(self) -> Path:
-        """The checkpoint of the last whole step, with the stream as it was before the one that was
-        not.
+        """Saves the last whole step, with the stream as it was before the one that was not, and
+        returns the checkpoint.
         """
-        return self.saver.save_and_wait(self.counters["step"], self._contents)
+        return self.saver.save_and_wait(self.state.counters.step, self._contents)
 
     def _contents(self) -> tuple[dict, str]:
-        """What a checkpoint holds beside the weights, and its card. Raises TrainingStopped when a
-        weight is not finite.
+        """Returns what a checkpoint holds beside the weights, and its card. Raises TrainingStopped
+        when a weight is not finite.
         """
         self._require_finite_weights()
         self._keep_lock()
-        self._saved_position = self.log.position if self.log else 0
-        state = {
-            "counters": dict(self.counters),
-            "losses": dict(self.losses),
-            "conditions": dataclasses.asdict(self.conditions),
-            "stack": self.stack,
-            "muon": self.muon.state_dict(),
-            "aux": self.aux.state_dict(),
-            "clip": self.clip.state_dict(),
-            "clamp": self.clamp.state_dict(),
-            "router_loss": experts.ROUTER_LOSS,
-            "stream": self._stream_state,
-            "random": random_state(),
-            "metrics_position": self._saved_position,
-            "metrics_tail": self.log.tail.decode() if self.log else "",
-        }
-        return state, card.model_card(self.profile, self._card_facts(), self.described)
+        if self.log is not None:
+            self.state.note_metrics(self.log)
+        return self.state.state_dict(), card.model_card(
+            self.profile, self._card_facts(), self.described
+        )
 
     def _card_facts(self) -> card.CardFacts:
-        counts = lineage.Counts(*(self.counters[key] for key in ("step", "tokens", "valid_tokens")))
+        """Returns what the card says of the run."""
+        counters = self.state.counters
         return card.CardFacts(
-            counts=counts,
+            counts=lineage.Counts(counters.step, counters.tokens, counters.valid_tokens),
             init=folder.init_name(self.init),
             runtime=self._described(),
-            **self.losses,
-            conditions=self.conditions,
-            stack=self.stack,
+            **dataclasses.asdict(self.state.losses),
+            conditions=self.state.conditions,
+            stack=self.state.stack,
         )
 
-    def _load_state(self, state: dict) -> None:
-        # Earlier versions kept neither the steps of the last clamp and evaluation, which they had
-        # always done, nor the stack.
-        step = state["counters"]["step"]
-        self.counters |= {"clamped_step": step} | state["counters"]
-        self.losses |= {"held_out_step": step} | state.get("losses", {})
-        self.conditions, self.stack = (
-            ClampConditions.from_state(state["conditions"]),
-            state.get("stack", {}),
-        )
-        distributed.load_optimizer_state(self.muon, state["muon"])
-        distributed.load_optimizer_state(self.aux, state["aux"])
-        self.clip.load_state_dict(state["clip"])
-        experts.warn_of_another_loss(
-            self.profile.model, state.get("router_loss"), self.counters["step"]
-        )
-        self.clamp.load_state_dict(state["clamp"])
-        self.stream.load_state_dict(state["stream"])
-        set_random_state(state["random"])
+    # Rows.
 
     def _record_checkpoint(self, counters: dict, waited_seconds: float) -> None:
+        """Logs a checkpoint that is on the disk, with the `counters` in it."""
         if self.log is not None:
-            self.log.vouched(self._saved_position)
-        self._record(
-            {"kind": "checkpoint", **_progress(counters), "waited_seconds": waited_seconds}
-        )
+            self.log.vouched(self.state.metrics_position)
+        progress = Counters(**counters).progress()
+        self._write({"kind": "checkpoint", **progress, "waited_seconds": waited_seconds})
 
-    def _record(self, row: dict) -> None:
+    def _record(self, kind: str, columns: Mapping) -> None:
+        """Logs `columns` of the present step."""
+        self._write({"kind": kind, **self.state.counters.progress(), **columns})
+
+    def _write(self, row: Mapping) -> None:
+        """Appends `row` to the log and gives it to the callbacks."""
         self._keep_lock()
         if self.log is not None:
             self.log.append(row)
@@ -648,14 +692,18 @@ class _Run:
                 self.log.abandon()
                 self.log = None
             raise TrainingStopped(
-                f"Training has stopped after step {self.counters['step']}, and this process writes"
-                f" no more: its lock was removed, and another process goes on with the run. {busy}"
+                f"Training has stopped after step {self.state.counters.step}, and this process"
+                f" writes no more: its lock was removed, and another process goes on with the run."
+                f" {busy}"
             ) from busy
+
+    def _tell_bounds(self, kind: str, **more: str) -> None:
+        """Tells the callbacks where the run stands at its `start` or `end`; the log has no such
+        rows.
+        """
+        step, max_steps = self.state.counters.step, self.profile.schedule.max_steps
+        self._tell({"kind": kind, "step": step, "max_steps": max_steps, **more})
 
     def _tell(self, row: Mapping) -> None:
         if self.world.is_first:
             tell(self.callbacks, row)
-
-
-def _progress(counters: Mapping) -> dict:
-    return {key: counters[key] for key in ("step", "tokens", "seconds")}

@@ -1,14 +1,12 @@
-"""What a run continues from: its newest sound checkpoint, the state of the random generators, the
-starting model.
+"""What a run continues from: its newest sound checkpoint, or the model it starts with.
 
-Weights and gradients that are not finite are found here by name, before a checkpoint is kept or
-when a step cannot be used.
+Two functions name a weight or a gradient that is not finite: `first_bad_weight` before a checkpoint
+is kept, `why_not_finite` when a step cannot be used.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import socket
 import time
 import warnings
@@ -16,7 +14,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,22 +29,24 @@ from kl3m_nb.runs import checkpoints, folder
 from kl3m_nb.runs.folder import RunLock
 from kl3m_nb.runs.metrics import FILE_NAME, read_metrics
 
-SEEN_SECONDS = 60  # so long a network file system may show one machine what another has written
+# A file that one machine wrote may show late on another. By default NFS caches attributes for up
+# to 60 s (acregmax and acdirmax in nfs(5)).
+SEEN_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands when `train` returns. `held_out_loss` is in nats per token, on the fixed
-    held-out windows.
+    """Where a run stands when `train` returns.
+
+    `held_out_loss` is in nats per token, on the fixed held-out windows. `seconds` were spent in
+    training steps and clamps over the whole run; evaluations and checkpoints are not counted.
     """
 
     run_dir: Path
     checkpoint: Path
     step: int
     held_out_loss: float
-    seconds: (
-        float  # spent in training steps over the whole run, evaluations and checkpoints not counted
-    )
+    seconds: float
 
 
 def check_start(profile: Profile, run_dir: Path, init: str | Path | None) -> None:
@@ -74,10 +73,11 @@ def check_start(profile: Profile, run_dir: Path, init: str | Path | None) -> Non
 def find_checkpoint(
     run_dir: Path, profile: Profile, init: str | Path | None, resume: str, lock: RunLock
 ) -> Path | None:
-    """The checkpoint to go on from. A folder with work to do is locked; damaged checkpoints are set
-    aside.
+    """Returns the checkpoint to go on from; None when the run begins.
 
-    Warns of a run that is to end before its warmup.
+    Locks a run folder that exists, unless the run is complete, and sets damaged checkpoints aside
+    with a warning. Warns when the run will end before its warmup does. Raises ValueError when the
+    folder belongs to another run, has lost its checkpoints or holds no sound one.
     """
     folder.check_run_folder(run_dir, profile, init)
     newest, identity = checkpoints.latest_checkpoint(run_dir), folder.run_identity(run_dir)
@@ -101,8 +101,9 @@ def find_checkpoint(
         return newest
     if remark := warmup_remark(profile.schedule):
         warnings.warn(remark, stacklevel=2)
+    # A new folder is made and locked later, once the pieces are known to fit.
     if not run_dir.exists():
-        return None  # made, and locked, once the pieces are known to fit
+        return None
     lock.acquire()
     checkpoints.remove_leftovers(run_dir)
     checkpoint, flaws = checkpoints.newest_sound_checkpoint(run_dir, identity)
@@ -120,10 +121,10 @@ def find_checkpoint(
 
 
 def check_shared(file: Path) -> None:
-    """Raises ValueError, on all ranks, when one does not see rank 0's `file` of the run folder as
-    it is.
+    """Raises ValueError on all ranks when one of them does not see `file` as rank 0 does.
 
-    From another machine's disk it could not go on with the run, today or after the next stop.
+    `file` lies in the run folder. A rank that sees another disk could not go on with the run, now
+    or after the next stop.
     """
     content = distributed.on_first_rank(lambda: (file, file.read_bytes()))
     deadline = time.monotonic() + SEEN_SECONDS
@@ -138,6 +139,7 @@ def check_shared(file: Path) -> None:
 
 
 def _reads(file: Path, content: bytes) -> bool:
+    """Returns whether `file` can be read here and holds `content`."""
     try:
         return file.read_bytes() == content
     except OSError:
@@ -147,10 +149,11 @@ def _reads(file: Path, content: bytes) -> bool:
 def starting_model(
     start: str | Path | None, profile: Profile, tokenizer: PreTrainedTokenizerBase, attention: str
 ) -> PreTrainedModel:
-    """The model of the checkpoint `start`, or one with random weights when None, with the special
-    ids of `tokenizer`.
+    """Returns the model of the checkpoint `start`, with the special ids of `tokenizer`. Without a
+    `start` its weights are random.
 
-    Raises ValueError where `profile` asks for another, or the tokenizer names no end-of-text token.
+    Raises ValueError when `profile` describes another model, or the tokenizer names no end-of-text
+    token.
     """
     if start is None:
         model = decoder.build_model(profile, attention=attention, special=special_ids(tokenizer))
@@ -168,6 +171,7 @@ def starting_model(
 
 
 def _checksum(model: PreTrainedModel) -> int:
+    """Returns the CRC-32 of all weights, in their order."""
     checksum = 0
     for parameter in model.parameters():
         checksum = zlib.crc32(parameter.detach().flatten().view(torch.uint8).numpy(), checksum)
@@ -175,8 +179,8 @@ def _checksum(model: PreTrainedModel) -> int:
 
 
 def is_complete(run_dir: Path, checkpoint: Path, profile: Profile) -> bool:
-    """Whether nothing of the run is left to do; an error may have kept it from its
-    last evaluation.
+    """Returns whether nothing of the run is left to do. The last evaluation is still to do when an
+    error came before it.
     """
     step, evaluated = checkpoints.checkpoint_step(checkpoint), read_metrics(run_dir, "held_out")
     return step >= profile.schedule.max_steps and (
@@ -185,7 +189,7 @@ def is_complete(run_dir: Path, checkpoint: Path, profile: Profile) -> bool:
 
 
 def finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:
-    """The result of a run that is complete with `checkpoint`, from what it logged."""
+    """Returns the result of a complete run from its log; `checkpoint` is its last."""
     rows = read_metrics(run_dir, "held_out")
     loss, seconds = (
         (rows.held_out_loss.iloc[-1], rows.seconds.iloc[-1])
@@ -198,10 +202,11 @@ def finished_result(run_dir: Path, checkpoint: Path) -> TrainResult:
 
 
 def first_bad_weight(model: nn.Module) -> str | None:
-    """The name of the first weight that is not finite on any rank, the same on all; None when every
-    weight is.
+    """Returns the name of the first weight that is not finite on any rank, the same on all ranks;
+    None when every weight is finite.
 
-    Then it costs one reduction over the model and one number read back from the device.
+    A model that is finite costs one reduction over its weights and one number read back from the
+    device.
     """
     norm = global_norm([distributed.local(parameter.detach()) for parameter in model.parameters()])
     if not any(distributed.sum_over_ranks([not torch.isfinite(norm)])):
@@ -211,8 +216,8 @@ def first_bad_weight(model: nn.Module) -> str | None:
 
 
 def why_not_finite(model: nn.Module) -> str:
-    """Where a step went wrong, in words: the first gradient that is not finite, else the loss. All
-    ranks have to call.
+    """Says where a step went wrong: in the first gradient that is not finite, else in the loss. All
+    ranks must call it.
     """
     bad = _first(
         {
@@ -225,6 +230,7 @@ def why_not_finite(model: nn.Module) -> str:
 
 
 def _first(tensors: dict[str, torch.Tensor]) -> str | None:
+    """Returns the first name whose tensor is not finite."""
     return next(
         (
             name
@@ -233,26 +239,3 @@ def _first(tensors: dict[str, torch.Tensor]) -> str | None:
         ),
         None,
     )
-
-
-def random_state() -> dict:
-    """Of Python, numpy, torch and this process's GPU: numbers, lists and tensors."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    version, words, gauss = random.getstate()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, keys.tolist(), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict) -> None:
-    """Inverse of `random_state`; a GPU's part is passed over on a machine without one."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state(state["cuda"][0])

@@ -1,9 +1,9 @@
 """Training in processes of its own, under torchrun: for several GPUs, and for a run that outlives
 the notebook that started it.
 
-The processes belong to no kernel. `train_with_torchrun` only follows their metrics.jsonl: when the
-kernel or the notebook server goes, the run goes on, and the same call finds it again: torchrun and
-its processes inherit a lock on the log they write to.
+The processes belong to no kernel. `train_with_torchrun` only follows their metrics.jsonl. The run
+goes on when the kernel or the notebook server ends, and the same call finds it again: torchrun and
+its processes inherit a lock on the log that they write to.
 """
 
 from __future__ import annotations
@@ -36,17 +36,15 @@ from kl3m_nb.training.resume import TrainResult
 
 LOG_FILE, JOB_FILE = "torchrun.log", "torchrun.json"
 
-
+# Our choice: new rows are looked for twice a second, which costs one `stat` each time.
 POLL_SECONDS = 0.5
 
-
-_SIGNALS = ",".join(
-    number.name for number in STOP_SIGNALS
-)  # torchrun passes them on to its processes
-
-
-# what the processes get to save and end; torchrun's own 30 are too few for a large model
+# Our choice: the processes have so long to save and end. torchrun's default, 30, is too short for a
+# large model.
 SAVE_SECONDS = "300"
+
+# torchrun passes these on to its processes.
+_SIGNALS = ",".join(number.name for number in STOP_SIGNALS)
 
 
 def train_with_torchrun(
@@ -57,13 +55,13 @@ def train_with_torchrun(
     callbacks: Iterable[Callback] = (),
     max_restarts: int = 3,
 ) -> TrainResult:
-    """`training.train` in `processes` processes of this machine, started by torchrun; follows a run
-    that is under way already.
+    """Runs `training.train` in `processes` processes of this machine, which torchrun starts. A run
+    that is under way already is followed.
 
     Callbacks get the rows of metrics.jsonl as they come. An interrupt is passed on: the run saves
-    and ends. What the processes print is in the run's torchrun.log. When one dies, all are ended
-    and started again up to `max_restarts` times. Raises ValueError for input that does not fit,
-    TrainingStopped with the last words of the log when the job has failed.
+    and ends. The processes print to torchrun.log in the run folder. When one process dies, all are
+    ended and started again, up to `max_restarts` times. Raises ValueError for input that does not
+    fit, TrainingStopped with the reason from torchrun.log when the job has failed.
     """
     run_dir, init = paths.resolve(run_dir), paths.checkpoint_place(init).name if init else None
     check_processes(profile, processes)
@@ -72,10 +70,13 @@ def train_with_torchrun(
     callbacks = list(callbacks)
     max_steps = profile.schedule.max_steps
     runtime = f"torchrun, {processes} process{'es' * (processes > 1)}"
-    logged = read_metrics(run_dir, "train")  # these rows come at once, at no pace to go by
+    # The rows logged before come at once, so a progress bar must not take its pace from them.
+    logged = read_metrics(run_dir, "train")
     first_step = int(logged["step"].iloc[-1]) if len(logged) else 0
     start = {"step": first_step, "max_steps": max_steps, "run": run_dir.name, "runtime": runtime}
     tell(callbacks, {"kind": "start", **start})
+
+    # Start the job, unless one is under way, and follow it.
     if not is_running(run_dir):
         folder.write_run_file(run_dir, profile, init, runtime)
         _start(run_dir, processes, max_restarts)
@@ -94,16 +95,18 @@ def train_with_torchrun(
         ) from None
     finally:
         tell(callbacks, {"kind": "end", "step": step, "max_steps": max_steps})
+
+    # See how it has ended.
     newest = latest_checkpoint(run_dir)
     if newest is None or checkpoint_step(newest) < max_steps:
         raise TrainingStopped(
             f"The processes of {run_dir} have ended before the last step: {_last_words(run_dir)}"
         )
-    return train(profile, run_dir, init)  # complete: says where it stands
+    return train(profile, run_dir, init)  # the run is complete: this reads its result
 
 
 def check_processes(profile: Profile, processes: int) -> None:
-    """Raises ValueError when this machine cannot train `profile` in so many processes."""
+    """Raises ValueError when this machine cannot train `profile` in `processes` processes."""
     if processes < 1:
         raise ValueError(f"processes is {processes}; at least 1 is needed.")
     if torch.cuda.is_available() and processes > torch.cuda.device_count():
@@ -115,7 +118,7 @@ def check_processes(profile: Profile, processes: int) -> None:
 
 
 def is_running(run_dir: Path) -> bool:
-    """Whether torchrun, or a process it has started, is at work in `run_dir`."""
+    """Returns whether torchrun, or a process that it started, is at work in `run_dir`."""
     try:
         with open(run_dir / LOG_FILE, "rb") as log:
             fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -127,6 +130,8 @@ def is_running(run_dir: Path) -> bool:
 
 
 def _start(run_dir: Path, processes: int, max_restarts: int) -> None:
+    """Starts torchrun in a session of its own, unless another process has just done so."""
+    # The command, with this package on the path of the processes.
     command = [
         sys.executable,
         "-m",
@@ -147,11 +152,13 @@ def _start(run_dir: Path, processes: int, max_restarts: int) -> None:
         **os.environ,
         "PYTHONPATH": python_path,
     }
+
+    # The job inherits the lock on the log: the lock is held as long as one of its processes lives.
     with open(open_plain(run_dir / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
         try:
             folder.lock_exclusively(log.fileno())
         except BlockingIOError:
-            return  # somebody else has started it at this moment; it is followed
+            return  # another process has just started the job; the caller follows it
         (run_dir / JOB_FILE).unlink(missing_ok=True)
         job = subprocess.Popen(
             command,
@@ -162,17 +169,19 @@ def _start(run_dir: Path, processes: int, max_restarts: int) -> None:
             cwd=run_dir,
             start_new_session=True,
         )
+
+    # The number of the process, for `_stop`, also from another kernel.
     replace_text(
         run_dir / JOB_FILE, json.dumps({"pid": job.pid, "host": socket.gethostname()}) + "\n"
     )
-    threading.Thread(target=job.wait, daemon=True).start()  # or it stays a zombie
+    threading.Thread(target=job.wait, daemon=True).start()  # else it stays a zombie
 
 
 def _rows(run_dir: Path) -> Iterator[dict]:
-    """The rows of metrics.jsonl as they are written, until the job has ended.
+    """Yields the rows of metrics.jsonl as they are written, until the job has ended.
 
-    A restart cuts the file back to the last checkpoint: some rows then come twice or are missed,
-    and a line may come in pieces.
+    A restart cuts the file back to the last checkpoint; some rows then come twice or are missed. A
+    line may come in pieces.
     """
     position, rest = 0, b""
     while True:
@@ -196,7 +205,10 @@ def _rows(run_dir: Path) -> Iterator[dict]:
 
 
 def _stop(run_dir: Path) -> None:
-    """Asks torchrun to have the processes save and end, and waits for that."""
+    """Asks torchrun to let the processes save and end, and waits until they have. Raises ValueError
+    when its process cannot be found.
+    """
+    # Which process, and whether it is one of this machine.
     try:
         job = read_json(run_dir / JOB_FILE, "stop torchrun by hand")
     except FileNotFoundError:
@@ -204,17 +216,18 @@ def _stop(run_dir: Path) -> None:
             f"Nobody noted the number of the torchrun process that trains in {run_dir}; stop it by"
             " hand."
         ) from None
-    if (
-        not isinstance(job.get("pid"), int) or job["pid"] < 2
-    ):  # the system gives these a meaning of their own
+    # os.kill takes 0 and below for groups of processes; 1 is init.
+    if not isinstance(job.get("pid"), int) or job["pid"] < 2:
         raise ValueError(
-            f"{run_dir / JOB_FILE} tells no process; stop the one that trains in {run_dir} by hand."
+            f"{run_dir / JOB_FILE} names no process; stop the one that trains in {run_dir} by hand."
         )
     if job.get("host") != socket.gethostname():
         raise ValueError(
             f"{run_dir} is in use by torchrun, process {job['pid']} on {job.get('host')}; stop it"
             " there."
         )
+
+    # Stop it and wait.
     try:
         os.kill(job["pid"], signal.SIGTERM)
     except ProcessLookupError:
@@ -227,8 +240,8 @@ def _stop(run_dir: Path) -> None:
 
 
 def _last_words(run_dir: Path) -> str:
-    """The line of torchrun.log that names the reason, as far as there is one, and where the rest
-    stands.
+    """Returns the line of torchrun.log that names the reason, else its last line, and the place of
+    the file.
     """
     lines = [
         line.strip()

@@ -918,15 +918,15 @@ def _fail(monkeypatch, owner, name: str, step: int, changed_before=None) -> None
     what it changes.
     """
     original, run, failed = getattr(owner, name), [], []
-    began = loop._Run.__init__
+    began = loop.Trainer.__init__
     monkeypatch.setattr(
-        loop._Run,
+        loop.Trainer,
         "__init__",
         lambda self, *arguments: (run.append(self), began(self, *arguments))[1],
     )
 
     def failing(*arguments):
-        if run[-1].counters["step"] != step or failed:
+        if run[-1].state.counters.step != step or failed:
             return original(*arguments)
         failed.append(step)
         if changed_before:
@@ -941,13 +941,13 @@ def _fail(monkeypatch, owner, name: str, step: int, changed_before=None) -> None
     [
         (saver.CheckpointSaver, "is_due", 4),
         (saver.CheckpointSaver, "save", 3),
-        (loop._Run, "_forward_backward", 5),
+        (loop.Trainer, "_forward_backward", 5),
         (loop, "take_share", 4),
         (loop, "lr_factor", 4),
         (loop, "global_norm", 4),
         (metrics.MetricsLog, "append", 4),
         (metrics.MetricsLog, "append", 5),
-        (loop._Run, "_clamp", 4),
+        (loop.Trainer, "_clamp", 4),
         (scoring, "held_out_loss", 3),
         (scoring, "held_out_loss", 6),
         (loop, "tell", 4),

@@ -33,6 +33,7 @@ from kl3m_nb.runs.folder import read_run_profile, request_checkpoint
 from kl3m_nb.runs.metrics import read_metrics
 from kl3m_nb.spectra.subject import find_subject
 from kl3m_nb.training import loop
+from kl3m_nb.training.state import TrainingState
 from tests.conftest import at_step, small_profile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -638,19 +639,17 @@ def test_an_idle_expert_is_warned_of_once_for_its_layer(tmp_path, monkeypatch):
 def test_a_mixture_trained_with_the_loss_of_an_earlier_version_goes_on_and_says_so_once(
     tmp_path, monkeypatch
 ):
-    profile, contents = (
-        small_profile(experts=4, active_experts=2, router_aux_loss=0.05),
-        loop._Run._contents,
-    )
+    profile = small_profile(experts=4, active_experts=2, router_aux_loss=0.05)
+    state_dict = TrainingState.state_dict
 
     def older(self):
-        state, card = contents(self)
+        state = state_dict(self)
         del state["router_loss"]
         state["clip"] = {"norm_ema": 30.0}
-        return state, card
+        return state
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop._Run, "_contents", older)
+        patch.setattr(TrainingState, "state_dict", older)
         loop.train(profile, tmp_path / "run", callbacks=[_interrupt_at(2)])
     with (
         pytest.warns(UserWarning, match="up to 2 .* pooled all layers"),
