@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from kl3m_nb import cli
-from kl3m_nb.figures import style, training
+from kl3m_nb.figures import style
 from kl3m_nb.growth import stacking
 from kl3m_nb.jupyter import live, runner
 from kl3m_nb.profiles import source_profile
@@ -42,8 +42,7 @@ def quiet(tmp_path, monkeypatch):
     """An empty `runs/`, no live view, and figures that are drawn and not saved."""
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path / "runs"))
     monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
-    for module in (training, style):
-        monkeypatch.setattr(module, "save_figure", lambda *_: None)
+    monkeypatch.setattr(style, "save_figure", lambda *_: None)
 
 
 def _stack(source: Path, order: str = "cyclic", noise: float = 0.0) -> Path:
@@ -69,7 +68,7 @@ def test_a_named_source_is_judged_on_its_own_text_with_its_own_tokenizer(short):
         match=f"trained with another tokenizer than this run names; use tokenizer = {short}",
     ):
         execute_notebook(
-            "01_stacking", {"source": str(short), "tokenizer": "corpus", "run": "other"}
+            "01_stacking", {"source": str(short), "tokenizer": "corpus", "run": "other", **WINDOWS}
         )
     assert not (registry.run_path("tiny", "stack", "other") / "checkpoint").exists()
 
