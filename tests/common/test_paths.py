@@ -83,7 +83,7 @@ class TestEachSpelling:
         assert registry.trained_on(name) == registry.trained_on(place) is not None
         asked = []
         monkeypatch.setattr(
-            generation, "pipeline", lambda task, model: asked.append(model) or _stop()
+            generation, "pipeline", lambda task, model, tokenizer: asked.append(model) or _stop()
         )
         with pytest.raises(Enough):
             generation.run_card(name, "kl3m-007-500m", 0)
@@ -112,7 +112,8 @@ class TestEachSpelling:
         monkeypatch.setattr(generation, "check_room", lambda *_: None)
         monkeypatch.setattr(*last, _stop)
         with pytest.raises(Enough):
-            execute_notebook(notebook, {parameter: name, "run": "judged"})
+            windows = {"seq_len": 64} if notebook == "01_stacking" else {}
+            execute_notebook(notebook, {parameter: name, "run": "judged", **windows})
 
 
 def _stop(*_, **__):
