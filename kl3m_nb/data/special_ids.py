@@ -67,7 +67,7 @@ def check_tokenizer(data: DataSpec, vocabulary: int) -> None:
     One that would first be trained or downloaded is left to `load_tokenizer`.
     """
     name = data.tokenizer
-    if name in CORPUS_NAMES or (paths.is_hub_id(name) and not paths.find(name).is_dir()):
+    if name in CORPUS_NAMES or paths.checkpoint_place(name).kind == "hub":
         return
     tokenizer = load_tokenizer(name, data.source, vocabulary)
     end_id(tokenizer)

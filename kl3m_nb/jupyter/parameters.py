@@ -122,12 +122,12 @@ def check_notebook(name: str, namespace: Mapping[str, object]) -> None:
         if source.startswith(_INJECTED):
             injected = assigned_names(source)
     require_known(injected, declared, name)
-    for key in declared.keys() & namespace.keys():
-        found = type(namespace[key]).__name__, declared[key]
-        if found[0] != found[1] and found not in (("int", "float"), ("str", "list")):
+    for key in filter(namespace.__contains__, declared):
+        value, kind = namespace[key], declared[key]
+        found = type(value).__name__
+        if found != kind and (found, kind) not in (("int", "float"), ("str", "list")):
             raise ValueError(
-                f"The parameter {key!r} of {name} is of type {declared[key]};"
-                f" {namespace[key]!r} is not."
+                f"The parameter {key!r} of {name} is of type {kind}; {value!r} is not."
             )
 
 

@@ -6,7 +6,6 @@ is kept, `why_not_finite` when a step cannot be used.
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 import warnings
@@ -56,12 +55,13 @@ def check_start(profile: Profile, run_dir: Path, init: str | Path | None) -> Non
     A run that has begun needs neither its start nor the named tokenizer any more. Raises ValueError
     or FileNotFoundError.
     """
-    init = paths.located(init) if init else None
+    place = paths.checkpoint_place(init) if init else None
+    init = place.name if place else None
     folder.check_run_folder(run_dir, profile, init)
     corpus.check_source(profile.data.source)
     if (run_dir / folder.RUN_FILE).exists():
         return
-    if init and not os.path.exists(paths.find(init)) and not paths.is_hub_id(init):
+    if place and place.kind == "nothing":
         raise ValueError(
             f"There is no checkpoint {init} to begin with; make or name one, or begin with random"
             " weights (init random)."
