@@ -148,7 +148,7 @@ def _entry(notebook: Path, page: Path, status: dict, report_dir: Path) -> IndexE
 def _fingerprint(notebook: Path) -> str:
     """Changes with the notebook or any module of the package."""
     digest = hashlib.sha256(notebook.read_bytes())
-    for module in sorted(Path(__file__).parent.glob("*.py")):
+    for module in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(module.read_bytes())
     return digest.hexdigest()
 
