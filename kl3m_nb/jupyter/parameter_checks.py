@@ -34,16 +34,17 @@ from kl3m_nb.runs import checkpoints, registry
 from kl3m_nb.runs.folder import RUN_FILE, check_run_folder
 from kl3m_nb.spectra.matrices import find_matrices
 from kl3m_nb.spectra.singular_values import spectrum_key
+from kl3m_nb.spectra.subject import find_subject
 from kl3m_nb.training import torchrun
 
 _RANGES = {  # what is accepted, in words: the test, and the parameters
     "a whole number, at least 1": (
         lambda value: isinstance(value, int) and value >= 1,
-        "document_count prompt_count",
+        "document_count prompt_count top_k",
     ),
     "a whole number, at least 0": (
         lambda value: isinstance(value, int) and value >= 0,
-        "windows processes scratch_steps",
+        "windows processes scratch_steps source_layers",
     ),
     "at least 0 and finite": (
         lambda value: isinstance(value, (int, float)) and 0 <= value < math.inf,
@@ -258,21 +259,27 @@ def _place(checkpoint: str | Path) -> Path | None:
 
 
 def _check_role(values: Mapping[str, object]) -> None:
-    """Refuses a role that the trained model does not have, or one that no model has where it is not
-    on this disk yet.
+    """Refuses a trained model that cannot be analysed or compared as asked, a role that it does not
+    have, or one that no model has where it is not on this disk yet.
     """
     role, known = values["role"], BLOCK_ROLES
     trained = values["trained"] or registry.stage_checkpoint(values["profile"], "grown")
-    if trained and (place := _place(trained)):
-        matrices = [matrix for matrix in find_matrices(place) if matrix.layer != HEAD_LAYER]
+    if trained and _place(trained):
+        against = values["stack"] or values["source"]
+        if against and not _place(against):
+            against = ""  # what a hub id names is found out by the work
+        subject = find_subject(trained, against, values["source_layers"])
+        matrices = find_matrices(subject.checkpoint)
         known = tuple(
             dict.fromkeys(
-                spectrum_key(matrix.layer, matrix.role, matrix.expert)[1] for matrix in matrices
+                spectrum_key(matrix.layer, matrix.role, matrix.expert)[1]
+                for matrix in matrices
+                if matrix.layer != HEAD_LAYER
             )
         )
     elif role.endswith("]"):  # of an expert
         role = role.partition("[")[0]
-    if role not in known:
+    if role and role not in known:
         raise ValueError(f"There is no role {values['role']!r}; choose one of {', '.join(known)}.")
 
 

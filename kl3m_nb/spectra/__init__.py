@@ -15,6 +15,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "describe_inheritance",
             "describe_model",
             "ill_matrices",
+            "mark_ill",
+            "most_diverged",
         ],
         "history": ["clamp_history", "over_checkpoints"],
         "singular_values": [
@@ -24,6 +26,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "spectrum_key",
             "spectrum_of",
         ],
-        "subject": ["find_grown"],
+        "subject": ["find_subject"],
     },
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from kl3m_nb.figures import style, training
+from kl3m_nb import figures
 from kl3m_nb.jupyter import live
 from kl3m_nb.runs.metrics import read_metrics
 from tests.conftest import execute_notebook
@@ -20,12 +20,11 @@ def quiet(tmp_path, monkeypatch):
     """An empty `runs/`, no live view, and figures that are drawn and not saved."""
     monkeypatch.setenv("KL3M_NB_RUNS", str(tmp_path))
     monkeypatch.setattr(live, "LiveView", lambda run_dir: lambda row: None)
-    for module in (training, style):
-        monkeypatch.setattr(
-            module,
-            "save_figure",
-            lambda figure, folder, *_: folder.mkdir(parents=True, exist_ok=True),
-        )
+    monkeypatch.setattr(
+        figures,
+        "save_figure",
+        lambda figure, folder, *_: folder.mkdir(parents=True, exist_ok=True),
+    )
 
 
 def test_a_mixture_is_grown_trained_and_looked_into(quiet):
