@@ -17,14 +17,13 @@ costs, and the time for 120 layers follows without multiplying what it costs to 
 says so. It wants the model in memory and gets it before its time is taken. It is compared with our
 time for the same matrices, without the head, which includes reading the file.
 
-Last the HTML report of the checkpoint is written as a run that clamps would have it, and its tables
-and sentences are compared with what was put in.
+Last the HTML page of the checkpoint is made by the command `spectra`, kernel and all, and its
+tables and sentences are compared with what was put in. Its memory is the kernel's and not measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import logging
 import shutil
@@ -41,13 +40,12 @@ import torch
 from _common import write_table
 from transformers import AutoConfig, LlamaForCausalLM
 
-from kl3m_nb.jupyter import spectral_report
+from kl3m_nb import cli
 from kl3m_nb.model.folder import SPECTRA_FOLDER
-from kl3m_nb.model.roles import HEAD_LAYER
+from kl3m_nb.model.roles import HEAD_LAYER, ROLES
 from kl3m_nb.profiles import get_profile
-from kl3m_nb.spectra import copies, history, singular_values
+from kl3m_nb.spectra import copies, findings, history, singular_values
 from kl3m_nb.spectra.matrices import find_matrices
-from kl3m_nb.spectra.subject import find_subject
 
 PROFILE = get_profile("kl3m-007-500m")
 FEW_PEER_LAYERS = 6
@@ -242,37 +240,36 @@ def report(known: known_spectra.KnownStack, folder: Path) -> Measurement:
     put in.
     """
     forget(known.trained)
-    subject = dataclasses.replace(
-        find_subject(known.trained, str(known.stack)), profile=PROFILE, clamp=PROFILE.clamp
-    )
     top_k = min(16, min(len(values) for values in known.spectra.values()) // 4)
-    measured = Measurement(spectral_report.write_report, subject, folder, top_k=top_k)
-    tables = (
-        pd.read_csv(folder / f"{name}.csv") for name in ("spectra", "divergence", "inheritance")
+    given = [str(known.trained), "--against", str(known.stack), "--top-k", str(top_k)]
+    measured = Measurement(cli.main, ["spectra", *given, "-o", str(folder)])
+    if measured.result:
+        raise ValueError(f"The report ended with exit code {measured.result}.")
+    spectra = pd.read_csv(folder / "spectra.csv")
+    spectra = spectra[spectra["model"] == "trained"]
+    drawn = (
+        pd.read_csv(folder / "figures" / f"{name}.csv") for name in ("divergence", "inheritance")
     )
+    tables = (spectra, *drawn)
     found = deviations(known, *tables)
     write_table("spectra_exactness", found)
     if far := [
         row["quantity"] for row in found if row["largest difference"] > 1e-4 * row["largest put in"]
     ]:
         raise ValueError(f"The report's {', '.join(far)} differ from what was put in.")
+    copies_apart = f"lie {known.divergence['distance'].mean():.1%} of their norm apart"
+    if copies_apart not in (folder / "spectra.html").read_text():
+        raise ValueError(f"The report does not say that copies {copies_apart}.")
     conditions = {key: values[0] / values[-1] for key, values in known.spectra.items()}
-    ceilings = subject.ceilings
+    ceilings = {role: PROFILE.clamp.max_condition(role) for role in ROLES}
     at = {
         layer
         for (layer, role), value in conditions.items()
         if value >= history.AT_CEILING * ceilings[role]
     } - {HEAD_LAYER}
-    put_in = (
-        f"sits at or above the ceiling in {len(at)} of {subject.layers} layers",
-        (
-            f"Two copies of a block lie {known.divergence['distance'].median():.1%} of their norm"
-            " apart in the median"
-        ),
-    )
-    page = measured.result.read_text()
-    if missing := [sentence for sentence in put_in if sentence not in page]:
-        raise ValueError(f"The report does not say: {missing[0]}.")
+    put_in = f"sits at or above the ceiling in {len(at)} of {PROFILE.model.layers} layers"
+    if not any(put_in in said for said in findings.describe_model(spectra, ceilings)):
+        raise ValueError(f"The findings of a model that is clamped do not say: {put_in}.")
     return measured
 
 

@@ -38,6 +38,7 @@ from kl3m_nb.runs.checkpoints import (
 )
 from kl3m_nb.runs.folder import MICRO_BATCHES, RUN_FILE, read_run_init, read_run_profile
 from kl3m_nb.runs.lineage import carried_counts
+from kl3m_nb.runs.summary import describe_run
 from kl3m_nb.training.loop import TrainingStopped, train
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -240,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_estimate)
 
     command = commands.add_parser(
-        "spectra", help="analyse the matrices of a checkpoint and write an HTML report"
+        "spectra", help="run notebook 03 on a checkpoint and write its page, figures and tables"
     )
     command.add_argument(
         "checkpoint",
@@ -524,25 +525,52 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _spectra(options: argparse.Namespace) -> int:
-    from kl3m_nb.jupyter import spectral_report
+    from kl3m_nb.jupyter.parameters import find_notebook
+    from kl3m_nb.spectra.matrices import local_checkpoint
     from kl3m_nb.spectra.subject import find_subject
 
     subject = find_subject(options.checkpoint, options.against, options.source_layers)
-    folder = options.output or registry.run_path(
-        "", "", f"{subject.name.replace(', ', '-').replace('/', '-')}-spectra"
-    )
-    page = spectral_report.write_report(
-        subject, folder, not options.no_alpha, options.top_k, options.windows
-    )
-    print(f"The report: {page}")
-    return 0
+    if options.windows > 0 and not (subject.profile and subject.copies > 1):
+        raise Refused(
+            "CKA and swapped copies need the held-out windows of a run of a stacked model;"
+            f" {subject.checkpoint} is not in one."
+        )
+    given = {
+        "trained": options.checkpoint,
+        "source_layers": options.source_layers,
+        "role": "",
+        "windows": options.windows,
+        "top_k": options.top_k,
+        "fit_alpha": not options.no_alpha,
+    }
+    if options.against:
+        other = local_checkpoint(options.against)
+        is_stack = subject.start and other.samefile(subject.start)
+        given["stack" if is_stack else "source"] = options.against
+    name = subject.name.replace(", ", "-").replace("/", "-")
+    folder = Path.cwd() / (options.output or registry.run_path("", "", f"{name}-spectra"))
+    notebook = find_notebook("03_spectral_analysis")
+    return _page(notebook, folder / "spectra.ipynb", given | {"folder": str(folder)})
 
 
 def _report(options: argparse.Namespace) -> int:
-    from kl3m_nb.jupyter.run_report import write_run_report
+    run_dir = _run_folder(options.run)
+    describe_run(run_dir)  # refuses what is no run before a kernel starts
+    notebook = Path(__file__).parent / "jupyter" / "templates" / "run_report.ipynb"
+    return _page(notebook, run_dir / "report.ipynb", {"run_folder": str(run_dir)})
 
-    print(f"The report: {write_run_report(_run_folder(options.run))}")
-    return 0
+
+def _page(notebook: Path, output: Path, given: dict) -> int:
+    """Runs a notebook whose HTML page is what was asked for, and says where that is."""
+    from kl3m_nb.jupyter.parameters import check_parameters
+    from kl3m_nb.jupyter.runner import configuration, run_notebook
+
+    checked = check_parameters(notebook, given)
+    configuration(notebook, checked)
+    exit_code = run_notebook(notebook, output, checked)
+    if exit_code == 0:
+        print(f"The report: {output.with_suffix('.html')}")
+    return exit_code
 
 
 def _runs(options: argparse.Namespace) -> int:

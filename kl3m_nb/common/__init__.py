@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "paths": ["find"],
-        "text": ["Sentences"],
+        "text": ["Sentences", "SortableTable"],
         "values": ["check_bounds"],
     },
 )

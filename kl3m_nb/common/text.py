@@ -7,6 +7,10 @@ from __future__ import annotations
 import difflib
 import html
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def table_html(rows: Mapping[str, object]) -> str:
@@ -17,6 +21,25 @@ def table_html(rows: Mapping[str, object]) -> str:
         for name, value in rows.items()
     )
     return f"<table style='max-width:70em'>{body}</table>"
+
+
+class SortableTable:
+    """A frame as a table in a box of its own that scrolls. On an exported page a click on a column
+    sorts by it.
+    """
+
+    def __init__(self, frame: pd.DataFrame):
+        self._frame = frame
+
+    def __repr__(self) -> str:
+        return repr(self._frame)
+
+    def _repr_html_(self) -> str:
+        readable = self._frame.rename(columns=lambda name: str(name).replace("_", " "))
+        table = readable.to_html(
+            classes="sortable", index=False, border=0, na_rep="–", float_format="{:,.6g}".format
+        )
+        return f"<div class='tall' style='max-height:42rem;overflow:auto'>{table}</div>"
 
 
 class Sentences:

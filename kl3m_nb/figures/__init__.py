@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "matrices": ["plot_block_function", "plot_clamp_map", "plot_matrix_page"],
         "spectra": [
+            "MOST_COPIES",
             "plot_condition_heatmap",
             "plot_copies",
             "plot_divergence",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -90,9 +91,21 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return draw_in_style
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame) -> Path:
+@dataclass(frozen=True)
+class SavedFigure:
+    """A figure in the file `path`; as the value of a notebook cell it is shown from there, which
+    saves to draw it again.
+    """
+
+    path: Path
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+
+def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFrame) -> SavedFigure:
     """Writes `name`.png, `name`.pdf and the figure's numbers as `name`.csv into `folder`; returns
-    the path of the PNG.
+    the PNG.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +113,7 @@ def save_figure(figure: Figure, folder: str | Path, name: str, data: pd.DataFram
         figure.savefig(unlinked(folder / f"{name}.png"))
         figure.savefig(unlinked(folder / f"{name}.pdf"), metadata={"CreationDate": None})
     replace_text(folder / f"{name}.csv", data.to_csv(index=False))
-    return folder / f"{name}.png"
+    return SavedFigure(folder / f"{name}.png")
 
 
 def step_axis(axes: Axes) -> None:

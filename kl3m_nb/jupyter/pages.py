@@ -2,8 +2,8 @@
 
 nbconvert renders the cells; the page around them is ours, because nbconvert's own loads scripts
 from CDNs. Images are embedded, and a content security policy makes the browser refuse whatever
-would still be loaded. No page has a script but the one that is passed to `write_page`, which the
-policy names by its hash. Formulas stay as they are written in the markdown.
+would still be loaded. No page has a script but the one that sorts its tables, which the policy
+names by its hash. Formulas stay as they are written in the markdown.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def export_html(notebook_path: Path, html_path: Path) -> None:
     """Write the notebook at `notebook_path`, as it was executed, as one self-contained page.
 
     What the notebook itself would load (a remote image in its markdown, a script in an output) is
-    left out or becomes a link.
+    left out or becomes a link. A table of the class `sortable` is sorted by a click on a column.
     """
     notebook_path, html_path = Path(notebook_path), Path(html_path)
     nb = nbformat.read(notebook_path, as_version=4)
@@ -83,12 +83,9 @@ def export_html(notebook_path: Path, html_path: Path) -> None:
     )
     folder = {"metadata": {"path": str(notebook_path.parent), "name": notebook_path.stem}}
     cells, _ = exporter.from_notebook_node(nb, resources=folder)
-    replace_text(
-        html_path,
-        _page(
-            heading or notebook_path.stem, "notebook", _self_contained(cells, notebook_path.parent)
-        ),
-    )
+    body = _self_contained(cells, notebook_path.parent)
+    script = _SORT if BeautifulSoup(body, "html.parser").select("table.sortable") else ""
+    replace_text(html_path, _page(heading or notebook_path.stem, "notebook", body, script))
 
 
 def write_index(
@@ -123,13 +120,6 @@ def write_index(
     for caption, image in figures:
         parts.append(figure_tag(image, caption))
     replace_text(Path(path), _page(title, "index", "\n".join(parts)))
-
-
-def write_page(path: Path, title: str, body_html: str, script: str = "") -> None:
-    """Write a self-contained page whose body is inserted as it is; `script` is the only one its
-    browser will run.
-    """
-    replace_text(Path(path), _page(title, "page", body_html, script))
 
 
 def figure_tag(image: Path, caption: str) -> str:
@@ -248,4 +238,7 @@ def _page(title: str, kind: str, body: str, script: str = "") -> str:
 """
 
 
-_STYLE = (Path(__file__).parent / "templates" / "page.css").read_text(encoding="utf-8")
+_STYLE, _SORT = (
+    (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
+    for name in ("page.css", "sort.js")
+)

@@ -9,7 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "checkpoints": ["checkpoint_step", "require_checkpoint", "whole_checkpoints"],
-        "folder": ["read_run_profile"],
+        "folder": ["read_run_init", "read_run_profile", "read_run_runtime"],
         "lineage": ["model_step"],
         "metrics": ["read_metrics"],
         "registry": [
@@ -24,5 +24,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "stage_profile",
             "trained_on",
         ],
+        "summary": ["describe_run"],
     },
 )

@@ -15,6 +15,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "describe_inheritance",
             "describe_model",
             "ill_matrices",
+            "mark_ill",
+            "most_diverged",
         ],
         "history": ["clamp_history", "over_checkpoints"],
         "matrices": ["find_matrices"],
@@ -26,6 +28,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "spectrum_key",
             "spectrum_of",
         ],
-        "subject": ["find_grown"],
+        "subject": ["find_subject"],
     },
 )

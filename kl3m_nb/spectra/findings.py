@@ -16,8 +16,15 @@ import pandas as pd
 from kl3m_nb.model.roles import HEAD_LAYER
 from kl3m_nb.profiles import ATTENTION_ROLES, MLP_ROLES
 from kl3m_nb.spectra.history import AT_CEILING, FAR_ABOVE_CEILING
+from kl3m_nb.spectra.singular_values import spectrum_key
 
 GROUPS = {"attention": ATTENTION_ROLES, "MLP": MLP_ROLES}
+
+
+_COLUMNS_TO_READ = (
+    "layer source_layer copy role expert condition sigma_max sigma_min stable_rank effective_rank"
+    " participation_ratio entropy max_over_median mp_edge alpha alpha_D dtype ill"
+).split()
 
 
 _OUTLIER_METRICS = {"condition": "condition", "sigma_max": "σ₁"}
@@ -49,6 +56,32 @@ def ill_matrices(
     found = table.assign(severity=severities, metric=metrics, reason=reasons)
     found = found[found["severity"] > 0].sort_values("severity", ascending=False, kind="stable")
     return found.drop(columns="severity").reset_index(drop=True)
+
+
+def mark_ill(table: pd.DataFrame, ill: pd.DataFrame) -> pd.DataFrame:
+    """The columns of `table` that are worth reading, a row per matrix, with the reason of `ill`
+    (from `ill_matrices`) in a column of that name.
+
+    Of 16-bit weights condition and sigma_min are NaN; without experts there is no such column.
+    """
+    key = ["layer", "role", "expert"]
+    marked = table.merge(ill[[*key, "reason"]].rename(columns={"reason": "ill"}), "left", on=key)
+    marked["ill"] = marked["ill"].fillna("")
+    marked.loc[~marked["condition_reliable"], ["condition", "sigma_min"]] = np.nan
+    unread = set() if (table["expert"] >= 0).any() else {"expert"}
+    return marked[[name for name in _COLUMNS_TO_READ if name in {*marked} - unread]]
+
+
+def most_diverged(divergence: pd.DataFrame) -> tuple[str, int] | None:
+    """(role as in `spectrum_key`, source block) with the largest mean distance of its copies in a
+    table of `copies.copy_divergence`; None where no pair can be compared.
+    """
+    known = divergence.dropna(subset=["distance"])
+    if known.empty:
+        return None
+    means = known.groupby(["source_layer", "role", "expert"])["distance"].mean()
+    block, role, expert = means.idxmax()
+    return spectrum_key(block, role, expert)[1], block
 
 
 def _usual(of_role: pd.DataFrame) -> dict[str, tuple[float, float]]:

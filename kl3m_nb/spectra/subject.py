@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kl3m_nb.common import paths
+from kl3m_nb.common.text import table_html
 from kl3m_nb.model.folder import TRAINED_STEPS, ModelOrCheckpoint, read_stack, stack_source
 from kl3m_nb.model.roles import ROLES
 from kl3m_nb.profiles import ClampSpec, Profile
@@ -41,7 +42,7 @@ class Subject:
     began, or at its own when it is not what the run was begun from. It is empty without a run or a
     start. `run_dir` and `profile` are those of the run it belongs to, if any; `clamp` is the run's,
     the kl3m-007 card's where there is no run. `order` and `noise` are those of the stack; copies
-    and source of one that is not cyclic are not looked for. `name` is what a title calls it.
+    of one that is not cyclic are not looked for. `name` is what a title calls it.
     """
 
     name: str
@@ -90,6 +91,58 @@ class Subject:
     def ceilings(self) -> dict[str, float]:
         """max_condition by role; empty where no run says that these weights were clamped."""
         return self.reference_ceilings if self.profile and self.clamp.clamp_every else {}
+
+    def table(self) -> dict[str, object]:
+        """What is analysed and compared, and whose ceilings are shown."""
+        clamp, layers = self.clamp, self.source_layers
+        if not self.profile:
+            whose = "of the kl3m-007 card, for reference: no run clamped these weights"
+        elif not clamp.clamp_every:
+            whose = "of the run, for reference: its clamp was off"
+        else:
+            whose = f"of the run, every {clamp.clamp_every} steps, floor {clamp.sigma_floor:g}"
+        return {
+            "name": self.name,
+            "checkpoint": self.checkpoint,
+            "compared with": " and ".join(filter(None, (self.start, self.source))) or "nothing",
+            "source blocks": f"{layers}: layer i is copy i // {layers} of block i mod {layers}",
+            "checkpoints at the steps": ", ".join(map(str, self.steps)) or "unknown",
+            "clamp ceilings": (
+                f"attention {clamp.attention_max_condition:,.0f},"
+                f" MLP {clamp.mlp_max_condition:,.0f},"
+                f" LM head {clamp.lm_head_max_condition:,.0f} ({whose})"
+            ),
+        }
+
+    def _repr_html_(self) -> str:
+        return table_html(self.table())
+
+    def left_out(self) -> list[str]:
+        """Say in a sentence each what cannot be compared, and what is missing for it."""
+        sentences = []
+        if self.order != "cyclic":
+            sentences.append(
+                f"It was begun from an {self.order} stack: what compares copies is left out, since"
+                " copies are known by their place in cyclic stacks only."
+            )
+        elif self.copies == 1:
+            sentences.append(
+                "No record says that it is a stack: what compares copies is left out unless"
+                " source_layers says how deep the source is."
+            )
+        if not (self.start or self.source):
+            init = read_run_init(self.run_dir) if self.run_dir else ""
+            begun = f": {init}, which it was begun from, is no folder here" if init else ""
+            sentences.append(
+                f"There is no stack or source to compare it with{begun}; another checkpoint can be"
+                " named."
+            )
+        if not self.run_dir:
+            sentences.append(
+                "It is in no run's folder: clamp events, earlier checkpoints and what needs"
+                " held-out windows are left out."
+            )
+        return sentences
 
 
 def find_subject(checkpoint: str | Path, against: str = "", source_layers: int = 0) -> Subject:
@@ -141,7 +194,7 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
                 f"{checkpoint} was begun from an {order} stack; copies and sources are compared for"
                 " cyclic stacks only."
             )
-        record = {}
+        source_layers = layers
     if not source and (made_of := stack_source(record)):
         source = str(made_of)
     if not source_layers:
@@ -172,18 +225,6 @@ def find_subject(checkpoint: str | Path, against: str = "", source_layers: int =
         order,
         noise,
     )
-
-
-def find_grown(trained: str | Path, stack: str | Path, source_layers: int) -> Subject:
-    """`find_subject` of a model that was trained from `stack`; `source_layers` is what the source
-    had where no record tells.
-
-    Raises ValueError like `find_subject`, but not for a stack that is not cyclic: that has no
-    copies to be compared.
-    """
-    subject = find_subject(trained, str(stack))
-    told = subject.copies > 1 or subject.order != "cyclic"
-    return subject if told else find_subject(trained, str(stack), source_layers)
 
 
 def _run_folder(place: Path) -> Path | None:

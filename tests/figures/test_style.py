@@ -23,7 +23,7 @@ def test_a_figure_is_saved_as_picture_page_and_numbers(tmp_path):
     data = pd.DataFrame(
         {"step": [1, 2, 3], "loss": [1 / 3, 1e-17, np.nan], "role": ["q_proj", "a, b", ""]}
     )
-    path = style.save_figure(a_figure(), tmp_path / "new" / "figures", "loss", data)
+    path = style.save_figure(a_figure(), tmp_path / "new" / "figures", "loss", data).path
     assert path == tmp_path / "new" / "figures" / "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG") and path.with_suffix(
         ".pdf"
@@ -35,7 +35,7 @@ def test_a_figure_is_saved_as_picture_page_and_numbers(tmp_path):
 def test_the_same_figure_gives_the_same_files(tmp_path):
     data = pd.DataFrame({"x": [1]})
     first, second = (
-        style.save_figure(a_figure(), tmp_path / name, "figure", data) for name in "ab"
+        style.save_figure(a_figure(), tmp_path / name, "figure", data).path for name in "ab"
     )
     for suffix in (".png", ".pdf", ".csv"):
         assert first.with_suffix(suffix).read_bytes() == second.with_suffix(suffix).read_bytes()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from html.parser import HTMLParser
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -15,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kl3m_nb.common import paths
-from kl3m_nb.common.text import Sentences, table_html
+from kl3m_nb.common.text import Sentences, SortableTable, table_html
 from kl3m_nb.evaluation.generation import Gallery, Sample, Sampling
 from kl3m_nb.figures.data import tokens_html, window_html
 from kl3m_nb.growth import speedups
@@ -23,9 +24,8 @@ from kl3m_nb.growth.stacking import StackSummary
 from kl3m_nb.jupyter import live, progress, prompt_box
 from kl3m_nb.jupyter.pages import IndexEntry, export_html, write_index
 from kl3m_nb.jupyter.prompt_box import PromptBox
-from kl3m_nb.jupyter.report_page import ReportPage
-from kl3m_nb.jupyter.spectral_report import _sortable
 from kl3m_nb.model.estimate import estimate
+from kl3m_nb.spectra.subject import Subject
 from tests.conftest import small_profile
 
 HOSTILE = (
@@ -126,12 +126,6 @@ def _growth() -> str:
     return comparison._repr_html_()
 
 
-def _spectra() -> str:
-    row = {"layer": 0, "role": "q_proj", "expert": -1}
-    table = pd.DataFrame([row | {"condition": 9.0, "sigma_min": 1.0, "condition_reliable": True}])
-    return _sortable(table, pd.DataFrame([row | {"reason": HOSTILE}]))
-
-
 def _summary() -> str:
     return StackSummary(
         HOSTILE, {HOSTILE: "0"}, HOSTILE, 2, HOSTILE, 0.0, 0, 1, 2, (0, 0), 5
@@ -162,7 +156,10 @@ RENDERERS = {
         lambda: dataclasses.replace(estimate(small_profile()), assumed=HOSTILE)._repr_html_()
     ),
     "DataFrame": lambda: pd.DataFrame({HOSTILE: [HOSTILE]}, index=[HOSTILE])._repr_html_(),
-    "sortable": _spectra,
+    "SortableTable": (
+        lambda: SortableTable(pd.DataFrame({HOSTILE: [HOSTILE], "σ": [1.0]}))._repr_html_()
+    ),
+    "Subject": lambda: Subject(HOSTILE, Path(HOSTILE), 4, 2, start=HOSTILE)._repr_html_(),
 }
 
 
@@ -206,12 +203,8 @@ def test_pages_show_what_others_wrote_as_text(tmp_path):
         tables=[(HOSTILE, table)],
         figures=[(HOSTILE, picture)],
     )
-    page = ReportPage(tmp_path, [HOSTILE])
-    page.heading(HOSTILE)
-    page.write(tmp_path / "report.html", HOSTILE, {HOSTILE: HOSTILE})
-    for name in ("index.html", "report.html"):
-        seen = _Planted((tmp_path / name).read_text())
-        assert not seen.found and "planted()" in seen.text
+    seen = _Planted((tmp_path / "index.html").read_text())
+    assert not seen.found and "planted()" in seen.text
 
 
 def test_the_text_of_an_output_stays_text_in_a_page(tmp_path):

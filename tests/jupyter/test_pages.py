@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from kl3m_nb.jupyter import pages
+from kl3m_nb.common.text import Sentences, SortableTable
 from kl3m_nb.jupyter.pages import IndexEntry, export_html, write_index
 
 PIXEL = base64.b64decode(
@@ -246,15 +246,19 @@ def test_an_index_of_nothing_but_entries_is_a_whole_page(tmp_path):
     assert not page.all("table") and not page.all("figure")
 
 
-def test_a_page_runs_the_one_script_it_was_given_and_no_other(tmp_path):
-    pages.write_page(tmp_path / "page.html", "A <title>", "<p>body</p>", "document.title += '!';")
-    text = (tmp_path / "page.html").read_text()
-    digest = base64.b64encode(hashlib.sha256(b"document.title += '!';").digest()).decode()
-    assert (
-        f"script-src 'sha256-{digest}'" in text
-        and text.count("<script>") == 1
-        and "A &lt;title&gt;" in text
-    )
-    pages.write_page(tmp_path / "page.html", "Title", "<p>body</p>")
-    text = (tmp_path / "page.html").read_text()
-    assert "script" not in text.replace("default-src 'none'", "")
+def test_a_page_runs_the_script_that_sorts_its_tables_and_no_other(tmp_path):
+    for shown, sortable in (
+        (SortableTable(pd.DataFrame({"a": [2.5]})), True),
+        (Sentences("a"), False),
+    ):
+        html = f"{shown._repr_html_()}<script>planted()</script>"
+        output = nbformat.v4.new_output("display_data", {"text/html": html})
+        cell = nbformat.v4.new_code_cell("1", outputs=[output])
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "a.ipynb")
+        export_html(tmp_path / "a.ipynb", tmp_path / "a.html")
+        text = (tmp_path / "a.html").read_text()
+        assert "planted()</script>" not in text and text.count("<script>") == sortable
+        scripts = [part.split("</script>")[0] for part in text.split("<script>")[1:]]
+        digests = [base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in scripts]
+        assert all(f"script-src 'sha256-{digest}'" in text for digest in digests)
+        assert ("script-src" in text) == sortable

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from kl3m_nb import cli
 from kl3m_nb.data import tokenizer
 from kl3m_nb.growth import stacking
-from kl3m_nb.jupyter.run_report import write_run_report
 from kl3m_nb.model import decoder
 from kl3m_nb.runs import checkpoints, export, registry
 from kl3m_nb.runs.folder import LOCK_FILE
@@ -78,7 +77,7 @@ def test_a_report_writes_no_figure_through_a_link(run_dir, tmp_path):
     (run_dir / "figures").mkdir()
     for ending in ("png", "pdf", "csv"):
         os.symlink(outside, run_dir / "figures" / f"training.{ending}")
-    write_run_report(run_dir)
+    assert cli.main(["report", str(run_dir)]) == 0
     assert (
         outside.read_text() == PRECIOUS
         and (run_dir / "figures" / "training.png").stat().st_size > 1000

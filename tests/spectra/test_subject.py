@@ -16,7 +16,7 @@ from kl3m_nb.growth import stacking
 from kl3m_nb.profiles import ModelSpec
 from kl3m_nb.runs import folder
 from kl3m_nb.spectra import matrices
-from kl3m_nb.spectra.subject import find_grown, find_subject
+from kl3m_nb.spectra.subject import find_subject
 from tests.conftest import small_profile
 
 SPEC = ModelSpec(
@@ -159,23 +159,24 @@ def test_a_trained_model_with_the_record_of_its_stack_has_a_source_and_is_no_sta
     assert (find_subject(exported).order, find_subject(exported).copies) == ("random", 1)
 
 
-def test_a_grown_model_is_what_the_record_of_its_stack_says_and_else_what_is_taken_for_it(
+def test_a_trained_model_is_what_the_record_of_its_stack_says_and_else_what_is_given(
     known, tmp_path
 ):
     stack = shutil.copytree(known.stack, tmp_path / "stack")
-    assert find_grown(known.trained, stack, 1).source_layers == 2
     record = json.loads((stack / "stack.json").read_text())
     (stack / "stack.json").write_text(json.dumps(record | {"noise": 0.2}))
-    noisy = find_grown(known.trained, stack, 1)
+    noisy = find_subject(known.trained, str(stack))
     assert (noisy.order, noisy.noise, noisy.copies) == ("cyclic", 0.2, 2)
     for order in stacking.ORDERS[1:]:
         (stack / "stack.json").write_text(json.dumps(record | {"order": order}))
-        other = find_grown(known.trained, stack, 2)
+        other = find_subject(known.trained, str(stack))
         assert (other.order, other.copies, other.start) == (order, 1, str(stack))
+        assert other.source == str(known.source)
     (stack / "stack.json").unlink()
-    assert find_grown(known.trained, stack, 1).copies == 4
+    assert find_subject(known.trained, str(stack)).copies == 1
+    assert find_subject(known.trained, str(stack), 1).copies == 4
     with pytest.raises(ValueError, match="is not made of copies of 3"):
-        find_grown(known.trained, stack, 3)
+        find_subject(known.trained, str(stack), 3)
 
 
 def test_ceilings_are_those_of_a_run_that_clamps(known, trained_run):
@@ -208,6 +209,6 @@ def test_what_does_not_fit_is_refused(known, tmp_path):
     assert (subject.order, subject.copies, subject.source, subject.start) == (
         "interpolated",
         1,
-        "",
+        str(odd.source),
         str(odd.stack),
     )
