@@ -135,7 +135,8 @@ def rank_agreement(
     be judged, and for `by`, which way is better. `tau` is Kendall's tau-b with `by`: 1 for the same
     order, −1 for the opposite one. `by_chance` is the probability that a random order of the models
     has at least this tau: 1/6 for the same order of three. Both are NaN with fewer than two models,
-    for a figure that is missing for one, and for one that is the same for all. Raises ValueError
+    for a figure that is missing for one, and for one that is the same for all. They are NaN for
+    `by` too, which agrees with itself by construction. Raises ValueError
     for a column that is not there.
     """
     if missing := [
@@ -151,7 +152,11 @@ def rank_agreement(
     for name in lower_is_better:
         own, reference = figures[name] * signs[name], figures[by] * signs[by]
         order = own.sort_values(kind="stable").index
-        tau, by_chance = _kendall_tau(own.to_numpy(dtype=float), reference.to_numpy(dtype=float))
+        tau = by_chance = math.nan
+        if name != by:
+            tau, by_chance = _kendall_tau(
+                own.to_numpy(dtype=float), reference.to_numpy(dtype=float)
+            )
         rows.append(
             {
                 "figure": name,

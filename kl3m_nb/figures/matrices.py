@@ -234,6 +234,8 @@ def plot_clamp_map(history: pd.DataFrame) -> Figure:
         step_axis(panel)
         panel.xaxis.set_major_locator(MaxNLocator(2, integer=True))
         panel.set_xlabel("step")
+    # every picture sets the shared axis to its own layers
+    axes[0, 0].set_ylim(blocks["layer"].max() + 0.5, blocks["layer"].min() - 0.5)
     axes[0, 0].yaxis.set_major_locator(MaxNLocator(13, integer=True))
     axes[0, 0].set_ylabel("layer")
     bar = figure.colorbar(image, ax=axes, pad=0.01, label="singular values raised (white: none)")

@@ -438,7 +438,7 @@ def _speedup_text(costs: pd.Series) -> str:
     what = {"tokens": "Tokens", "flops": "Operations"}[costs.name]
     text = (
         f"{what}: speedup {including} with the source's cost\n{excluding} without it; target"
-        f" reached by {costs['reached']}"
+        f" reached by {costs['reached']}\none run of each kind"
     )
     return text.replace("-", "−")
 

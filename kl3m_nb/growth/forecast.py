@@ -192,6 +192,11 @@ def coverage(tested: pd.DataFrame) -> str:
     held = (
         f"{tested['held'].sum():,} of {len(tested):,} forecasts held ({tested['held'].mean():.1%})"
     )
+    if ended.empty:
+        return (
+            f"{held} on evaluations held back; none had an upper end, so each failed only if the"
+            " loss was met earlier than its lower end"
+        )
     return (
         f"{held} on evaluations held back; of the {len(ended):,} with an upper end"
         f" {ended['held'].sum():,}"

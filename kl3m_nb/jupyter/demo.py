@@ -30,7 +30,7 @@ PROFILE = "tiny"
 
 _FIGURES = (
     (
-        "What growing saves: held-out loss against the cost in tokens and in operations.",
+        "Held-out loss against the cost in tokens and in operations, one run of each kind.",
         "growth",
         "growth.png",
     ),

@@ -163,7 +163,8 @@ def describe_model(
             sentences.append(
                 f"The LM head has {condition}an effective rank of {share:.0%} of its shorter side."
             )
-    if since_clamp and (table["condition"] > table["role"].map(ceilings)).any():
+    limits = table["role"].map(ceilings).where(lambda limit: limit > 0)  # 0 is no ceiling
+    if since_clamp and (table["condition"] > limits)[table["condition_reliable"]].any():
         sentences.append(
             f"{since_clamp:,} step{'s' * (since_clamp > 1)} without a clamp lie behind it; what has"
             " drifted above its ceiling is put back by the next."
@@ -249,6 +250,8 @@ def describe_divergence(divergence: pd.DataFrame) -> list[str]:
     )
     if "movement_cosine" in known and known["movement_cosine"].notna().any():
         cosine, chance = known["movement_cosine"].mean(), 3 * known["chance_cosine"].mean()
+        low, high = known["movement_cosine"].min(), known["movement_cosine"].max()
+        beyond = known["movement_cosine"].abs() > 3 * known["chance_cosine"]
         kind = (
             "much the same way"
             if cosine > 0.5
@@ -258,9 +261,13 @@ def describe_divergence(divergence: pd.DataFrame) -> list[str]:
         )
         if cosine < -chance:
             kind = "opposite ways" if cosine < -0.5 else "partly opposite ways"
+        # A mean near 0 is also that of pairs that moved together and pairs that moved apart.
+        if abs(cosine) <= chance and beyond.mean() > 0.05:
+            kind = "no common way"
         sentences.append(
-            f"They moved {kind}: the cosine between their movements is {cosine:.2g} on average"
-            f" (independent ones: within ±{chance:.1g})."
+            f"They moved {kind} on average: the mean cosine between their movements is"
+            f" {cosine:.2g}, from {low:.2g} to {high:.2g} over the pairs; {beyond.mean():.0%} of"
+            f" the pairs lie beyond what independent movements have (±{chance:.1g})."
         )
     sides = {"leading": known["top_overlap"].dropna(), "trailing": known["bottom_overlap"].dropna()}
     told = [
@@ -298,8 +305,8 @@ def describe_inheritance(inherited: pd.DataFrame) -> list[str]:
         return [
             *sentences,
             (
-                "Every spectrum is exactly its source's, as it is right after stacking by"
-                " construction."
+                "Every spectrum is its source's within 1e-9, as it is by construction until a"
+                " stack is trained."
             ),
         ]
     most = known.loc[known["rmse"].idxmax()]
@@ -353,8 +360,10 @@ def describe_function(similarity: pd.DataFrame, swaps: pd.DataFrame) -> list[str
         return [*sentences, "The held-out loss is not finite, so swapping copies tells nothing."]
     most = known.loc[known["change"].abs().idxmax()]
     effective = known["effective"].iloc[0]
+    excluded = ((known["low"] > 0) | (known["high"] < 0)).sum()
     rest = (
-        f"The intervals rest on {effective:.1f} document families in effect."
+        f"The 95% interval excludes 0 in {excluded:,} of {len(known):,} pairs; by chance about one"
+        f" in 20 would. The intervals rest on {effective:.1f} document families in effect."
         if effective > 1
         else "One family: no intervals."
     )

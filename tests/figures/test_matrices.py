@@ -137,6 +137,10 @@ def test_the_clamp_map_has_a_cell_a_layer_and_event():
     assert panels["o_proj"].images[0].get_array().mask.all() and "7,140 raised" in panels[
         "q_proj"
     ].get_title(loc="left")
+    # the last role drawn does not cut the layers that it lacks from the axis all share
+    history = clamp_history()
+    shorter = history[(history.role != "down_proj") | (history.layer < 9)]
+    assert matrices.plot_clamp_map(shorter).axes[0].get_ylim() == (119.5, -0.5)
     with pytest.raises(ValueError, match="no clamp events"):
         matrices.plot_clamp_map(pd.DataFrame())
 

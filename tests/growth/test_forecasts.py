@@ -239,3 +239,11 @@ def test_intervals_hold_real_runs_that_the_width_was_not_taken_from(monkeypatch)
     grown = table.loc[table["kind"] == "grown", "held"]
     assert coverage(table) in CALIBRATED
     assert f"({grown.sum():,} of {len(grown):,} held)" in CALIBRATED
+
+
+def test_forecasts_without_an_upper_end_are_said_to_be_half_a_test():
+    """They fail only where the loss was met too early, so their share that held is no coverage."""
+    open_ended = pd.DataFrame({"status": ["not before"] * 4, "held": [True] * 3 + [False]})
+    closed = open_ended.assign(status=["forecast"] + ["not before"] * 3)
+    assert "none had an upper end" in coverage(open_ended)
+    assert "none had" not in coverage(closed) and "of the 1 with an upper end 1" in coverage(closed)

@@ -191,6 +191,13 @@ def test_between_two_clamps_a_matrix_above_its_ceiling_is_not_ill():
     )
 
 
+def test_what_has_no_ceiling_or_no_reliable_condition_has_not_drifted_above_one():
+    free = {**CEILINGS, "o_proj": 0.0}
+    table = model_table(12, 3)
+    table.loc[at(table, 3, "q_proj"), ["condition", "condition_reliable"]] = [4500.0, False]
+    assert "drifted above" not in " ".join(findings.describe_model(table, free, since_clamp=39))
+
+
 def divergence(distance, cosine, overlap=(0.75, 0.25)) -> pd.DataFrame:
     return pd.DataFrame(
         {
@@ -210,8 +217,10 @@ def test_divergence_is_told_in_percent_of_the_norm():
     assert "15.0% of their norm apart" in text
     assert "those of q_proj lie furthest apart (20.0%), those of up_proj least (10.0%)" in text
     assert (
-        "independent ways: the cosine between their movements is 0.005 on average (independent"
-        " ones: within ±0.006)" in text
+        "independent ways" in text
+        and "is 0.005, from 0.005 to 0.005" in text
+        and "0% of the pairs" in text
+        and "±0.006" in text
     )
     assert (
         "Their leading directions overlap by 0.75 and their trailing directions overlap by 0.25"
@@ -238,6 +247,14 @@ def test_divergence_is_told_in_percent_of_the_norm():
 )
 def test_the_direction_of_movement_in_words(cosine, words):
     assert words in " ".join(findings.describe_divergence(divergence([0.2] * 6, cosine)))
+
+
+def test_pairs_that_cancel_in_the_mean_are_not_called_independent():
+    cancelling = " ".join(findings.describe_divergence(divergence([0.2] * 6, [0.9, -0.9] * 3)))
+    assert "independent ways" not in cancelling and "100% of the pairs" in cancelling
+    assert "-0.9 to 0.9" in cancelling
+    independent = " ".join(findings.describe_divergence(divergence([0.2] * 6, [1e-3, -1e-3] * 3)))
+    assert "independent ways" in independent and "0% of the pairs" in independent
 
 
 @pytest.mark.parametrize("along", ["source_layer", "step"])
@@ -322,7 +339,9 @@ def test_inheritance_and_function_name_the_extremes():
     )
     [unknown] = findings.describe_inheritance(inherited.assign(rmse=np.nan))
     assert unknown.startswith("3 of 3 matrices")
-    assert "exactly its source's" in findings.describe_inheritance(inherited.assign(rmse=0.0))[0]
+    assert (
+        "its source's within 1e-9" in findings.describe_inheritance(inherited.assign(rmse=0.0))[0]
+    )
     swaps = pd.DataFrame(
         {
             "source_layer": [0, 1],
@@ -330,6 +349,8 @@ def test_inheritance_and_function_name_the_extremes():
             "copy_b": [1, 3],
             "loss": 4.0,
             "change": [0.1, 0.5],
+            "low": [-0.1, 0.3],
+            "high": [0.3, 0.7],
             "effective": 3.0,
         }
     )
@@ -338,7 +359,10 @@ def test_inheritance_and_function_name_the_extremes():
     assert (
         "CKA of 0.60" in text
         and "the largest change is +0.500 (source block 1, copies 0 and 3)" in text
+        and "excludes 0 in 1 of 2 pairs" in text
     )
+    unresolved = " ".join(findings.describe_function(alike, swaps.assign(low=-1.0)))
+    assert "excludes 0 in 0 of 2 pairs" in unresolved
     text = " ".join(findings.describe_function(alike, swaps.assign(change=[-0.3, -0.1])))
     assert (
         "by -0.200 nats in the median; the largest change is -0.300 (source block 0, copies 0"
