@@ -66,7 +66,9 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
     }
     parameters = {}
     for statement in statements:
-        parameter = _parameter(statement, comments.get(statement.end_lineno, ""))
+        parameter = _parameter(
+            statement, comments.get(statement.end_lineno or statement.lineno, "")
+        )
         if parameter is None:
             raise ValueError(
                 f"Line {statement.lineno} of the parameters cell of {notebook},"
@@ -84,11 +86,12 @@ def assigned_kinds(notebook: Path) -> dict[str, str]:
     For what is typed in JupyterLab: a line that was saved there may be any Python. Raises
     ValueError when there is no such notebook or cell, or it is not valid Python.
     """
-    kinds = {}
+    kinds: dict[str, str] = {}
     for statement in _parameters_cell(notebook)[1]:
-        annotated = isinstance(statement, ast.AnnAssign)
-        targets = [statement.target] if annotated else getattr(statement, "targets", [])
-        kind = ast.unparse(statement.annotation) if annotated else ""
+        if isinstance(statement, ast.AnnAssign):
+            targets, kind = [statement.target], ast.unparse(statement.annotation)
+        else:
+            targets, kind = getattr(statement, "targets", []), ""
         kinds |= {
             target.id: kind if kind in KINDS else ""
             for target in targets
@@ -146,7 +149,7 @@ def assigned_names(source: str) -> dict[str, ast.expr]:
         statements = ast.parse(source).body
     except SyntaxError as error:
         raise ValueError(f"a cell of parameters is not valid Python: {error}") from None
-    found = {}
+    found: dict[str, ast.expr] = {}
     for statement in statements:
         if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
