@@ -1,11 +1,12 @@
 # make demo      the whole story on this machine, in minutes (make demo FRESH=1 starts over)
 # make test      all tests, the notebooks included, in two processes with a core each
 # make test-slow the real models on this machine's CPU (14 GB) and a killed rank under torchrun, some 15 minutes
+# make lint      the linter, the formatter and the type checker
 # make lab       JupyterLab on the notebooks
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-package test-notebooks test-slow lab clean
+.PHONY: demo lint test test-package test-notebooks test-slow lab clean
 
 demo: .venv/installed
 	$(BIN)/python -m kl3m_nb demo $(if $(FRESH),--fresh)
@@ -22,6 +23,11 @@ test-notebooks: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow tests
+
+lint: .venv/installed
+	$(BIN)/ruff check kl3m_nb tests benchmarks
+	$(BIN)/ruff format --check kl3m_nb tests benchmarks
+	$(BIN)/mypy
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks

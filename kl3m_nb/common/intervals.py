@@ -27,13 +27,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from scipy import stats
 from torch import Tensor
 
-Numbers = Sequence[float] | np.ndarray | Tensor
+if TYPE_CHECKING:
+    import pandas as pd
+
+Numbers: TypeAlias = "Sequence[float] | np.ndarray | Tensor | pd.Series"
 
 
 class Interval(NamedTuple):
@@ -48,14 +51,14 @@ class Interval(NamedTuple):
 class _Estimate(NamedTuple):
     mean: float
     variance: float  # of the mean
-    degrees: int  # of freedom of the variance
+    degrees: float  # of freedom of the variance; Welch's are a fraction
     effective: float
 
 
 def mean_interval(
     values: Numbers,
     weights: Numbers | None = None,
-    families: Sequence[Hashable] | None = None,
+    families: Sequence[Hashable] | pd.Series | None = None,
     level: float = 0.95,
 ) -> Interval:
     """The weighted mean Σ w v / Σ w and its t interval, mean ± t(families − 1) · s / √effective.
@@ -78,8 +81,8 @@ def mean_interval(
 def difference_interval(
     first: Numbers,
     second: Numbers,
-    first_families: Sequence[Hashable] | None = None,
-    second_families: Sequence[Hashable] | None = None,
+    first_families: Sequence[Hashable] | pd.Series | None = None,
+    second_families: Sequence[Hashable] | pd.Series | None = None,
     level: float = 0.95,
 ) -> Interval:
     """mean(first) − mean(second) of two unpaired samples and its t interval with Welch's degrees of
@@ -126,7 +129,7 @@ def verdict(difference: Interval) -> str:
 
 
 def _estimate(
-    values: Numbers, weights: Numbers | None, families: Sequence[Hashable] | None
+    values: Numbers, weights: Numbers | None, families: Sequence[Hashable] | pd.Series | None
 ) -> _Estimate:
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)

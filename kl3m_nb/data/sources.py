@@ -157,7 +157,7 @@ def listed_columns(columns: Sequence[str]) -> str:
 def _parse_part(text: str) -> Part:
     match = _PART.fullmatch(text)
     weight = _number(match[1] or "1") if match else math.nan
-    if not 0 < weight < math.inf:
+    if match is None or not 0 < weight < math.inf:
         raise ValueError(
             f"The source {text.strip()!r} is not known; use package:{PACKAGE}, files:GLOB or"
             " hub:OWNER/NAME, or several with positive weights: 0.7*hub:OWNER/NAME +"

@@ -352,7 +352,8 @@ def check_same_entries(tokenizer: PreTrainedTokenizerBase, checkpoint: str | Pat
 
 def _corpus_tokenizer(name: str, source: str, vocabulary: int) -> PreTrainedTokenizerBase:
     digest = hashlib.sha256()
-    texts, characters = [], 0
+    texts: list[str] = []
+    characters = 0
     for document in corpus.iterate_documents(source, held_out=False):
         characters += len(document.text)
         if characters > _MOST_TRAINING_CHARACTERS or (len(texts) == 1000 and not characters):

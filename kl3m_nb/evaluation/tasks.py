@@ -147,7 +147,7 @@ def accuracy(answers: pd.DataFrame, column: str = "correct") -> Interval:
     """Share of right answers with its 95% interval over the items; `column` may be
     `correct_per_character`.
     """
-    return share_interval(answers[column])
+    return share_interval(answers[column].to_numpy())
 
 
 def answer_bits(answers: pd.DataFrame) -> float:

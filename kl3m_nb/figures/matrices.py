@@ -163,7 +163,7 @@ def _draw_place(axes: Axes, table: pd.DataFrame, row: pd.Series) -> None:
 
 def _write_numbers(axes: Axes, table: pd.DataFrame, row: pd.Series) -> None:
     of_role = table[table["role"] == row["role"]]
-    lines = [("", "this", "role's median")]
+    lines: list[tuple[str, ...]] = [("", "this", "role's median")]
     for column, name in _SHOWN_METRICS.items():
         if column in row:
             any_precision = column not in ("condition", "sigma_min")

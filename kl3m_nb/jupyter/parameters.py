@@ -70,7 +70,9 @@ def read_parameters(notebook: Path) -> dict[str, Parameter]:
     }
     parameters = {}
     for statement in statements:
-        parameter = _parameter(statement, comments.get(statement.end_lineno, ""))
+        parameter = _parameter(
+            statement, comments.get(statement.end_lineno or statement.lineno, "")
+        )
         if parameter is None:
             raise ValueError(
                 f"Line {statement.lineno} of the parameters cell of {notebook},"
@@ -169,7 +171,7 @@ def assigned_names(source: str) -> dict[str, ast.expr]:
         statements = ast.parse(source).body
     except SyntaxError as error:
         raise ValueError(f"a cell of parameters is not valid Python: {error}") from None
-    found = {}
+    found: dict[str, ast.expr] = {}
     for statement in statements:
         if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]

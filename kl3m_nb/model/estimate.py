@@ -207,6 +207,7 @@ def estimate(profile: Profile, gpu: str = "") -> Estimate:
             f"The GPU {gpu!r} is not known; choose one of {', '.join(GPUS)}, or none for this"
             " machine."
         )
+    sheet: Gpu | None
     if gpu:
         sheet, runtime = GPUS[gpu], _runtime_on_a_gpu(profile.runtime)
         device, device_bytes = sheet.name, sheet.memory

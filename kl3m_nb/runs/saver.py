@@ -47,7 +47,8 @@ class CheckpointSaver:
         self._runtime, self._newest, self._on_written = runtime, newest, on_written
         self._saved_step = checkpoints.checkpoint_step(newest) if newest else None
         self._retry_at: int | None = None
-        self._waited_seconds, self._counters = 0.0, {}
+        self._waited_seconds = 0.0
+        self._counters: dict = {}
         self._writer = checkpoints.BackgroundWriter()
 
     def newest(self, step: int) -> Path | None:

@@ -71,8 +71,11 @@ class RunStatus:
             )
         self.notebook, self.output_path, self.parameters = notebook, output_path, parameters
         self.kept = False  # whether the outputs have taken the place of earlier ones
-        self.state, self.exit_code, self.error = "running", None, None
-        self.started, self.seconds = datetime.now(UTC).isoformat(timespec="seconds"), None
+        self.state = "running"
+        self.exit_code: int | None = None
+        self.error: str | None = None
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self.seconds: float | None = None
         self.cells: list[CellStatus] = []
         self.current: CellStatus | None = None
         self._run_clock = time.monotonic()
@@ -237,7 +240,8 @@ def _completed(cells: Iterable[Mapping]) -> int:
 
 def code_cells(nb: nbformat.NotebookNode) -> list[CellStatus]:
     """The code cells of a notebook with their titles, all pending."""
-    heading, cells = "", []
+    heading = ""
+    cells: list[CellStatus] = []
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             text = re.sub(r"^(```|~~~).*?^\1", "", cell.source, flags=re.DOTALL | re.MULTILINE)

@@ -123,7 +123,7 @@ def _compare_copies(
     rows = []
     for a, b in combinations(range(len(copies)), 2):
         mean_norm = (norms[a] + norms[b]) / 2
-        row = {
+        row: dict = {
             "role": copies[a].role,
             "expert": copies[a].expert,
             "source_layer": copies[a].layer % source_layers,

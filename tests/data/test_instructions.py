@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from kl3m_nb.data import instructions
-from kl3m_nb.data.instructions import USES, InstructionPair, load_pairs, validate_pairs
+from kl3m_nb.data.instructions import USES, InstructionPair, load_pairs
+from tests.data.validate_pairs import validate_pairs
 
 PROSE = InstructionPair(
     id="drafting-costs",
