@@ -16,6 +16,7 @@ import tokenize
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nbformat
 
@@ -110,7 +111,7 @@ def check_parameters(
     return checked
 
 
-def check_notebook(name: str, namespace: Mapping[str, object]) -> None:
+def check_notebook(name: str, namespace: Mapping[str, Any]) -> None:
     """Checks the parameters that a kernel has seen, in the notebook `name` with the `globals()`
     `namespace`: papermill injects any name and casts no value, and JupyterLab takes any line.
 

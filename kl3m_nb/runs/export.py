@@ -157,7 +157,7 @@ def _published(checkpoint: Path, name: str) -> dict[str, Path | bytes]:
         path.relative_to(checkpoint).as_posix(): path for path in model_files(checkpoint)
     }
     # A checkpoint of an earlier version holds these files as transformers 5 alone reads them.
-    files |= {name: older_file(files[name]) for name in REWRITTEN if name in files}
+    files |= {each: older_file(checkpoint / each) for each in REWRITTEN if each in files}
     files[CARD_FILE] = _named_card(read_card(checkpoint), card_name(checkpoint), name).encode()
     record = checkpoints.stack_record(checkpoint)
     if "source" in record:  # what only a card told stands in the card

@@ -40,7 +40,7 @@ def _describe_losses(held_out: pd.DataFrame) -> str:
     known = held_out.dropna(subset=["held_out_loss"]) if len(held_out) else held_out
     if known.empty:
         return "The held-out loss has not been measured."
-    first, last, best = known.iloc[0], known.iloc[-1], known.loc[known["held_out_loss"].idxmin()]
+    first, last, best = known.iloc[0], known.iloc[-1], known.nsmallest(1, "held_out_loss").iloc[0]
     return (
         f"The held-out loss went from {first['held_out_loss']:.3f} nats per token at step"
         f" {int(first['step']):,} to {last['held_out_loss']:.3f} at step {int(last['step']):,}; the"
