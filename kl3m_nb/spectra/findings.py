@@ -171,7 +171,9 @@ def describe_model(
         )
     ill = ill_matrices(table, ceilings, since_clamp)
     if ill.empty:
-        sentences.append("No matrix is ill.")
+        judged = len(table) - len(unreliable)
+        some = f" of the {judged:,} that are judged" if len(unreliable) else ""
+        sentences.append(f"No matrix{some} is ill.")
     for row in ill.head(5).itertuples():
         sentences.append(f"{headline(row)}.")
     if len(ill) > 5:
