@@ -181,7 +181,7 @@ class TestEachSpelling:
         self, project, name, notebook, parameter, last, monkeypatch
     ):
         # the model has too little context
-        monkeypatch.setattr(generation, "check_room", lambda *_: None)
+        monkeypatch.setattr(evaluation, "check_room", lambda *_: None)
         monkeypatch.setattr(*last, _stop)
         with pytest.raises(Enough):
             short = {"seq_len": 64} if notebook == "01_stacking" else {}  # the model's context

@@ -459,7 +459,8 @@ def test_a_signal_lets_the_cell_save_and_a_second_one_does_not_disturb_it(
 ):
     notebook = write_notebook(WAITING_CELL, *after)
     script = (
-        "import sys; from kl3m_nb.jupyter.runner import run_notebook;"
+        "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # ignored below nohup
+        " from kl3m_nb.jupyter.runner import run_notebook;"
         " sys.exit(run_notebook(*sys.argv[1:3], {}))"
     )
     command = [sys.executable, "-c", script, str(notebook), str(output)]

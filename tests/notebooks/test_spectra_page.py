@@ -98,7 +98,7 @@ def test_the_sentences_are_what_was_put_in(known, look):
     for words in (
         f"the largest {worst:,.0f}",
         f"lie {found.distance.mean():.1%} of their norm apart",
-        f"cosine between their movements is {found.movement_cosine.mean():.2g} on average",
+        f"mean cosine between their movements is {found.movement_cosine.mean():.2g}, from",
         f"directions overlap by {found.top_overlap.mean():.2f}",
         f"trailing directions overlap by {found.bottom_overlap.mean():.2f}",
         "No matrix is ill.",

@@ -262,5 +262,7 @@ def test_the_table_of_runs_has_the_columns_that_are_named(trained_run):
     run_dir, result = trained_run
     table = registry.load_runs(run_dir.parent)
     named = registry.load_runs.__doc__.partition("A row per run folder: ")[2].partition(".")[0]
-    assert list(table.columns) == re.sub(r"\(.*?\)", "", named).replace(",", " ").split()
+    assert (
+        list(table.columns) == re.sub(r"\(.*?\)", "", named, flags=re.S).replace(",", " ").split()
+    )
     assert table.loc[0, ["layers", "step", "checkpoint"]].tolist() == [2, 6, str(result.checkpoint)]
