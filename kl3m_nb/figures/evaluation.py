@@ -404,8 +404,8 @@ def plot_memorisation(gaps: Mapping[str, pd.DataFrame]) -> Figure:
         axes.minorticks_off()
         axes.set(
             title=(
-                f"{name} ({gap['given_documents'].iloc[0]} and {gap['not_given_documents'].iloc[0]}"
-                " documents)"
+                f"{name}: {gap['given_documents'].iloc[0]} documents given,"
+                f" {gap['not_given_documents'].iloc[0]} not"
             )
         )
         axes.set_xlabel("tokens of the prefix")

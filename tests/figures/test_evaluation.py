@@ -269,7 +269,7 @@ def test_memorisation_has_a_panel_a_model_and_both_sets():
         gap[f"{column}_low"], gap[f"{column}_high"] = gap[column] - 0.05, gap[column] + 0.05
     panels = drawn(evaluation.plot_memorisation({"source": gap, "trained": gap}))
     assert [title(axes) for axes in panels] == [
-        f"{name} (60 and 41 documents)" for name in ("source", "trained")
+        f"{name}: 60 documents given, 41 not" for name in ("source", "trained")
     ]
     heights = [list(line.get_ydata()) for line in panels[1].lines if line.get_marker() in "os"]
     assert heights == [[0.2, 0.4], [0.2, 0.1]]
