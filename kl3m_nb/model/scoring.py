@@ -96,8 +96,8 @@ def held_out_loss(
             f" {windows.dtype}; it takes int64 token ids of shape [N, seq_len + 1] with N and"
             " seq_len at least 1."
         )
-    context = getattr(model.config, "max_position_embeddings", None) or windows.shape[1]
-    if windows.shape[1] - 1 > context:
+    context = getattr(model.config, "max_position_embeddings", None) or 0
+    if windows.shape[1] - 1 > context > 0:  # XLNet's -1 says that there is no bound
         raise ValueError(
             f"The windows have {windows.shape[1] - 1} tokens to read; this model takes at most"
             f" {context}, lower seq_len."
