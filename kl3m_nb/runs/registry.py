@@ -50,14 +50,6 @@ CHECKPOINT_STAGES = {
 }
 
 
-# Which parameters of a stage's notebook name a checkpoint that has to be there.
-CHECKPOINT_PARAMETERS = {
-    "stack": ("source",),
-    "spectra": ("source", "stack", "trained"),
-    "generation": ("source", "stack", "trained", "others"),
-}
-
-
 def run_path(profile_name: str, stage: str, run: str = "") -> Path:
     """The folder `run` below runs/, or when it is empty the one a stage of a profile writes by
     itself.
